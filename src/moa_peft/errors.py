@@ -1,0 +1,33 @@
+"""The package's errors. Each is also a builtin kind, so `except ValueError` goes on working."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class MoAError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class UsageError(MoAError, ValueError):
+    """What was asked for cannot be done as asked; the message says what is allowed. Exit code 2."""
+
+
+class RunError(MoAError, RuntimeError):
+    """What was asked for was sound but failed on the way. Exit code 1."""
+
+
+def unknown(what: str, given: str, known: Iterable[str]) -> str:
+    """Say that a name is not known, with the nearest one that is.
+
+    Args:
+        what: The kind of thing named, as in "expert" or "router field".
+        given: The name that was given.
+        known: The names that are allowed.
+
+    Returns:
+        One sentence for an error message.
+    """
+    names = sorted(known)
+    near = get_close_matches(given, names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown {what} {given!r}: {hint}known: {', '.join(names)}"
