@@ -1,0 +1,48 @@
+"""The command `moa`: one file a verb, each importing what it needs only when it runs."""
+
+import errno
+import os
+import sys
+
+import typer
+
+from moa_peft.errors import MoAError, UsageError
+
+app = typer.Typer(
+    name="moa",
+    help="Mixtures of heterogeneous adapters: fine-tune, evaluate, compare and inspect them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def register_verbs() -> None:
+    """Add every verb to the application."""
+
+
+def fail(message: str, code: int) -> None:
+    """Print one error to standard error and leave with ``code``."""
+    print(f"moa: error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one line and exit code 2, never in a traceback."""
+    # Quiet before transformers is imported; a user who wants the noise sets the variable to 0.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    register_verbs()
+    try:
+        app()
+    except UsageError as error:
+        fail(str(error), 2)
+    except MoAError as error:
+        fail(str(error), 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT):
+            raise
+        fail(f"{error.strerror}: {error.filename or 'while writing'}: free some space or choose another folder", 2)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
