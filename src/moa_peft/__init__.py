@@ -1,3 +1,40 @@
-"""Mixtures of heterogeneous adapters as a PEFT method."""
+"""Mixtures of heterogeneous adapters as a PEFT method. Importing it registers the method.
+
+from peft import get_peft_model
+from moa_peft import MoAConfig
+
+model = get_peft_model(base, MoAConfig.preset("soft-moa"))
+"""
+
+from moa_peft.config import ArchitectureConfig, ExpertConfig, RouterConfig, ThresholdConfig
+from moa_peft.errors import MoAError, RunError, UsageError
+from moa_peft.experts import LoraExpert, ParallelAdapterExpert, PromptExpert, register_expert
+from moa_peft.model import MoAModel
+from moa_peft.peft_config import MoAConfig
+from moa_peft.presets import preset_names
+from moa_peft.registration import register
+from moa_peft.tuner import GateRecord, MoALayer, mixture_layers
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "ArchitectureConfig",
+    "ExpertConfig",
+    "GateRecord",
+    "LoraExpert",
+    "MoAConfig",
+    "MoAError",
+    "MoALayer",
+    "MoAModel",
+    "ParallelAdapterExpert",
+    "PromptExpert",
+    "RouterConfig",
+    "RunError",
+    "ThresholdConfig",
+    "UsageError",
+    "mixture_layers",
+    "preset_names",
+    "register_expert",
+]
+
+register(MoAConfig, MoAModel)

@@ -1,0 +1,80 @@
+"""The prompt's way into attention: transformers' attention interface, with a config copy for each attention.
+
+A custom name at model level would lose the padding mask and be refused by continuous batching. A copy of the config
+for each attention module keeps the model's own choice (sdpa, eager, flash, paged) in force: our function calls it.
+"""
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "moa_prompt"
+
+
+class PromptSource(Protocol):
+    """Whoever knows the prompts of a block."""
+
+    def attention_change(self, query: Tensor, scaling: float) -> Tensor | None:
+        """Give the change of the attention's output [B, T, H, D], or None."""
+        ...
+
+
+class _Prompted:
+    """What an attention module needs to call its model's attention and then its prompts; no module, no parameters."""
+
+    def __init__(self, source: PromptSource, config: Any, eager: Callable[..., Any]) -> None:
+        self.source = source
+        self.config = config
+        self.eager = eager
+
+
+def attend_with_prompts(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attend as the model does, then add the block's prompt experts; transformers calls this.
+
+    Args:
+        module: The attention module.
+        query: Float, [B, H, T, D], after rotary embedding; key and value likewise, with their own heads.
+        key: Float.
+        value: Float.
+        attention_mask: As the model's own attention takes it.
+        **kwargs: Passed on; ``scaling`` is read.
+
+    Returns:
+        The output [B, T, H, D] and whatever weights the model's attention returns.
+    """
+    prompted: _Prompted = module.__dict__["moa_prompted"]
+    implementation = prompted.config._attn_implementation
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, prompted.eager)
+    output, weights = attend(module, query, key, value, attention_mask, **kwargs)
+    scaling = kwargs.get("scaling")
+    change = prompted.source.attention_change(query, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    return (output if change is None else output + change), weights
+
+
+def add_prompts(module: nn.Module, source: PromptSource) -> None:
+    """Make an attention module ask ``source`` for its prompts."""
+    if "moa_prompted" in module.__dict__:
+        return
+    original = module.config
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    module.__dict__["moa_prompted"] = _Prompted(source, original, eager)
+    replacement = copy.copy(original)
+    replacement._attn_implementation_internal = NAME
+    module.config = replacement  # type: ignore[assignment]
+
+
+def remove_prompts(module: nn.Module) -> None:
+    """Put an attention module back as it was."""
+    prompted: _Prompted | None = module.__dict__.pop("moa_prompted", None)
+    if prompted is not None:
+        module.config = prompted.config
+
+
+AttentionInterface.register(NAME, attend_with_prompts)

@@ -1,0 +1,102 @@
+"""What every expert is: a small module at one site of a decoder block that returns its gated change.
+
+A new kind is one file that registers a config (what the user writes) and a module (what holds the weights):
+
+    @register_expert
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class MyExpert(ExpertConfig): ...       # kind, fields, site_names(), build()
+
+Sizes: B rows, T tokens of a row, D_in and D_out of a site, H heads of size D, L prompt vectors.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from moa_peft.config import ExpertConfig, from_mapping
+from moa_peft.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from moa_peft.architecture import AttentionSite
+
+Kind = TypeVar("Kind", bound=type[ExpertConfig])
+_KINDS: dict[str, type[ExpertConfig]] = {}
+
+
+class LinearExpert(nn.Module):
+    """An expert beside a linear layer or a whole MLP: it sees that module's input and output."""
+
+    starts_at_zero: ClassVar[bool] = True
+    """Whether a fresh expert leaves the model bit-equal to the frozen one."""
+
+    def change(self, x: Tensor, base: Tensor, gate: Tensor) -> Tensor:
+        """Give the gated change of the site's output.
+
+        The gate goes where it is cheapest: ``g * B (A x) = B (g * A x)`` gates r numbers instead of D_out.
+
+        Args:
+            x: Float, [B, T, D_in], the site's input.
+            base: Float, [B, T, D_out], the frozen module's output (its own slice of a fused one).
+            gate: Float32, [B, T, 1].
+
+        Returns:
+            [B, T, D_out] in the dtype of ``base``.
+        """
+        raise NotImplementedError
+
+
+class AttentionExpert(nn.Module):
+    """An expert beside a block's attention: it sees the queries and may project vectors to keys and values."""
+
+    starts_at_zero: ClassVar[bool] = True
+    """Whether a fresh expert leaves the model bit-equal to the frozen one."""
+
+    def change(self, site: "AttentionSite", query: Tensor, scaling: float, gate: Tensor) -> Tensor:
+        """Give the gated change of the attention's output, before o_proj.
+
+        Args:
+            site: The block's attention, which projects vectors with the frozen weights.
+            query: Float, [B, H, T, D], after rotary embedding.
+            scaling: Factor of the attention scores, the model's own.
+            gate: Float32, [B, T, 1].
+
+        Returns:
+            [B, T, H, D] in the dtype of ``query``.
+        """
+        raise NotImplementedError
+
+
+def register_expert(config_class: Kind) -> Kind:
+    """Make a kind of expert known under its ``kind``; use it as a decorator of the config class.
+
+    Raises:
+        UsageError: If another class has registered the name.
+    """
+    if config_class.kind in _KINDS:
+        holder = _KINDS[config_class.kind].__module__
+        raise UsageError(
+            f"expert {config_class.kind!r} is already registered by {holder}: choose another kind"
+        )
+    _KINDS[config_class.kind] = config_class
+    return config_class
+
+
+def expert_kinds() -> dict[str, type[ExpertConfig]]:
+    """Every registered kind by name."""
+    return dict(_KINDS)
+
+
+def expert_from_mapping(values: Mapping[str, Any]) -> ExpertConfig:
+    """Build an expert's config from a file's mapping, whose "kind" says which.
+
+    Raises:
+        UsageError: If the kind or a field is unknown (with the nearest known name), or the kind is missing.
+    """
+    if "kind" not in values:
+        raise UsageError(f"an expert has no kind: give kind as one of {', '.join(sorted(_KINDS))}")
+    kind = values["kind"]
+    if kind not in _KINDS:
+        raise UsageError(unknown("expert", str(kind), _KINDS))
+    fields = {key: value for key, value in values.items() if key != "kind"}
+    return from_mapping(_KINDS[kind], fields, f"field of expert {kind!r}")

@@ -1,0 +1,84 @@
+"""The LoRA expert: a low-rank change beside one linear projection."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moa_peft.config import ExpertConfig
+from moa_peft.experts.base import LinearExpert, register_expert
+
+if TYPE_CHECKING:
+    from moa_peft.architecture import LinearSite
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@register_expert
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraExpert(ExpertConfig):
+    """One LoRA on each of ``targets``, each an expert with a gate of its own."""
+
+    kind: ClassVar[str] = "lora"
+
+    targets: tuple[str, ...]
+    """Projections, by the names they have in Llama: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""
+
+    rank: int = 8
+    """Inner size of each LoRA."""
+
+    alpha: float = 8.0
+    """The change is scaled by alpha / rank."""
+
+    dropout: float = 0.0
+    """Share of the input's entries dropped while training, in [0, 1)."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with the fields, a sentence each."""
+        if isinstance(self.targets, str):
+            return [f"targets is the text {self.targets!r}: give a list, as in [{self.targets!r}]"]
+        wrong: list[str] = []
+        if not self.targets:
+            wrong.append(f"targets is empty: give some of {', '.join(PROJECTIONS)}")
+        if len(set(self.targets)) < len(self.targets):
+            wrong.append(f"targets names a projection twice: {', '.join(self.targets)}")
+        if self.rank < 1:
+            wrong.append(f"rank is {self.rank}: it must be at least 1")
+        if not self.alpha > 0:
+            wrong.append(f"alpha is {self.alpha}: it must be above 0")
+        if not 0 <= self.dropout < 1:
+            wrong.append(f"dropout is {self.dropout}: it must lie in [0, 1)")
+        return wrong
+
+    def site_names(self) -> tuple[str, ...]:
+        """One expert at each target."""
+        return self.targets
+
+    def build(self, site: "LinearSite") -> "LowRankChange":
+        """Make one LoRA."""
+        return LowRankChange(self, site.in_features, site.out_features)
+
+
+class LowRankChange(LinearExpert):
+    """``gate * (alpha / rank) * B A x``: A [r, D_in] Kaiming-uniform, B [D_out, r] zero.
+
+    Source: LoRA, arXiv 2106.09685; MoA, arXiv 2506.05928.
+    """
+
+    def __init__(self, config: LoraExpert, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.scale = config.alpha / config.rank
+        self.dropout = config.dropout
+        self.A = nn.Parameter(torch.empty(config.rank, in_features))
+        self.B = nn.Parameter(torch.zeros(out_features, config.rank))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def change(self, x: Tensor, base: Tensor, gate: Tensor) -> Tensor:
+        """Give ``B (gate * scale * A x)``; see `LinearExpert.change`."""
+        x = F.dropout(x, self.dropout, self.training)
+        inner = F.linear(x, self.A.to(x.dtype))  # [B, T, r]
+        gated = inner * (self.scale * gate)
+        return F.linear(gated.to(base.dtype), self.B.to(base.dtype))

@@ -1,0 +1,176 @@
+"""`MoAModel`: the PEFT tuner. It plans which block gets which experts and leaves the rest to PEFT."""
+
+# PEFT annotates every tuner's config as PeftConfig and hands each its own kind.
+# pyright: reportIncompatibleMethodOverride=false
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from moa_peft.architecture import Block, find_blocks
+from moa_peft.errors import UsageError
+from moa_peft.layer import PlacedExpert
+from moa_peft.peft_config import BLOCKS_MARK, MoAConfig
+from moa_peft.tuner import CHILD, MERGE_REFUSAL, MoALayer, mixture_layers
+
+
+class MoAModel(BaseTuner):
+    """Adds a mixture of adapters to each decoder block of a causal language model.
+
+    Use it through PEFT: ``get_peft_model(base, MoAConfig.preset("soft-moa"))``.
+    """
+
+    prefix = "moa_"
+    tuner_layer_cls = MoALayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # PEFT's name; targets are the blocks
+
+    def _prepare_adapter_config(self, peft_config: MoAConfig, model_config: dict[str, Any]) -> MoAConfig:  # noqa: ARG002
+        return peft_config
+
+    def _prepare_model(self, peft_config: MoAConfig, model: nn.Module) -> None:
+        """Plan the whole mixture before the first block is touched, so that an error leaves the model as it was."""
+        self._blocks = _chosen_blocks(find_blocks(model, peft_config.parts().architecture), peft_config)
+        plan = {path: _placed_experts(block, peft_config) for path, block in self._blocks.items()}
+        self._plan = {path: experts for path, experts in plan.items() if experts}
+        if not self._plan:
+            raise UsageError(
+                f"no target matched: exclude_modules={peft_config.exclude_modules!r} and the experts' layers leave "
+                "no block with an expert"
+            )
+        paths = "|".join(re.escape(path) for path in self._plan)
+        peft_config.target_modules = f"{BLOCKS_MARK}(?:{paths})"
+
+    def _create_and_replace(
+        self,
+        peft_config: MoAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,  # noqa: ARG002
+        parent: nn.Module,  # noqa: ARG002
+        current_key: str,
+        parameter_name: str | None = None,  # noqa: ARG002
+    ) -> None:
+        """Give one decoder block its experts. Nothing is replaced: the block gets a child, its modules get hooks."""
+        layer = getattr(target, CHILD, None)
+        if layer is None:
+            layer = MoALayer(self._blocks[current_key])
+            target.add_module(CHILD, layer)
+        layer.add_mixture(adapter_name, self._plan[current_key], peft_config.parts().router)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Keep adapters in float32 whatever the base is, unless ``autocast_adapter_dtype`` is False."""
+        if autocast_adapter_dtype:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            return
+        for _, layer in mixture_layers(self.model):
+            _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+            if adapter_name in layer.moa_mixture and dtype is not None and dtype.is_floating_point:
+                layer.moa_mixture[adapter_name].to(dtype)
+
+    def _check_merge_allowed(self) -> None:
+        raise UsageError(MERGE_REFUSAL)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        layers = mixture_layers(self.model)
+        super()._unload_and_optionally_merge(False, *args, **kwargs)
+        for name, layer in layers:
+            layer.disconnect()
+            delattr(self.model.get_submodule(name.removesuffix(f".{CHILD}")), CHILD)
+        return self.model
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return re.sub(rf"(\.moa_mixture)\.{re.escape(adapter_name)}(?=\.)", r"\1", key)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: MoAConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Map a checkpoint's keys to the model's, and refuse a checkpoint that does not fit it exactly.
+
+        Raises:
+            UsageError: If weights are missing, unknown or of other sizes; PEFT itself would go on with random ones.
+        """
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        expected = {
+            key: tensor.shape
+            for key, tensor in model.state_dict().items()
+            if f".{CHILD}.moa_mixture.{adapter_name}." in key
+        }
+        given = {key: tensor.shape for key, tensor in remapped.items() if f".{CHILD}.moa_mixture." in key}
+        _check_fit(expected, given, adapter_name)
+        return remapped
+
+
+def _check_fit(
+    expected: Mapping[str, torch.Size], given: Mapping[str, torch.Size], adapter_name: str
+) -> None:
+    """Compare a checkpoint's weights with the model's, by name and size."""
+    missing, extra = expected.keys() - given.keys(), given.keys() - expected.keys()
+    if any(".router.threshold." in key for key in missing):
+        raise UsageError(
+            f"adapter {adapter_name!r} has no threshold but its config is Sparse MoA: the weights are Soft MoA's; load "
+            "them with their own config (RouterConfig(threshold=None))"
+        )
+    if any(".router.threshold." in key for key in extra):
+        raise UsageError(
+            f"adapter {adapter_name!r} has a learned threshold but its config has none: the weights are Sparse MoA's; "
+            "load them with their own config (RouterConfig(threshold=ThresholdConfig(maximum=...)))"
+        )
+    wrong = [f"{key} is missing" for key in sorted(missing)] + [f"{key} is unknown" for key in sorted(extra)]
+    wrong += [
+        f"{key} is {list(given[key])}, the model's is {list(expected[key])}"
+        for key in sorted(expected.keys() & given.keys())
+        if given[key] != expected[key]
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UsageError(
+            f"adapter {adapter_name!r} does not fit this model: {'; '.join(wrong[:3])}{more}. It belongs to another "
+            "base model or another config: see base_model_name_or_path in its adapter_config.json"
+        )
+
+
+def _chosen_blocks(blocks: list[Block], config: MoAConfig) -> dict[str, Block]:
+    """The blocks of ``layers_to_transform``, by path."""
+    wanted = range(len(blocks)) if config.layers_to_transform is None else config.layers_to_transform
+    indices = {wanted} if isinstance(wanted, int) else set(wanted)
+    layers = {index for expert in config.parts().experts for index in expert.layers or ()}
+    beyond = sorted(index for index in indices | layers if not 0 <= index < len(blocks))
+    if beyond:
+        raise UsageError(f"layers {beyond} do not exist: the model has blocks 0 to {len(blocks) - 1}")
+    return {block.path: block for block in blocks if block.index in indices}
+
+
+def _placed_experts(block: Block, config: MoAConfig) -> list[PlacedExpert]:
+    """The experts of one block with their sites, without those of other layers and of excluded modules."""
+    if _is_excluded(block.path, config):
+        return []
+    placed: list[PlacedExpert] = []
+    for expert in config.parts().experts:
+        if expert.layers is not None and block.index not in expert.layers:
+            continue
+        sites = [block.site(name, expert.kind) for name in expert.site_names()]
+        placed += [(expert, site) for site in sites if not _is_excluded(site.path, config)]
+    return placed
+
+
+def _is_excluded(path: str, config: MoAConfig) -> bool:
+    """Whether PEFT's rules keep adapters away from a module."""
+    for saved in config.modules_to_save or []:
+        if re.match(rf"(^|.*\.){saved}($|\..*)", path):
+            return True
+    excluded = config.exclude_modules or []
+    if isinstance(excluded, str):
+        return re.fullmatch(excluded, path) is not None
+    return any(path == one or path.endswith(f".{one}") for one in excluded)

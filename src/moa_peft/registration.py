@@ -1,0 +1,52 @@
+"""Makes the method known to PEFT, which has no entry point for methods from outside.
+
+PEFT refuses names that are not members of its enum `PeftType`, and code that reads ``peft_type.value`` breaks on plain
+strings, so the enum gets one more real member.
+"""
+
+from typing import Any
+
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import register_peft_method
+
+from moa_peft.errors import RunError
+
+PEFT_TYPE_NAME = "MOA"
+
+
+def add_peft_type() -> None:
+    """Add the member ``MOA`` to PEFT's enum, once.
+
+    Raises:
+        RunError: If this version of Python or PEFT does not let the enum grow.
+    """
+    if PEFT_TYPE_NAME in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, PEFT_TYPE_NAME)
+    member._name_ = PEFT_TYPE_NAME
+    member._value_ = PEFT_TYPE_NAME
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]  # as enum's own machinery sets it
+    member._sort_order_ = len(PeftType.__members__)  # type: ignore[attr-defined]  # as enum's own machinery sets it
+    try:
+        PeftType._member_names_.append(PEFT_TYPE_NAME)
+        PeftType._member_map_[PEFT_TYPE_NAME] = member
+        PeftType._value2member_map_[PEFT_TYPE_NAME] = member
+        type.__setattr__(PeftType, PEFT_TYPE_NAME, member)
+    except (AttributeError, TypeError) as error:
+        raise RunError(
+            f"PEFT's enum of methods could not take {PEFT_TYPE_NAME}: {error}; report this"
+        ) from error
+
+
+def register(config_class: Any, model_class: Any) -> None:
+    """Register the method with PEFT, once.
+
+    Args:
+        config_class: `MoAConfig`.
+        model_class: `MoAModel`.
+    """
+    if getattr(PeftType, PEFT_TYPE_NAME) not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(
+            name=PEFT_TYPE_NAME.lower(), config_cls=config_class, model_cls=model_class, prefix="moa_"
+        )
