@@ -20,6 +20,11 @@ app = typer.Typer(
 
 def register_verbs() -> None:
     """Add every verb to the application."""
+    from moa_peft.cli.methods import methods
+    from moa_peft.cli.verify import verify
+
+    for verb in (methods, verify):
+        app.command()(verb)
 
 
 def fail(message: str, code: int) -> None:
