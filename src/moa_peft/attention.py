@@ -65,9 +65,9 @@ def add_prompts(module: nn.Module, source: PromptSource) -> None:
     original = module.config
     eager = sys.modules[type(module).__module__].eager_attention_forward
     module.__dict__["moa_prompted"] = _Prompted(source, original, eager)
-    replacement = copy.copy(original)
+    replacement: Any = copy.copy(original)
     replacement._attn_implementation_internal = NAME
-    module.config = replacement  # type: ignore[assignment]
+    module.config = replacement
 
 
 def remove_prompts(module: nn.Module) -> None:
