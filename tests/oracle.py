@@ -78,7 +78,7 @@ class BlockOracle:
             rows = self.rows(target, path, output.shape[-1])
             a, b_weight = self.weights[f"experts.{name}.A"], self.weights[f"experts.{name}.B"]
             expert = next(e for e in self.config.experts if target in getattr(e, "targets", ()))
-            scale = expert.alpha / expert.rank  # type: ignore[union-attr]
+            scale = expert.alpha / expert.rank
             for b in range(x.shape[0]):
                 for t in range(x.shape[1]):
                     output[b, t, rows] += self.column(b, t, name) * scale * (b_weight @ (a @ x[b, t]))
@@ -90,7 +90,7 @@ class BlockOracle:
         heads = 4
         share = {"k_proj": self.tiny.settings.get("num_key_value_heads", heads)}
         share["v_proj"] = share["k_proj"]
-        sizes = [int(share.get(name, heads)) for name in order]  # type: ignore[arg-type]
+        sizes = [int(share.get(name, heads)) for name in order]
         if self.tiny.per_head:
             size = outputs // heads // 3
             start = order.index(target) * size

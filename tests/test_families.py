@@ -96,7 +96,7 @@ def test_eager_and_sdpa_attention_agree(family: str, method: str) -> None:
 
 def greedy(model: torch.nn.Module, ids: Tensor, mask: Tensor, use_cache: bool) -> Tensor:
     settings = GenerationConfig(max_new_tokens=20, do_sample=False, use_cache=use_cache, pad_token_id=0)
-    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)  # type: ignore[operator]
+    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
     return out[:, ids.shape[1] :]
 
 

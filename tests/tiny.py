@@ -62,8 +62,8 @@ def llama_like(model_type: str, **settings: object) -> TinyFamily:
         settings={**SIZES, **settings},
         paths=llama_paths(),
         fused={},
-        block_norm=norm,  # type: ignore[arg-type]
-        attention_implementations=implementations,  # type: ignore[arg-type]
+        block_norm=norm,
+        attention_implementations=implementations,
     )
 
 

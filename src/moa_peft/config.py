@@ -134,7 +134,7 @@ class ExpertConfig:
     kind: ClassVar[str]
     """The name of the kind, as files spell it."""
 
-    layers: tuple[int, ...] | None = None
+    layers: Sequence[int] | None = None
     """Decoder blocks that carry this expert, counted from 0; None is all of them."""
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """The LoRA expert: a low-rank change beside one linear projection."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -24,7 +25,7 @@ class LoraExpert(ExpertConfig):
 
     kind: ClassVar[str] = "lora"
 
-    targets: tuple[str, ...]
+    targets: Sequence[str]
     """Projections, by the names they have in Llama: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""
 
     rank: int = 8
@@ -55,7 +56,7 @@ class LoraExpert(ExpertConfig):
 
     def site_names(self) -> tuple[str, ...]:
         """One expert at each target."""
-        return self.targets
+        return tuple(self.targets)
 
     def build(self, site: "LinearSite") -> "LowRankChange":
         """Make one LoRA."""

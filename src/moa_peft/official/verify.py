@@ -63,7 +63,8 @@ def compare(path: Path) -> Comparison:
     except UsageError as error:
         return Comparison(name=path.name, errors={}, failure=str(error))
     errors = _forward_errors(model, tensors)
-    errors["gradient"] = _gradient_error(model, metadata, tensors, placed)
+    if any(name.startswith("grad.") for name in tensors):
+        errors["gradient"] = _gradient_error(model, metadata, tensors, placed)
     if "greedy" in tensors:
         errors["greedy"] = _greedy_error(model, tensors)
     return Comparison(name=path.name, errors=errors)

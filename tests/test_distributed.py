@@ -1,0 +1,62 @@
+"""Two processes over gloo: DDP and FSDP2."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from ranks import (
+    DDP_CASES,
+    FSDP_CASES,
+    RANKS,
+    answer_tokens,
+    global_batch,
+    reloaded,
+    run_all,
+    summed_loss,
+)
+from tiny import mixture_model
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the two processes saved."""
+    path = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(run_all, (str(path),), nprocs=RANKS)
+    return path
+
+
+@pytest.mark.parametrize(("family", "method"), DDP_CASES)
+def test_ddp_gradients_equal_the_single_processs_with_unequal_answers_and_no_unused_parameters(
+    folder: Path, family: str, method: str
+) -> None:
+    theirs = torch.load(folder / f"ddp-{family}-{method}.pt")
+    model = mixture_model(family, method).train()
+    ids, labels = global_batch()
+    (summed_loss(model(input_ids=ids).logits, labels) / answer_tokens(labels)).backward()
+    ours = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert ours.keys() == theirs.keys()
+    largest = max(gradient.abs().max().item() for gradient in ours.values() if gradient is not None)
+    for name, gradient in ours.items():
+        assert gradient is not None, name
+        assert (theirs[name] - gradient).abs().max().item() <= 1e-6 * max(
+            gradient.abs().max().item(), largest
+        ), name
+
+
+@pytest.mark.parametrize(("method", "dtype"), FSDP_CASES)
+def test_fsdp2_trains_and_saves_a_full_adapter_that_reloads_equal(
+    folder: Path, method: str, dtype: torch.dtype
+) -> None:
+    saved = torch.load(folder / f"fsdp-{method}-{dtype}.pt")
+    assert saved["losses"][-1] < saved["losses"][0]
+    model = reloaded(method, dtype, saved["adapter"])
+    ids, _ = global_batch()
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    assert torch.equal(logits, saved["logits"])
+    state = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert len(saved["adapter"]) == len(state)
