@@ -1,5 +1,6 @@
 """What a config accepts, and what it says when it does not."""
 
+import json
 import subprocess
 import sys
 from typing import Any
@@ -203,6 +204,13 @@ def test_changes_of_a_preset_leave_the_rest_of_its_router_alone() -> None:
 def test_every_preset_survives_json(method: str) -> None:
     config = MoAConfig.preset(method)
     assert MoAConfig.from_peft_type(**config.to_dict()).parts() == config.parts()
+
+
+def test_a_config_with_lists_and_ranges_survives_json() -> None:
+    config = MoAConfig(experts=[LoraExpert(targets=["q_proj"], layers=range(4, 6))])
+    written = json.loads(json.dumps(config.to_dict()))
+    assert written["experts"][0]["layers"] == [4, 5]
+    assert MoAConfig.from_peft_type(**written).parts() == config.parts()
 
 
 def test_importing_the_package_is_quiet_and_importing_it_twice_is_harmless() -> None:

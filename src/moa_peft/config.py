@@ -138,9 +138,9 @@ class ExpertConfig:
     """Decoder blocks that carry this expert, counted from 0; None is all of them."""
 
     def __post_init__(self) -> None:
-        for one in dataclasses.fields(self):  # files give lists; a frozen value holds tuples
+        for one in dataclasses.fields(self):  # files give lists, users ranges; a frozen value holds tuples
             value = getattr(self, one.name)
-            if isinstance(value, list):
+            if isinstance(value, Sequence) and not isinstance(value, str):
                 object.__setattr__(self, one.name, tuple(value))
         wrong = self.problems()
         if self.layers is not None and (not self.layers or min(self.layers) < 0):

@@ -1,0 +1,201 @@
+"""What the README and the documentation say is so: their code runs, their commands exist, their tables are the package's."""
+
+import importlib
+import re
+import shlex
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from moa_peft import mixture_layers
+from moa_peft.cli import app
+from moa_peft.cli.overrides import load_yaml, parse_flags
+from moa_peft.experts import base, expert_kinds
+from moa_peft.presets import PRESETS
+from moa_peft.train.merge import merge
+from moa_peft.train.method import build_peft_config
+from moa_peft.train.recipe import Recipe
+from moa_peft.train.settings import check_trainer, switch_names, trainer_fields
+from tiny import FAMILIES
+from tiny_lm import save_base
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+sys.path.insert(0, str(ROOT / "docs"))
+REFERENCE = importlib.import_module("reference")
+COMMANDS = importlib.import_module("command_reference")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def with_blocks(language: str) -> list[Any]:
+    return [pytest.param(page, id=page.name) for page in PAGES if blocks(page, language)]
+
+
+def shell_lines(program: str) -> list[Any]:
+    """Every call of a program in the shell blocks, as the words after the program's."""
+    found: list[Any] = []
+    for page in PAGES:
+        for block in blocks(page, "sh"):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words and words[0] == program:
+                    found.append(pytest.param(words[1:], id=f"{page.name}: {' '.join(words)}"))
+    return found
+
+
+def verbs() -> list[str]:
+    return sorted({call.values[0][0] for call in shell_lines("moa")})
+
+
+def between(page: str, start: str, end: str) -> str:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return text.split(f"<!-- {start} -->\n")[1].split(f"\n<!-- {end} -->")[0]
+
+
+def recipe_of(settings: dict[str, Any]) -> Recipe:
+    """A recipe whose every field, of moa, of the mixture and of the trainer, is known and of its kind."""
+    recipe = Recipe.from_mapping(settings, trainer_fields())
+    check_trainer(recipe)
+    build_peft_config(recipe)
+    return recipe
+
+
+@pytest.fixture
+def tiny_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working folder of its own, no network, and a tiny model in the place of the one on the hub."""
+    folder = save_base(tmp_path / "base", chat=True)
+
+    def instead(loader: Any) -> Any:
+        return lambda name, **options: loader(folder if name == HUB_NAME else name, **options)
+
+    def refuse(*words: object) -> None:
+        raise AssertionError("the page's code went to the network")
+
+    for one in (AutoModelForCausalLM, AutoTokenizer):
+        monkeypatch.setattr(one, "from_pretrained", instead(one.from_pretrained))
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(base, "_KINDS", expert_kinds())  # what a page registers goes with the page
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
+@pytest.mark.parametrize("page", with_blocks("python"))
+def test_the_python_code_of_a_page_runs_from_top_to_bottom(
+    page: Path, tiny_hub: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session: dict[str, Any] = {"__name__": f"page_{page.stem}"}
+    for number, block in enumerate(blocks(page, "python"), start=1):
+        exec(compile(block, f"{page.name}, python block {number}", "exec"), session)
+    if page.name == "README.md":
+        assert sorted(one.name for one in Path("my-adapter").iterdir()) == [
+            "README.md", "adapter_config.json", "adapter_model.safetensors",
+        ]  # fmt: skip
+        assert isinstance(session["model"], PeftModel)
+        assert len(mixture_layers(session["model"])) == 2
+        assert capsys.readouterr().out.startswith("What is 7 times 8? It is 56.")
+
+
+def test_a_kind_of_expert_written_as_the_documentation_shows_is_trained_and_saved(tiny_hub: None) -> None:
+    session: dict[str, Any] = {"__name__": "page_extending"}
+    for block in blocks(ROOT / "docs" / "extending.md", "python"):
+        exec(block, session)
+    names = set(mixture_layers(session["again"])[0][1].mixtures()["default"].names)
+    assert names == {"rescale_k_proj", "rescale_v_proj", "rescale_down_proj", "lora_q_proj"}
+    learned = [one.grad for name, one in session["model"].named_parameters() if name.endswith(".s")]
+    assert len(learned) == 6
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in learned)
+
+
+@pytest.mark.parametrize("words", shell_lines("moa"))
+def test_a_command_of_a_page_exists_with_every_option_it_is_given(words: list[str]) -> None:
+    commands = COMMANDS.command_group().commands
+    assert words[0] in commands
+    context = commands[words[0]].make_context(f"moa {words[0]}", words[1:])
+    if words[0] == "train":
+        config = context.params["config"]
+        settings = load_yaml(ROOT / config) if config is not None else {}
+        recipe_of(merge(settings, parse_flags(context.args, switch_names())))
+    else:
+        assert not context.args
+
+
+@pytest.mark.parametrize("verb", verbs())
+def test_a_verb_of_a_page_explains_itself(verb: str) -> None:
+    COMMANDS.command_group()  # registers the verbs
+    told = CliRunner().invoke(app, [verb, "--help"])
+    assert told.exit_code == 0
+    assert "Usage" in told.output
+
+
+def test_the_command_methods_runs_and_lists_every_method() -> None:
+    assert "methods" in verbs()
+    COMMANDS.command_group()
+    told = CliRunner().invoke(app, ["methods"], env={"COLUMNS": "300"})
+    assert told.exit_code == 0
+    assert [name for name in PRESETS if name not in told.output] == []
+
+
+@pytest.mark.parametrize("words", shell_lines("make"))
+def test_a_make_target_of_a_page_exists(words: list[str]) -> None:
+    (target,) = words
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", with_blocks("yaml"))
+def test_the_yaml_of_a_page_is_a_recipe(page: Path, tmp_path: Path) -> None:
+    for block in blocks(page, "yaml"):
+        (tmp_path / "recipe.yaml").write_text(block, encoding="utf-8")
+        recipe_of({"data": "rows.json", "output_dir": "run", **load_yaml(tmp_path / "recipe.yaml")})
+
+
+def test_the_readmes_table_of_methods_is_the_presets_own() -> None:
+    assert between("README.md", "methods", "end of methods") == REFERENCE.method_table()
+
+
+def test_the_readmes_table_of_families_holds_every_tested_family_and_what_it_fuses() -> None:
+    rows = between("README.md", "families", "end of families").splitlines()[2:]
+    said = {kind.strip(" `"): fused.strip() for _, _, kind, fused, _ in (row.split("|") for row in rows)}
+    known = {
+        family.model_type: "; ".join(
+            ", ".join(name.removesuffix("_proj") for name in names) + " in one"
+            for names in family.fused.values()
+        )
+        + (", head by head" if family.per_head else "")
+        for family in FAMILIES.values()
+    }
+    assert said == {kind: fused or "-" for kind, fused in known.items()}
+
+
+def test_every_method_has_its_equations_in_the_documentation() -> None:
+    assert sorted(one.stem for one in REFERENCE.METHOD_NOTES.glob("*.md")) == sorted(PRESETS)
+
+
+@pytest.mark.parametrize("page", [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")])
+def test_every_local_link_of_a_page_leads_to_a_file(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (ROOT / link).is_file()] == []
+
+
+def test_the_picture_is_drawn_for_light_and_dark_pages_and_says_what_it_shows() -> None:
+    file = ROOT / "docs" / "images" / "idea.svg"
+    picture = ElementTree.parse(file).getroot()
+    names = [one.tag.rpartition("}")[2] for one in picture]
+    assert names[:3] == ["title", "desc", "style"]
+    assert "prefers-color-scheme: dark" in file.read_text(encoding="utf-8")
+    assert not re.search(r"(href|url\()\s*=?\s*[\"']?https?:", file.read_text(encoding="utf-8"))
