@@ -4,6 +4,7 @@ import pytest
 
 from moa_peft.errors import UsageError
 from moa_peft.train import checkpoints
+from moa_peft.train.resumption import forget_later_checkpoints
 
 
 def write(folder: Path, step: int, *, complete: bool = True) -> Path:
@@ -42,14 +43,20 @@ def test_a_manifest_that_names_no_files_marks_nothing(content: str, tmp_path: Pa
     assert not checkpoints.is_complete(checkpoint)
 
 
-def test_pruning_keeps_the_newest_complete_ones_and_the_best_and_drops_what_was_cut_off(tmp_path: Path) -> None:
+def test_pruning_keeps_the_newest_complete_ones_and_the_best_and_drops_what_was_cut_off(
+    tmp_path: Path,
+) -> None:
     for step in (10, 20, 30, 40):
         write(tmp_path, step)
     write(tmp_path, 35, complete=False)
     checkpoints.prune(tmp_path, None)
     assert len(list(tmp_path.iterdir())) == 5
     checkpoints.prune(tmp_path, 2, spare=str(tmp_path / "checkpoint-10"))
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-30", "checkpoint-40"]
+    assert sorted(one.name for one in tmp_path.iterdir()) == [
+        "checkpoint-10",
+        "checkpoint-30",
+        "checkpoint-40",
+    ]
     checkpoints.prune(tmp_path, 0)
     assert [one.name for one in tmp_path.iterdir()] == ["checkpoint-40"]
 
@@ -68,9 +75,25 @@ def test_a_checkpoint_cut_off_while_it_is_deleted_does_not_pass_as_complete(
     assert [one.name for one in checkpoints.find_checkpoints(tmp_path).complete] == ["checkpoint-2"]
 
 
+def test_going_back_takes_the_mark_off_later_checkpoints_so_that_none_outlives_what_is_written_anew(
+    tmp_path: Path,
+) -> None:
+    for step in (2, 10, 30):
+        write(tmp_path, step)
+    forget_later_checkpoints(tmp_path, None)
+    assert len(checkpoints.find_checkpoints(tmp_path).complete) == 3
+    forget_later_checkpoints(tmp_path, str(tmp_path / "checkpoint-10"))
+    assert [one.name for one in checkpoints.find_checkpoints(tmp_path).complete] == [
+        "checkpoint-2",
+        "checkpoint-10",
+    ]
+
+
 def test_the_last_complete_checkpoint_is_chosen_or_the_one_named(tmp_path: Path) -> None:
     assert checkpoints.choose(tmp_path, True) is None
-    with pytest.raises(UsageError, match=r"checkpoint-1 is not a complete checkpoint of the run in .*: it has none"):
+    with pytest.raises(
+        UsageError, match=r"checkpoint-1 is not a complete checkpoint of the run in .*: it has none"
+    ):
         checkpoints.choose(tmp_path, str(tmp_path / "checkpoint-1"))
     first, second = write(tmp_path, 1), write(tmp_path, 2)
     write(tmp_path, 3, complete=False)

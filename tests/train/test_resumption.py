@@ -59,13 +59,20 @@ RUN: dict[str, Any] = {
     ],
 )
 def test_a_run_killed_and_resumed_ends_with_the_bits_of_the_whole_one(
-    method: str, step: int, last: str, cut_off: tuple[str, ...], settings_of: Callable[..., Any], tmp_path: Path
+    method: str,
+    step: int,
+    last: str,
+    cut_off: tuple[str, ...],
+    settings_of: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
     from moa_peft.train.settings import trainer_fields
 
     settings = settings_of(**RUN, output_dir=str(tmp_path / "killed"))
     arguments = json.dumps([settings, method, step, torch.get_num_threads()])
-    died = subprocess.run([sys.executable, "-c", KILLED_RUN, arguments], capture_output=True, text=True, timeout=120)
+    died = subprocess.run(
+        [sys.executable, "-c", KILLED_RUN, arguments], capture_output=True, text=True, timeout=120
+    )
     assert died.returncode == -signal.SIGKILL, died.stderr
     found = checkpoints.find_checkpoints(tmp_path / "killed")
     assert found.complete[-1].name == last
@@ -87,12 +94,19 @@ def test_a_run_killed_and_resumed_ends_with_the_bits_of_the_whole_one(
     assert not left.incomplete
 
 
-def test_resuming_with_other_data_seed_or_method_names_what_changed(recipe_of: Recipes, tmp_path: Path) -> None:
+def test_resuming_with_other_data_seed_or_method_names_what_changed(
+    recipe_of: Recipes, tmp_path: Path
+) -> None:
     train(recipe_of(save_steps=2))
     other = tmp_path / "other.json"
     other.write_text(json.dumps([{"instruction": "add 1 and 1", "output": "2"}] * 24))
     changed = recipe_of(
-        save_steps=2, resume=True, data=str(other), seed=3, method="sparse-moa", mixture={"router": {"kind": "linear"}}
+        save_steps=2,
+        resume=True,
+        data=str(other),
+        seed=3,
+        method="sparse-moa",
+        mixture={"router": {"kind": "linear"}},
     )
     message = "was started with other values of data, method, mixture, seed: resume it with its own recipe"
     with pytest.raises(UsageError, match=message):
@@ -112,6 +126,7 @@ def test_resuming_a_finished_run_elsewhere_with_other_saving_writes_its_adapter_
     assert outcome.steps == 4
     assert outcome.step_s is None, "a finished run had something left to do"
     assert adapter.read_bytes() == before
+    assert json.loads((tmp_path / "run" / "moa_recipe.json").read_text())["resume"] is False
 
 
 def test_a_run_cut_off_before_its_first_checkpoint_starts_over(recipe_of: Recipes) -> None:
@@ -124,7 +139,9 @@ def test_a_run_cut_off_before_its_first_checkpoint_starts_over(recipe_of: Recipe
     text = plan_text(preparation.plan)
     assert "from the start: no checkpoint was complete" in text
     discard(preparation)
-    assert checkpoints.find_checkpoints(Path(recipe_of().output_dir)).incomplete, "discard deleted a run's files"
+    assert checkpoints.find_checkpoints(Path(recipe_of().output_dir)).incomplete, (
+        "discard deleted a run's files"
+    )
 
 
 def test_an_earlier_checkpoint_can_be_named_and_later_ones_are_written_anew(recipe_of: Recipes) -> None:
@@ -150,6 +167,27 @@ def test_a_checkpoint_that_is_not_the_runs_is_refused(recipe_of: Recipes, tmp_pa
 
 
 def test_resuming_where_there_is_no_run_is_refused(recipe_of: Recipes, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"run holds no readable moa_recipe.json, so there is no run to resume"):
+    with pytest.raises(
+        UsageError, match=r"run holds no readable moa_recipe.json, so there is no run to resume"
+    ):
         train(recipe_of(resume=True))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_only_complete_checkpoint_stays_until_the_next_one_is_complete(
+    recipe_of: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = checkpoints.mark_complete
+
+    def killed(checkpoint: Path) -> None:
+        if checkpoint.name == "checkpoint-2":
+            raise KeyboardInterrupt
+        mark(checkpoint)
+
+    monkeypatch.setattr(checkpoints, "mark_complete", killed)
+    recipe = recipe_of(save_steps=1, save_total_limit=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe)
+    found = checkpoints.find_checkpoints(Path(recipe.output_dir))
+    assert [one.name for one in found.complete] == ["checkpoint-1"]
+    assert [one.name for one in found.incomplete] == ["checkpoint-2"]

@@ -35,7 +35,9 @@ def plain_loss(recipe: Recipe, count: int | None = None) -> float:
     model = AutoModelForCausalLM.from_pretrained(recipe.model).eval()
     tokenizer = AutoTokenizer.from_pretrained(recipe.model)
     total, tokens = 0.0, 0
-    for one in encode_rows(load_rows(recipe.data)[:count], tokenizer, recipe.template, recipe.max_length).examples:
+    for one in encode_rows(
+        load_rows(recipe.data)[:count], tokenizer, recipe.template, recipe.max_length
+    ).examples:
         with torch.no_grad():
             logits = model(torch.tensor([one.input_ids])).logits[0, :-1]
         labels = torch.tensor(one.labels[1:])
@@ -85,7 +87,9 @@ def test_the_recipe_written_down_repeats_the_run_bit_for_bit(recipe_of: Recipes,
     assert (tmp_path / "again" / name).read_bytes() == (Path(first.output_dir) / name).read_bytes()
 
 
-def test_the_adapter_reloads_through_peft_and_differs_from_another_seeds(recipe_of: Recipes, tmp_path: Path) -> None:
+def test_the_adapter_reloads_through_peft_and_differs_from_another_seeds(
+    recipe_of: Recipes, tmp_path: Path
+) -> None:
     recipe = recipe_of()
     train(recipe)
     base = AutoModelForCausalLM.from_pretrained(recipe.model)
@@ -103,7 +107,10 @@ def test_the_first_loss_is_the_frozen_models_mean_over_answer_tokens_whatever_th
 ) -> None:
     whole = recipe_of(max_steps=1, per_device_train_batch_size=24, output_dir=str(tmp_path / "whole"))
     parts = recipe_of(
-        max_steps=1, per_device_train_batch_size=3, gradient_accumulation_steps=8, output_dir=str(tmp_path / "parts")
+        max_steps=1,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=8,
+        output_dir=str(tmp_path / "parts"),
     )
     expected = plain_loss(whole)
     for recipe in (whole, parts):
@@ -115,6 +122,29 @@ def test_the_first_loss_is_the_frozen_models_mean_over_answer_tokens_whatever_th
         assert (first[key]["exp_avg"] - second[key]["exp_avg"]).abs().max() <= 1e-4 * scale + 1e-9
 
 
+def test_on_a_cpu_only_the_answers_go_through_the_output_layer(
+    recipe_of: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trl.trainer import utils as trl_forward
+
+    scored: list[int] = []
+
+    class Counted(trl_forward._ChunkedLogProbFunction):
+        @classmethod
+        def apply(cls, hidden: Tensor, *rest: Any) -> Any:
+            scored.append(len(hidden))
+            return trl_forward_function.apply(hidden, *rest)
+
+    trl_forward_function = trl_forward._ChunkedLogProbFunction
+    decision = trl_forward._use_triton
+    monkeypatch.setattr(trl_forward, "_ChunkedLogProbFunction", Counted)
+    train(recipe_of(max_steps=1, per_device_train_batch_size=24, method="sparse-moa"))
+    assert scored == [24 + sum(1 + i % 3 for i in range(24))], (
+        "not one position for each answer and end token"
+    )
+    assert trl_forward._use_triton is decision
+
+
 def test_packed_rows_do_not_see_each_other(recipe_of: Recipes) -> None:
     recipe = recipe_of(max_steps=1, per_device_train_batch_size=24, packing=True)
     preparation = preparing.prepare(recipe)
@@ -124,7 +154,9 @@ def test_packed_rows_do_not_see_each_other(recipe_of: Recipes) -> None:
     assert train(recipe).final_loss == pytest.approx(plain_loss(recipe), abs=1e-4)
 
 
-def test_gradient_checkpointing_gives_the_same_adapter_bit_for_bit(recipe_of: Recipes, tmp_path: Path) -> None:
+def test_gradient_checkpointing_gives_the_same_adapter_bit_for_bit(
+    recipe_of: Recipes, tmp_path: Path
+) -> None:
     plain = recipe_of(output_dir=str(tmp_path / "plain"))
     checkpointed = recipe_of(gradient_checkpointing=True, output_dir=str(tmp_path / "checkpointed"))
     for recipe in (plain, checkpointed):
@@ -159,7 +191,9 @@ def test_watching_the_router_leaves_the_training_bit_for_bit_alone(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(recipe_of: Recipes) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    recipe_of: Recipes,
+) -> None:
     recipe = recipe_of(learning_rate=1e30, save_steps=1)
     with pytest.raises(UsageError, match=r"the loss of step 2 is nan: training stopped, the last good checkpoint is .*checkpoint-1; try a lower learning_rate"):  # fmt: skip
         train(recipe)
@@ -176,10 +210,14 @@ def test_weights_that_are_not_finite_are_never_saved(recipe_of: Recipes) -> None
     assert [one.name for one in Path(recipe.output_dir).iterdir()] == ["moa_recipe.json"]
 
 
-def test_an_output_folder_that_holds_anything_is_refused_and_left_alone(recipe_of: Recipes, tmp_path: Path) -> None:
+def test_an_output_folder_that_holds_anything_is_refused_and_left_alone(
+    recipe_of: Recipes, tmp_path: Path
+) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("keep")
-    with pytest.raises(UsageError, match=r"run exists and is not empty: choose another one, delete it, or add --resume"):
+    with pytest.raises(
+        UsageError, match=r"run exists and is not empty: choose another one, delete it, or add --resume"
+    ):
         train(recipe_of())
     assert [one.name for one in (tmp_path / "run").iterdir()] == ["mine.txt"]
 

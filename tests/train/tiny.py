@@ -15,7 +15,9 @@ WORDS = (
 
 def write_model(folder: Path) -> Path:
     words = ["<pad>", "</s>", "<unk>", *dict.fromkeys(WORDS.split()), *map(str, range(40))]
-    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"

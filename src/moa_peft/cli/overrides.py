@@ -1,0 +1,173 @@
+"""Settings from a YAML file and from flags: ``--any.field value``, ``--any.field=value`` and switches.
+
+YAML is read with the scalars of its version 1.2: ``1e-4`` is a number, and ``no``, ``off`` and ``yes`` are words.
+"""
+
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moa_peft.errors import UsageError
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader with the scalars of YAML 1.2 that refuses a key given twice."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  # PyYAML's own shape
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping; a key given twice is an error with its line."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} is given twice: keep one of them", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.inf|\.nan",
+        "-+.0123456789",
+    ),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML (or JSON) file whose top level is a mapping.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its settings; empty for an empty file.
+
+    Raises:
+        UsageError: If there is no such file, or it is not YAML, gives a key twice or holds no mapping; the message
+            names the file and the line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UsageError(
+            f"no configuration file at {path}: give the path of a YAML file with --config"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not a text file in UTF-8: give a YAML file with --config") from error
+    try:
+        settings = yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UsageError(f"{path}{line}: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise UsageError(
+            f"{path} holds {_kind(settings)} at its top level: write lines of the form 'name: value'"
+        )
+    wrong = [key for key in settings if not isinstance(key, str)]
+    if wrong:
+        raise UsageError(f"{path}: the key {wrong[0]!r} is not a name: write lines of the form 'name: value'")
+    return settings
+
+
+def parse_flags(arguments: Sequence[str], switches: Collection[str] = ()) -> dict[str, Any]:
+    """Read ``--any.field value`` and ``--any.field=value`` into a nested mapping.
+
+    Dashes and underscores are the same in a name. Nothing may be abbreviated. A value is a YAML scalar; one that
+    starts with a bracket or a brace is a YAML list or mapping.
+
+    Args:
+        arguments: What the command line holds.
+        switches: Names that may stand without a value, which then is true.
+
+    Returns:
+        The settings.
+
+    Raises:
+        UsageError: If a value is missing, a flag is given twice, two flags contradict each other, or an argument is
+            not a flag.
+    """
+    settings: dict[str, Any] = {}
+    given: set[str] = set()
+    position = 0
+    while position < len(arguments):
+        token = arguments[position]
+        position += 1
+        name, has_value, value = _split(token)
+        if not has_value and position < len(arguments) and not arguments[position].startswith("--"):
+            has_value, value = True, arguments[position]
+            position += 1
+        if not has_value and name not in switches:
+            raise UsageError(f"{token} has no value: give {token} VALUE")
+        if name in given:
+            raise UsageError(f"--{name} is given twice: give it once")
+        given.add(name)
+        _put(settings, name, parse_value(token, value) if has_value else True)
+    return settings
+
+
+def parse_value(flag: str, text: str) -> Any:
+    """Read one value as YAML reads a scalar, or a list or mapping in brackets.
+
+    Args:
+        flag: The flag it belongs to, for an error.
+        text: The value as typed.
+
+    Returns:
+        The value; text that YAML reads as nothing else stays text.
+
+    Raises:
+        UsageError: If brackets do not close.
+    """
+    nested = text.startswith(("[", "{"))
+    try:
+        value = yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        if nested:
+            problem = getattr(error, "problem", None) or "not YAML"
+            raise UsageError(f"{flag.partition('=')[0]} is {text!r}: {problem}") from error
+        return text
+    return text if isinstance(value, dict | list) and not nested else value
+
+
+def _split(token: str) -> tuple[str, bool, str]:
+    head, equals, value = token.partition("=")
+    name = head[2:].replace("-", "_")
+    if not head.startswith("--") or not all(name.split(".")):
+        raise UsageError(
+            f"unexpected argument {token!r}: settings are given as --name value or --name.part value"
+        )
+    return name, bool(equals), value
+
+
+def _put(settings: dict[str, Any], name: str, value: Any) -> None:
+    *path, last = name.split(".")
+    inner: Any = settings
+    for part in path:
+        inner = inner.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise UsageError(
+                f"--{name} contradicts another flag that sets {part!r} as a whole: give one of them"
+            )
+    if last in inner:
+        raise UsageError(f"--{name} contradicts another flag that sets a part of it: give one of them")
+    inner[last] = value
+
+
+def _kind(value: object) -> str:
+    return "a list" if isinstance(value, list) else f"a single value ({value!r})"

@@ -1,0 +1,145 @@
+"""`moa train`: fine-tune a model with a mixture."""
+
+import dataclasses
+import json
+import sys
+import textwrap
+from collections.abc import Mapping
+from dataclasses import MISSING
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moa_peft.cli.overrides import load_yaml, parse_flags
+from moa_peft.train.field_docs import field_docs
+from moa_peft.train.merge import merge
+from moa_peft.train.recipe import TRAINER_DEFAULTS, Recipe
+
+if TYPE_CHECKING:
+    from moa_peft.train.outcome import Plan, TrainingOutcome
+
+ANY_FIELD = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Context settings that the command is registered with, so that any field works as a flag."""
+
+EXAMPLES = """\b
+Examples:
+  moa train --data demo --output_dir runs/first
+  moa train --config recipes/math.yaml --learning_rate 1e-4 --bf16 true
+  moa train --config recipes/math.yaml --method sparse-moa --mixture.router.kind linear
+  moa train --config recipes/math.yaml --resume"""
+
+
+def train_help() -> str:
+    """Write the help of the command; the keys and their meaning come from the recipe's own doc lines."""
+    docs = {name: text for name, text in field_docs(Recipe).items() if name != "trainer"}
+    defaults = {one.name: one.default for one in dataclasses.fields(Recipe) if one.default_factory is MISSING}
+    keys = [
+        textwrap.fill(
+            f"--{name}  {text}{_default(name, defaults)}",
+            width=92,
+            subsequent_indent=" " * 6,
+            break_on_hyphens=False,
+        )
+        for name, text in docs.items()
+    ]
+    others = ", ".join(f"{name} {json.dumps(value)}" for name, value in TRAINER_DEFAULTS.items())
+    return "\n\n".join(
+        [
+            "Fine-tune a model with a mixture of adapters.",
+            "Settings come from a YAML file, from flags, or from both; a flag goes before the file.",
+            EXAMPLES,
+            "Keys of a recipe, each also a flag:",
+            "\n".join(["\b", *keys]),
+            f"Every other field of trl.SFTConfig is a key too. Set here unless the recipe says otherwise: {others}.",
+        ]
+    )
+
+
+def train(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="YAML file with the recipe.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
+) -> None:
+    """Fine-tune a model."""
+    settings = load_yaml(config) if config is not None else {}
+    from moa_peft.train.settings import switch_names, trainer_fields
+
+    settings = merge(settings, parse_flags(context.args, switch_names()))
+    recipe = Recipe.from_mapping(settings, trainer_fields())
+
+    from moa_peft.train.prepare import discard, is_main, prepare
+    from moa_peft.train.run import run
+
+    stream = sys.stderr if as_json else sys.stdout
+    say = partial(print, file=stream, flush=True) if is_main() else _silent
+    say(f"loading {recipe.model} and the rows of {recipe.data} ...")
+    preparation = prepare(recipe)
+    say(plan_text(preparation.plan))
+    if dry_run:
+        discard(preparation)
+        if as_json and is_main():
+            print(json.dumps(dataclasses.asdict(preparation.plan)))
+        return
+    outcome = run(preparation)
+    say(outcome_text(outcome))
+    if as_json and is_main():
+        print(json.dumps(dataclasses.asdict(outcome)))
+
+
+def plan_text(plan: "Plan") -> str:
+    """Write what a run will do, for a person."""
+    share = 100 * plan.trainable_parameters / plan.total_parameters
+    dropped = (
+        f" ({plan.rows_dropped:,} dropped: their answers start after max_length)" if plan.rows_dropped else ""
+    )
+    held_out = f", {plan.validation_rows:,} held out" if plan.validation_rows else ""
+    lines = [
+        f"  model       {plan.model}",
+        f"  method      {plan.method}: {plan.trainable_parameters:,} trainable parameters, {share:.2f} % of all",
+        f"  data        {plan.rows_kept:,} rows{dropped}{held_out}",
+        f"  steps       {plan.steps:,}",
+        f"  output_dir  {plan.output_dir}",
+    ]
+    if plan.skipped:
+        lines.append(f"  skipped     {', '.join(plan.skipped)}: cut off while it was written, or deleted")
+    if plan.resume_from is not None:
+        lines.append(f"  resume      from {plan.resume_from}")
+    elif plan.resumed:
+        lines.append("  resume      from the start: no checkpoint was complete")
+    return "\n".join(lines)
+
+
+def outcome_text(outcome: "TrainingOutcome") -> str:
+    """Write what a run gave, where it lies and what to type next, for a person."""
+    loss = "none logged" if outcome.final_loss is None else f"{outcome.final_loss:.4f}"
+    held_out = "" if outcome.validation_loss is None else f", held-out loss {outcome.validation_loss:.4f}"
+    speed = "" if outcome.step_s is None else f", {outcome.step_s:.2f} s a step"
+    folder = outcome.output_dir
+    return "\n".join(
+        [
+            f"done: {outcome.steps:,} steps, loss {loss}{held_out}{speed}",
+            f"  adapter and model card  {folder}",
+            f"  results                 {folder}/results.jsonl",
+            f"  recipe                  {folder}/moa_recipe.json",
+            "next:",
+            f"  moa evaluate --adapter {folder}",
+            f"  moa chat --adapter {folder}",
+        ]
+    )
+
+
+def _silent(text: str) -> None:
+    """Say nothing: every process but the first."""
+
+
+def _default(name: str, defaults: Mapping[str, Any]) -> str:
+    value = defaults.get(name)
+    if value is MISSING:
+        return " (required)"
+    return "" if value is None or value is False else f" (default: {value})"
+
+
+train.__doc__ = train_help()

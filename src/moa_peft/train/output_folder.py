@@ -1,0 +1,146 @@
+"""The folder of a run: made sure of at the start, its files complete or absent at any moment."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moa_peft.errors import UsageError
+
+RECIPE_FILE = "moa_recipe.json"
+RESULTS_FILE = "results.jsonl"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def claim(output_dir: Path) -> None:
+    """Make the folder of a new run, and see that it can be written to.
+
+    Args:
+        output_dir: The folder; its parents are made as well.
+
+    Raises:
+        UsageError: If it exists and holds anything, or is not a folder.
+        OSError: If it cannot be made or written to; the file's name is in it.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(f"output_dir {output_dir} is not a folder: choose another one") from error
+    if any(output_dir.iterdir()):
+        raise UsageError(
+            f"output_dir {output_dir} exists and is not empty: choose another one, delete it, or add --resume to go "
+            "on with the run in it"
+        )
+    with tempfile.TemporaryFile(dir=output_dir):
+        pass
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    draft = file.with_name(f".{file.name}.tmp")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(file)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def write_recipe(output_dir: Path, recipe: Mapping[str, Any]) -> None:
+    """Write the resolved recipe into the run's folder; `moa train --config` reads it again."""
+    write_text(output_dir / RECIPE_FILE, json.dumps(recipe, indent=2) + "\n")
+
+
+def read_recipe(output_dir: Path) -> dict[str, Any]:
+    """Read the recipe of the run in a folder.
+
+    Raises:
+        UsageError: If the folder holds none.
+    """
+    try:
+        return json.loads((output_dir / RECIPE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{output_dir} holds no readable {RECIPE_FILE}, so there is no run to resume: leave --resume out"
+        ) from error
+
+
+def append_result(output_dir: Path, row: Mapping[str, Any]) -> None:
+    """Append one row to the run's results, as one whole line in one write or not at all.
+
+    Raises:
+        OSError: If the disk is full; the file is then as it was.
+    """
+    line = (json.dumps(row) + "\n").encode()
+    file = output_dir / RESULTS_FILE
+    handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        written = os.write(handle, line)
+        if written != len(line):
+            os.ftruncate(handle, os.fstat(handle).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def replacing(output_dir: Path) -> Iterator[Path]:
+    """Give a temporary folder whose files move into the run's folder when all of them are written.
+
+    PEFT takes a folder for an adapter when it holds an `adapter_config.json`: an old one goes first and the new one
+    comes last, so an adapter is there whole or not at all.
+
+    Args:
+        output_dir: The run's folder.
+
+    Yields:
+        The folder to write into. After an error it is gone and the run's folder as before.
+    """
+    draft = Path(tempfile.mkdtemp(dir=output_dir, prefix=".adapter-"))
+    try:
+        yield draft
+        (output_dir / ADAPTER_CONFIG).unlink(missing_ok=True)
+        for file in sorted(draft.iterdir(), key=lambda one: one.name == ADAPTER_CONFIG):
+            file.replace(output_dir / file.name)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors_named(folder: Path) -> Iterator[None]:
+    """Turn what the writers of weights raise on a full or closed disk into an `OSError` with its number.
+
+    safetensors states the number in its message; torch's writer raises a bare `RuntimeError`, so the free space
+    decides. Use it around writing alone.
+
+    Args:
+        folder: Where is written to; named in the error.
+
+    Raises:
+        OSError: Instead of such an error. Any other passes.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        stated = re.search(r"os error (\d+)", str(error))
+        if stated is None:
+            raise
+        number = int(stated.group(1))
+        raise OSError(number, os.strerror(number), str(folder)) from error
+    except RuntimeError as error:
+        if free_bytes(folder) > 2**20:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+
+
+def free_bytes(folder: Path) -> int:
+    """The free space where a folder lies."""
+    return shutil.disk_usage(folder).free

@@ -1,0 +1,55 @@
+"""Where and with what a run was made, for its row of results."""
+
+import datetime
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = ("moa-peft", "torch", "transformers", "peft", "trl", "accelerate")
+
+
+def provenance() -> dict[str, Any]:
+    """Say what is needed to repeat a run beside its recipe.
+
+    Returns:
+        ``versions``, ``commit`` and ``dirty`` (of the source checkout; None for an installed package), ``command``,
+        ``device``, ``threads``, ``taken_at`` (UTC, ISO 8601).
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "versions": {"python": platform.python_version()} | {one: _version(one) for one in LIBRARIES},
+        "commit": commit,
+        "dirty": None if commit is None or changes is None else bool(changes),
+        "command": shlex.join(sys.argv),
+        "device": torch.cuda.get_device_name() if cuda else f"cpu ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "taken_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*words: str) -> str | None:
+    root = Path(__file__).parents[3]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", root, *words], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,132 @@
+"""The rows of a run: read, split, identified, and made into the trainer's datasets."""
+
+import dataclasses
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from moa_peft.data.rows import Row, load_rows
+from moa_peft.data.tokens import encode_rows
+from moa_peft.errors import UsageError
+from moa_peft.train.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """What a recipe's data holds, before a tokenizer has seen it."""
+
+    recipe: Recipe
+    """The recipe, with the MD5 of its training rows."""
+    train: list[Row]
+    """Rows to train on."""
+    validation: list[Row] | None
+    """Held-out rows; None when the recipe asks for none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingRows:
+    """The trainer's datasets, columns ``input_ids`` and ``labels``."""
+
+    train: Dataset
+    """Examples to train on."""
+    validation: Dataset | None
+    """Held-out examples; None for none."""
+    dropped: int
+    """Training rows left out, because their answers would be cut away."""
+
+
+def read_rows(recipe: Recipe) -> Rows:
+    """Read a recipe's rows and hold out what it asks for.
+
+    Args:
+        recipe: The recipe.
+
+    Returns:
+        The rows.
+
+    Raises:
+        UsageError: If the rows cannot be read, are not those of ``data_md5``, or are too few for the held-out share.
+    """
+    rows = load_rows(recipe.data, split=recipe.data_split or "train", limit=recipe.limit)
+    md5 = rows_md5(rows)
+    if recipe.data_md5 is not None and recipe.data_md5 != md5 and not recipe.resume:
+        raise UsageError(
+            f"the rows of {recipe.data} have MD5 {md5}, the recipe's data_md5 is {recipe.data_md5}: give the same "
+            "data, split and limit, or leave data_md5 out"
+        )
+    recipe = dataclasses.replace(recipe, data_md5=md5)
+    if isinstance(recipe.validation, str):
+        return Rows(
+            recipe=recipe, train=rows, validation=load_rows(recipe.validation, split="validation", limit=None)
+        )
+    if recipe.validation is None:
+        return Rows(recipe=recipe, train=rows, validation=None)
+    train, held_out = hold_out(rows, recipe.validation, recipe.seed)
+    return Rows(recipe=recipe, train=train, validation=held_out)
+
+
+def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Hold out a share of the rows, drawn at random; both parts keep the order of the rows.
+
+    Args:
+        rows: The rows.
+        share: Between 0 and 1; at least one row is held out.
+        seed: Seed of the draw.
+
+    Returns:
+        Rows to train on, and rows held out.
+
+    Raises:
+        UsageError: If nothing would be left to train on.
+    """
+    count = max(1, round(share * len(rows)))
+    if count >= len(rows):
+        raise UsageError(
+            f"validation holds out {count} of {len(rows)} rows: nothing is left to train on; give a smaller share"
+        )
+    chosen = set(random.Random(seed).sample(range(len(rows)), count))  # not for secrets
+    train = [row for place, row in enumerate(rows) if place not in chosen]
+    return train, [row for place, row in enumerate(rows) if place in chosen]
+
+
+def rows_md5(rows: Sequence[Row]) -> str:
+    """Identify rows by their contents and order, whatever file they came from."""
+    digest = hashlib.md5(usedforsecurity=False)
+    for row in rows:
+        digest.update(json.dumps(dataclasses.asdict(row), sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def encode(rows: Rows, tokenizer: Any) -> TrainingRows:
+    """Tokenise rows, with labels on the answers alone.
+
+    Args:
+        rows: The rows.
+        tokenizer: The base model's.
+
+    Returns:
+        The datasets.
+
+    Raises:
+        UsageError: If no row has an answer left within ``max_length``.
+    """
+    train = encode_rows(rows.train, tokenizer, rows.recipe.template, rows.recipe.max_length)
+    validation = None
+    if rows.validation is not None:
+        held_out = encode_rows(rows.validation, tokenizer, rows.recipe.template, rows.recipe.max_length)
+        validation = _dataset(held_out.examples)
+    return TrainingRows(train=_dataset(train.examples), validation=validation, dropped=train.dropped)
+
+
+def _dataset(examples: Sequence[Any]) -> Dataset:
+    return Dataset.from_dict(
+        {
+            "input_ids": [list(one.input_ids) for one in examples],
+            "labels": [list(one.labels) for one in examples],
+        }
+    )

@@ -1,0 +1,113 @@
+"""The trainer's own settings: which there are, of what kind, and how a recipe becomes a `trl.SFTConfig`."""
+
+import dataclasses
+import types
+import typing
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from moa_peft.errors import UsageError
+from moa_peft.train.recipe import REFUSED, TRAINER_DEFAULTS, Recipe, own_fields
+
+if TYPE_CHECKING:
+    from trl.trainer.sft_config import SFTConfig
+
+_PLAIN = (bool, int, float, str, dict, list)
+
+
+@cache
+def trainer_fields() -> dict[str, Any]:
+    """Every field of `trl.SFTConfig` that a recipe may name, with its type."""
+    from trl.trainer.sft_config import SFTConfig
+
+    hints = typing.get_type_hints(SFTConfig)
+    own = own_fields()
+    return {
+        one.name: hints[one.name] for one in dataclasses.fields(SFTConfig) if one.init and one.name not in own
+    }
+
+
+def switch_names() -> set[str]:
+    """Fields of recipe and trainer that are true when their flag stands without a value."""
+    return {"resume"} | {name for name, hint in trainer_fields().items() if bool in _choices(hint)}
+
+
+def check_trainer(recipe: Recipe) -> None:
+    """See that every value for the trainer is of the kind that its field takes.
+
+    Raises:
+        UsageError: If one is not; the message lists all of them.
+    """
+    hints = trainer_fields()
+    wrong = [
+        f"{name} is {value!r}: give {_said(hints[name])}"
+        for name, value in recipe.trainer.items()
+        if not _fits(value, hints[name])
+    ]
+    if wrong:
+        raise UsageError("recipe: " + "; ".join(wrong))
+
+
+def build_settings(recipe: Recipe, *, has_validation: bool, cuda: bool) -> "SFTConfig":
+    """Make the trainer's config: moa's defaults, then the recipe's values, then what moa decides itself.
+
+    Args:
+        recipe: The recipe, its values checked by `check_trainer`.
+        has_validation: Whether there are held-out rows; they are then scored once an epoch unless the recipe says.
+        cuda: Whether a CUDA device is there; without one, memory is not pinned.
+
+    Returns:
+        The config.
+
+    Raises:
+        UsageError: If the trainer refuses a value.
+    """
+    from trl.trainer.sft_config import SFTConfig
+
+    values = {**TRAINER_DEFAULTS, "dataloader_pin_memory": cuda, "prediction_loss_only": True}
+    if has_validation:
+        values["eval_strategy"] = "epoch"
+    values |= {key: value for key, value in recipe.trainer.items() if key not in REFUSED}
+    values.pop("model_init_kwargs", None)  # the model is loaded before the trainer is made
+    values["save_total_limit"] = None  # checkpoints.prune deletes old ones, once the new one is complete
+    values["logging_nan_inf_filter"] = False
+    packing = bool(values.get("packing"))
+    try:
+        return SFTConfig(
+            output_dir=recipe.output_dir,
+            seed=recipe.seed,
+            max_length=recipe.max_length,
+            dataset_kwargs={
+                "skip_prepare_dataset": not packing
+            },  # the rows are tokens already; packing is still due
+            **values,
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"the trainer refuses these settings: {' '.join(str(error).split())}") from error
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    choices = [typing.get_origin(one) or one for one in _choices(hint)]
+    if value is None:
+        return type(None) in choices
+    if bool in choices and isinstance(value, bool):
+        return True
+    if isinstance(value, bool):
+        return False
+    if any(one not in (*_PLAIN, type(None)) for one in choices):
+        return True  # an enum or a class: the trainer checks its value
+    if float in choices and isinstance(value, int):
+        return True
+    return any(isinstance(value, one) for one in choices if one not in (bool, type(None)))
+
+
+def _said(hint: Any) -> str:
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
+    words |= {list: "a list", type(None): "null"}
+    choices = [typing.get_origin(one) or one for one in _choices(hint)]
+    return " or ".join(words[one] for one in choices if one in words)
