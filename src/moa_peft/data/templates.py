@@ -1,0 +1,60 @@
+"""How a row becomes text: the instruction template of the paper, or the tokenizer's own chat template."""
+
+from typing import TYPE_CHECKING, Literal, get_args
+
+from moa_peft.data.rows import Row
+from moa_peft.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Template = Literal["paper", "chat"]
+"""How a row becomes text: "paper" for its instruction template, "chat" for the tokenizer's chat template."""
+
+PAPER = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+PAPER_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+
+def render_prompt(row: Row, template: Template, tokenizer: "PreTrainedTokenizerBase | None") -> str:
+    """Write the text that the model sees before its reply.
+
+    Args:
+        row: The question; its output and answer are not looked at.
+        template: "paper", or "chat" for the tokenizer's chat template with the opening of the assistant's turn. A
+            chat prompt holds its special tokens as text, so it is tokenised without adding any.
+        tokenizer: The base model's; "paper" does not need it.
+
+    Returns:
+        The prompt, up to the place where the reply begins.
+
+    Raises:
+        UsageError: If the template is unknown, or is "chat" and the tokenizer has no chat template.
+    """
+    if template == "paper":
+        form = PAPER_WITH_INPUT if row.input else PAPER
+        return form.format(instruction=row.instruction, input=row.input)
+    if template != "chat":
+        raise UsageError(unknown("template", template, get_args(Template)))
+    if tokenizer is None or not tokenizer.chat_template:
+        raise UsageError(
+            "template 'chat': the tokenizer of this model has no chat template: use template 'paper'"
+        )
+    question = f"{row.instruction}\n\n{row.input}" if row.input else row.instruction
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+    assert isinstance(text, str)
+    return text
+
+
+def render_completion(row: Row) -> str:
+    """Write the reply that training learns, the same for every template; the end token is added to its tokens."""
+    return row.output

@@ -1,0 +1,224 @@
+"""The base model: which names are taken, and that the embedded default is converted without a change."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from moa_peft.data import base_model
+from moa_peft.data.base_model import convert_gguf, mark_as_plain, model_fingerprint, resolve_model
+from moa_peft.data.cache import cache_root
+from moa_peft.errors import RunError, UsageError
+
+
+def tiny_llama(end: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True, bos_token_id=1, eos_token_id=end, pad_token_id=end,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.config.quantization_config = {"quant_method": "gguf"}  # the marks that loading from GGUF leaves
+    marks = {"is_quantized": True, "hf_quantizer": SimpleNamespace(is_serializable=lambda *_, **__: False)}
+    vars(model).update(marks)
+    return model
+
+
+@pytest.fixture
+def source(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> tuple[LlamaForCausalLM, Path]:
+    """Stand in for a GGUF file: what transformers would load from it, and its path."""
+    model = tiny_llama(end=cast("int", tokenizer.eos_token_id))
+    gguf = tmp_path / "tiny.gguf"
+    gguf.write_bytes(b"GGUF")
+    for auto, loaded in ((transformers.AutoModelForCausalLM, model), (transformers.AutoTokenizer, tokenizer)):
+        plain = auto.from_pretrained
+
+        def load(
+            place: Any = None, *args: Any, _plain: Any = plain, _loaded: Any = loaded, **kwargs: Any
+        ) -> Any:
+            if "gguf_file" in kwargs:
+                assert Path(kwargs["pretrained_model_name_or_path"]) / kwargs["gguf_file"] == gguf
+                return _loaded
+            return _plain(place, *args, **kwargs)
+
+        monkeypatch.setattr(auto, "from_pretrained", load)
+    monkeypatch.setattr(base_model, "package_files", lambda package: dict.fromkeys(package.members, gguf))
+    return model, gguf
+
+
+def test_a_converted_model_reloads_to_the_bit_and_is_plain(
+    source: tuple[LlamaForCausalLM, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model, gguf = source
+    (tmp_path / "out").mkdir()
+    convert_gguf(gguf, tmp_path / "out")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert {one.dtype for one in again.parameters()} == {torch.float32}
+    assert "quantization" not in (tmp_path / "out" / "config.json").read_text()
+    reread = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (reread.chat_template, reread.eos_token) == (tokenizer.chat_template, "</s>")
+    assert again.generation_config.eos_token_id == reread.eos_token_id
+
+
+def test_a_model_marked_as_quantised_is_saved_only_after_the_marks_are_cleared(tmp_path: Path) -> None:
+    model = tiny_llama(end=2)
+    with pytest.raises(Exception, match=r"quanti|serializ"):
+        model.save_pretrained(tmp_path / "a")
+    mark_as_plain(model)
+    model.save_pretrained(tmp_path / "a")
+
+
+def nudge(model: Any) -> None:
+    next(iter(model.parameters())).data[0, 0] += 1e-6
+
+
+def rename(model: Any) -> None:
+    model.config.eos_token_id = model.generation_config.eos_token_id = 5
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (nudge, "1 parameters differ, model.embed_tokens.weight first"),
+        (rename, r"the end token is not one \("),
+    ],
+)
+def test_a_conversion_that_changes_anything_is_refused(
+    source: tuple[LlamaForCausalLM, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Any], None],
+    says: str,
+) -> None:
+    _, gguf = source
+    save = LlamaForCausalLM.save_pretrained
+
+    def save_changed(self: Any, *args: Any, **kwargs: Any) -> None:
+        other = tiny_llama(end=self.config.eos_token_id)
+        mark_as_plain(other)
+        change(other)
+        save(other, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save_changed)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RunError, match=rf"tiny\.gguf does not survive its conversion: .*{says}"):
+        convert_gguf(gguf, tmp_path / "out")
+
+
+def test_every_difference_is_named(
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast],
+) -> None:
+    one, deeper = (
+        tiny_llama(end=2),
+        LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=16, num_attention_heads=2)),
+    )
+    other = make_tokenizer(adds="$A </s>", chat="{{ messages }}")
+    found = base_model.differences(one, make_tokenizer(), deeper, other)
+    assert "the names of the parameters differ" in found
+    assert {"the logits differ", "the tokens differ", "the chat template differs"} <= set(found)
+    assert not base_model.differences(tiny_llama(261), make_tokenizer(), tiny_llama(261), make_tokenizer())
+
+
+def test_the_embedded_default_is_made_once_and_again_when_damaged(
+    source: tuple[LlamaForCausalLM, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(resolve_model("smollm2"))
+    assert folder == cache_root() / "smollm2"
+    assert "converting SmolLM2-135M-Instruct to float32" in capsys.readouterr().err
+    weights = (folder / "model.safetensors").read_bytes()
+    with monkeypatch.context() as reading:
+        reading.setattr(
+            base_model, "sha256_of", None
+        )  # the manifest states it: half a gigabyte is not read again
+        assert model_fingerprint(str(folder)) == hashlib.sha256(weights).hexdigest()
+    assert resolve_model("smollm2") == str(folder)
+    assert capsys.readouterr().err == ""
+    (folder / "model.safetensors").write_bytes(weights[:-4])
+    mark_as_plain(source[0])
+    assert resolve_model("smollm2") == str(folder)
+    assert "is not whole (model.safetensors has" in capsys.readouterr().err
+    assert (folder / "model.safetensors").read_bytes() == weights
+
+
+def test_folders_and_hub_names_are_taken_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve_model(str(tmp_path)) == str(tmp_path)
+    for name in ("gpt2", "HuggingFaceTB/SmolLM2-135M-Instruct", "org/model_1.5b"):
+        assert resolve_model(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "/nowhere", "~/nowhere", "a/b/c", "runs\\model", "", "a b", "org/"]
+)
+def test_a_name_that_is_neither_folder_nor_hub_name_is_an_error(name: str) -> None:
+    with pytest.raises(
+        UsageError,
+        match=r"does not exist: give a folder with a config\.json, a name on the hub, or 'smollm2'",
+    ):
+        resolve_model(name)
+
+
+def test_a_folder_or_file_that_is_no_model_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"holds no config\.json: it is no model"):
+        resolve_model(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        UsageError, match=r"holds no config\.json: it is an adapter: give --adapter, and --model for its base"
+    ):
+        resolve_model(str(tmp_path))
+    with pytest.raises(UsageError, match=r"adapter_config\.json' is a file: give a folder"):
+        resolve_model(str(tmp_path / "adapter_config.json"))
+
+
+def test_the_fingerprint_is_that_of_the_weights(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"holds no \.safetensors and no pytorch_model\*\.bin file"):
+        model_fingerprint(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model-1.safetensors").write_bytes(b"one")
+    first = model_fingerprint(str(tmp_path))
+    assert first == hashlib.sha256(b"one").hexdigest()
+    (tmp_path / "model-2.safetensors").write_bytes(b"two")
+    second = model_fingerprint(str(tmp_path))
+    (tmp_path / "model-2.safetensors").write_bytes(b"owt")
+    assert len({first, second, model_fingerprint(str(tmp_path))}) == 3
+
+
+def test_the_fingerprint_of_a_hub_name_is_its_cached_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    assert model_fingerprint("org/model") == "unknown"
+    found = str(tmp_path / "snapshots" / "0123abc" / "config.json")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: found)
+    assert model_fingerprint("org/model") == "0123abc"
+
+
+@pytest.mark.slow
+def test_the_real_embedded_default_speaks_and_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOA_CACHE")
+    if not (cache_root() / "smollm2").exists():
+        pytest.skip("the embedded default is not in the user's cache")
+    folder = resolve_model("smollm2")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert sum(one.numel() for one in model.parameters()) == 134_515_008
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+    )
+    said = model.generate(**asked, max_new_tokens=40, do_sample=False)[0]
+    assert said[-1] == tokenizer.eos_token_id
+    assert "Paris" in tokenizer.decode(said[asked["input_ids"].shape[1] :])
