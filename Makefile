@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Threads that wait without spinning: with a second busy process, spinning ones make a step ten times slower.
+export OMP_WAIT_POLICY ?= passive
 # One thread for a process: the tests run in as many processes as there are cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --dist worksteal
 

@@ -10,7 +10,7 @@ from moa_peft.errors import MoAError, UsageError
 
 app = typer.Typer(
     name="moa",
-    help="Mixtures of heterogeneous adapters: fine-tune, evaluate, compare and inspect them.",
+    help="Mixtures of heterogeneous adapters: fine-tune, evaluate and talk to models with them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -20,10 +20,15 @@ app = typer.Typer(
 
 def register_verbs() -> None:
     """Add every verb to the application."""
+    from moa_peft.cli.chat import chat
+    from moa_peft.cli.demo import demo
+    from moa_peft.cli.evaluate import evaluate
     from moa_peft.cli.methods import methods
+    from moa_peft.cli.train import ANY_FIELD, train, train_help
     from moa_peft.cli.verify import verify
 
-    for verb in (methods, verify):
+    app.command(context_settings=ANY_FIELD, help=train_help())(train)
+    for verb in (evaluate, chat, demo, methods, verify):
         app.command()(verb)
 
 
@@ -48,6 +53,9 @@ def main() -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT):
             raise
-        fail(f"{error.strerror}: {error.filename or 'while writing'}: free some space or choose another folder", 2)
+        fail(
+            f"{error.strerror}: {error.filename or 'while writing'}: free some space or choose another folder",
+            2,
+        )
     except KeyboardInterrupt:
         fail("interrupted", 130)
