@@ -1,0 +1,254 @@
+"""`moa chat`: talk to a model, with its adapter and without."""
+
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moa_peft.errors import UsageError
+
+if TYPE_CHECKING:
+    from moa_peft.evaluate.loading import LoadedModel
+
+COMMANDS = {
+    "/exit": "leave (so does Ctrl-D)",
+    "/reset": "forget the conversation",
+    "/base": "switch the adapter off, and on again",
+    "/help": "list the commands",
+}
+
+
+@dataclass(kw_only=True)
+class Conversation:
+    """A loaded model and what has been said."""
+
+    loaded: "LoadedModel"
+    """The model."""
+    template: str
+    """"chat", which remembers earlier turns, or "paper", whose every turn is an instruction by itself."""
+    system: str | None = None
+    """What the model is told before the first turn."""
+    max_new_tokens: int = 256
+    """Most tokens of an answer."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; above it draws, the wilder the higher."""
+    use_adapter: bool = True
+    """Whether the adapter is on."""
+    turns: list[dict[str, str]] = field(default_factory=list)
+    """The conversation so far, in the form of chat templates."""
+
+    def answer(self, text: str) -> str:
+        """Answer one turn, printing the answer to standard output as it comes.
+
+        Args:
+            text: What the user says.
+
+        Returns:
+            The answer.
+        """
+        import torch
+        from transformers import GenerationConfig
+
+        from moa_peft.evaluate.generation import end_ids
+
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        asked = [*self.turns, {"role": "user", "content": text}]
+        ids = torch.tensor([self.prompt_tokens(asked)], device=model.device)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if self.temperature > 0:
+            sampling = {"do_sample": True, "temperature": self.temperature, "top_p": 1.0, "top_k": 0}
+        ends = sorted(end_ids(model, tokenizer))
+        settings = GenerationConfig(
+            max_new_tokens=self.max_new_tokens, eos_token_id=ends, pad_token_id=ends[0], **sampling
+        )
+        off = not self.use_adapter and self.loaded.adapter is not None
+        streamer = _streamer(tokenizer)
+        with torch.inference_mode(), model.disable_adapter() if off else nullcontext():
+            whole = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=settings,
+                streamer=streamer,
+            )
+        reply = str(tokenizer.decode(whole[0, ids.shape[1] :].tolist(), skip_special_tokens=True)).strip()
+        self.turns = [*asked, {"role": "assistant", "content": reply}]
+        return reply
+
+    def prompt_tokens(self, turns: list[dict[str, str]]) -> list[int]:
+        """Write the conversation as the model reads it: with the chat template, or the last turn in the paper's."""
+        from moa_peft.data.rows import Row
+        from moa_peft.data.templates import render_prompt
+        from moa_peft.data.tokens import prompt_ids
+
+        tokenizer = self.loaded.tokenizer
+        if self.template == "paper":
+            asked = turns[-1]["content"]
+            text = f"{self.system}\n\n{asked}" if self.system else asked
+            row = Row(instruction=text, input="", output="", answer="")
+            return prompt_ids(render_prompt(row, "paper", tokenizer), tokenizer, "paper")
+        told = [{"role": "system", "content": self.system}] if self.system else []
+        text = tokenizer.apply_chat_template([*told, *turns], tokenize=False, add_generation_prompt=True)
+        assert isinstance(text, str)
+        return prompt_ids(text, tokenizer, "chat")
+
+    def obey(self, command: str) -> str | None:
+        """Carry a command out.
+
+        Args:
+            command: One of `COMMANDS`.
+
+        Returns:
+            What to tell the user; None to leave.
+
+        Raises:
+            UsageError: If there is no such command, or no adapter to switch.
+        """
+        from moa_peft.errors import unknown
+
+        if command not in COMMANDS:
+            raise UsageError(unknown("command", command, COMMANDS))
+        if command == "/exit":
+            return None
+        if command == "/help":
+            return "\n".join(f"{name:8}{text}" for name, text in COMMANDS.items())
+        if command == "/reset":
+            self.turns = []
+            return "the conversation is forgotten"
+        if self.loaded.adapter is None:
+            raise UsageError("/base: there is no adapter to switch off; start with --adapter DIR")
+        self.use_adapter = not self.use_adapter
+        return (
+            "the adapter is on" if self.use_adapter else "the adapter is off: the frozen base model answers"
+        )
+
+
+def chat(
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="Adapter folder, or its name on the hub. Default: none, the bare model."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help='Base model: folder, hub name or "smollm2". Default: the adapter\'s own, else smollm2.'
+        ),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help="chat or paper. Default: the one the adapter was trained with, else the model's chat template."
+        ),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the first turn.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token; above: drawn at random.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the base model: float32, bfloat16, float16. Default: float32 on a CPU, the model's own on a GPU."
+        ),
+    ] = None,
+) -> None:
+    """Talk to a model. Commands: /base switches the adapter off and on, /reset forgets, /exit leaves.
+
+    Each line is one turn. Lines may be piped in; then the answers alone are printed.
+
+    \b
+    Examples:
+      moa chat --adapter runs/first
+      echo "Why is the sky blue?" | moa chat --max-new-tokens 60
+    """  # noqa: D301  # the backspace keeps the lines of the examples apart
+    _check(max_new_tokens, temperature, seed)
+    from moa_peft.evaluate.loading import choose_template, load, read_adapter
+    from moa_peft.train.quiet import quiet_libraries
+
+    with quiet_libraries():
+        loaded = load(model, None if adapter is None else read_adapter(adapter), dtype=dtype)
+        has_template = bool(loaded.tokenizer.chat_template)
+        chosen = choose_template(template, loaded.adapter, "chat" if has_template else "paper")
+        if chosen not in ("chat", "paper"):
+            raise UsageError(f"template is {chosen!r}: give 'chat' or 'paper'")
+        if chosen == "chat" and not has_template:
+            raise UsageError("template 'chat': the tokenizer of this model has no chat template: use 'paper'")
+        import torch
+
+        torch.manual_seed(seed)
+        talk(
+            Conversation(
+                loaded=loaded,
+                template=chosen,
+                system=system,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+            )
+        )
+
+
+def talk(conversation: Conversation) -> None:
+    """Read turns from standard input until it ends or `/exit` is said, and answer each.
+
+    Args:
+        conversation: The model to talk to.
+
+    Raises:
+        UsageError: If a piped command is wrong; at a terminal the user is told and may try again.
+    """
+    at_terminal = sys.stdin.isatty()
+    if at_terminal:
+        _greet(conversation)
+    while (line := _read_line(at_terminal)) is not None:
+        if not line:
+            continue
+        try:
+            if line.startswith("/"):
+                said = conversation.obey(line)
+                if said is None:
+                    return
+                print(said, file=sys.stdout if at_terminal else sys.stderr, flush=True)
+            else:
+                conversation.answer(line)
+        except UsageError as error:
+            if not at_terminal:
+                raise
+            print(error, file=sys.stderr)
+        except KeyboardInterrupt:
+            if not at_terminal:
+                raise
+            print()  # the answer is cut off and forgotten; the conversation goes on
+
+
+def _read_line(at_terminal: bool) -> str | None:
+    try:
+        return input("> " if at_terminal else "").strip()
+    except EOFError:
+        return None
+
+
+def _greet(conversation: Conversation) -> None:
+    adapter = conversation.loaded.adapter
+    with_adapter = "" if adapter is None else f" with {adapter.name}"
+    print(
+        f"{conversation.loaded.base_model}{with_adapter}, template {conversation.template}; /help lists the commands"
+    )
+
+
+def _check(max_new_tokens: int, temperature: float, seed: int) -> None:
+    problems: list[str] = []
+    if max_new_tokens < 1:
+        problems.append(f"max_new_tokens is {max_new_tokens}: give at least 1")
+    if not 0 <= temperature < float("inf"):
+        problems.append(f"temperature is {temperature}: give 0 or more")
+    if seed < 0:
+        problems.append(f"seed is {seed}: give 0 or more")
+    if problems:
+        raise UsageError("; ".join(problems))
+
+
+def _streamer(tokenizer: Any) -> Any:
+    """A streamer that prints words to standard output as they are finished."""
+    from transformers import TextStreamer
+
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,0 +1,208 @@
+"""`moa evaluate`: accuracies and answer losses with their standard errors."""
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+if TYPE_CHECKING:
+    from moa_peft.evaluate.loading import AdapterFolder
+    from moa_peft.evaluate.run import TaskResult
+
+
+def evaluate(
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="Adapter folder, or its name on the hub. Default: none, the bare model."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help='Base model: folder, hub name or "smollm2". Default: the adapter\'s own, else smollm2.'
+        ),
+    ] = None,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help='With commas between: "demo", "commonsense", "math", names of single tasks, files or folders of rows.'
+        ),
+    ] = "demo",
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="likelihood: the likeliest choice; generation: the answer that is written. "
+            "Default: likelihood where all questions have choices."
+        ),
+    ] = None,
+    extraction: Annotated[
+        str | None,
+        typer.Option(help="Rule of the accuracy. generation: stated, official; likelihood: sum, per_token."),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="paper or chat. Default: the one the adapter was trained with, else paper."),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Split of the rows. Default: test, or validation where there is no test."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many rows of each task, from the start.")] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Most questions in a forward pass; no result depends on it.")
+    ] = 16,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Most tokens of a generated answer. Default: 32 for a choice, else 256."),
+    ] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="Folder with a folder for each named task. Default: ../shared/data.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for results.jsonl and the examples. "
+            "Default: ADAPTER/evaluation, or moa_evaluation/MODEL for the bare model."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the base model: float32, bfloat16, float16. Default: float32 on a CPU, the model's own on a GPU."
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
+    ] = False,
+) -> None:
+    """Evaluate a model, with or without an adapter, on held-out questions.
+
+    A call that was interrupted goes on where it stopped; one that finds its results complete changes nothing.
+
+    \b
+    Examples:
+      moa evaluate --adapter runs/first
+      moa evaluate --tasks piqa,gsm8k --limit 100
+      moa evaluate --adapter runs/first --tasks math --extraction official
+    """  # noqa: D301  # the backspace keeps the lines of the examples apart
+    from moa_peft.evaluate.loading import choose_template, load, read_adapter
+    from moa_peft.evaluate.options import EvaluationOptions
+    from moa_peft.evaluate.tasks import load_tasks
+
+    found = None if adapter is None else read_adapter(adapter)
+    options = EvaluationOptions(
+        mode=cast("Any", mode),
+        extraction=extraction,
+        template=cast("Any", choose_template(template, found, "paper")),
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        out=out or default_out(model, found),
+    )
+    chosen = load_tasks(tasks, data_root=data_root, split=split, limit=limit)
+    for task in chosen:
+        options.rule_for(options.mode_for(task))
+
+    from moa_peft.evaluate.identity import identify
+    from moa_peft.evaluate.run import evaluate as evaluate_task
+    from moa_peft.train.quiet import quiet_libraries
+
+    with quiet_libraries():
+        loaded = load(model, found, dtype=dtype)
+        identity = identify(
+            loaded.model,
+            base_model=loaded.base_model,
+            adapter=adapter,
+            method=None if found is None else found.method,
+            seed=None if found is None else found.seed,
+        )
+        results = [
+            evaluate_task(loaded.model, loaded.tokenizer, one, options, identity=identity) for one in chosen
+        ]
+    if as_json:
+        print(json.dumps(as_object(results)))
+        return
+    print_table(results)
+    print_places(results)
+
+
+def default_out(model: str | None, adapter: "AdapterFolder | None") -> Path:
+    """Where results go unless a folder is named."""
+    if adapter is not None and Path(adapter.name).expanduser().is_dir():
+        return adapter.path / "evaluation"
+    name = adapter.name if adapter is not None else model or "smollm2"
+    return Path("moa_evaluation") / re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("_.")
+
+
+def as_object(results: "list[TaskResult]") -> dict[str, Any]:
+    """The results as one JSON object."""
+    return {
+        "results": [dataclasses.asdict(one.row) for one in results],
+        "reused": [one.row.task for one in results if one.reused],
+        "results_file": str(results[0].results_file),
+        "examples_files": [str(one.examples_file) for one in results],
+    }
+
+
+def print_table(results: "list[TaskResult]") -> None:
+    """Print one line a task, with standard errors."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    both = any(one.row.mode == "generation" for one in results)
+    heads = ["task", "n", "accuracy %", *(["official %"] if both else []), "answer loss", "mode"]
+    table = Table(title=_title(results[0]), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in heads:
+        table.add_column(name, justify="left" if name in ("task", "mode") else "right")
+    for one in results:
+        row = one.row
+        scored = f"{row.n:,}" if row.num_scored in (0, row.n) else f"{row.n:,}, {row.num_scored:,} scored"
+        rule = "" if row.extraction in ("sum", "stated") else f", {row.extraction}"
+        official = _plus_minus(row.accuracies.get("official"), None, scale=100, digits=1)
+        table.add_row(
+            row.task,
+            scored,
+            _plus_minus(row.accuracy, row.standard_error, scale=100, digits=1),
+            *([official] if both else []),
+            _plus_minus(row.answer_loss, row.answer_loss_standard_error, scale=1, digits=4),
+            f"{row.mode}{rule}",
+        )
+    Console().print(table)
+
+
+def print_places(results: "list[TaskResult]") -> None:
+    """Say what was written and where, and what was there already."""
+    new = [one for one in results if not one.reused]
+    if new:
+        print(f"results   {new[0].results_file} ({len(new)} row{'s' if len(new) > 1 else ''} added)")
+        print(f"examples  {cast('Path', new[0].examples_file).parent}")
+    old = [one.row.task for one in results if one.reused]
+    if old:
+        print(
+            f"unchanged {', '.join(old)}: this evaluation was complete in {results[0].results_file}; give another --out "
+            "to run it again"
+        )
+    cut_off = [one.row for one in results if one.row.num_cut_off]
+    for row in cut_off:
+        print(
+            f"warning   {row.task}: {row.num_cut_off:,} of {row.n:,} answers had not ended after {row.max_new_tokens} "
+            "tokens; raise --max-new-tokens if they should",
+            file=sys.stderr,
+        )
+
+
+def _title(result: "TaskResult") -> str:
+    row = result.row
+    if row.adapter_fingerprint is None:
+        return f"{row.base_model}, frozen, template {row.template}"
+    return f"{row.base_model} with {row.adapter} ({row.method}), template {row.template}"
+
+
+def _plus_minus(value: float | None, error: float | None, *, scale: float, digits: int) -> str:
+    if value is None:
+        return "-"
+    text = f"{scale * value:.{digits}f}"
+    return text if error is None else f"{text} ± {scale * error:.{digits}f}"

@@ -1,0 +1,70 @@
+"""What kind of answer a question wants, and when two answers are the same."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+AnswerKind = Literal["choice", "letter", "number", "text", "none"]
+
+NUMBER_SLACK = 1e-3
+"""Largest difference between two numbers that count as the same; that of the official evaluation."""
+
+_NUMBER = re.compile(
+    r"[-+]?(?:\$\s?)?(\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(\.\d*)?(?:\s?/\s?(\d+(?:\.\d+)?))?\s?%?"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnswerForm:
+    """The form of a question's answer."""
+
+    kind: AnswerKind
+    """A word of a list, a letter of a list, a number, other text, or none: the data states no answer."""
+
+    choices: tuple[str, ...] = ()
+    """The words or letters allowed, as the data writes them; empty for the other kinds."""
+
+
+def parse_number(text: str) -> float | None:
+    """Read a text that is a number: sign, dollar, thousands commas, decimals, a fraction, percent.
+
+    Args:
+        text: The whole text; a percent sign is taken off, so that "50%" is 50.
+
+    Returns:
+        The number, or None where the text is not one.
+    """
+    match = _NUMBER.fullmatch(text.strip())
+    if match is None or not (match[1] or (match[2] or ".")[1:]):
+        return None
+    value = float((match[1] or "0").replace(",", "") + (match[2] or ""))
+    if match[3]:
+        below = float(match[3])
+        if below == 0:
+            return None
+        value /= below
+    return -value if text.strip().startswith("-") else value
+
+
+def same_answer(given: str | None, wanted: str, form: AnswerForm) -> bool:
+    """Tell whether an extracted answer is the one wanted.
+
+    Args:
+        given: What was extracted; None for nothing.
+        wanted: The data's answer.
+        form: The form of both.
+
+    Returns:
+        Numbers are compared by value, within `NUMBER_SLACK`; other answers as text, without regard to case.
+    """
+    if given is None:
+        return False
+    if form.kind == "number":
+        left, right = parse_number(given), parse_number(wanted)
+        return (
+            left is not None
+            and right is not None
+            and math.isclose(left, right, abs_tol=NUMBER_SLACK, rel_tol=0)
+        )
+    return given.strip().casefold() == wanted.strip().casefold()

@@ -1,0 +1,112 @@
+"""What decides the result of an evaluation, and what is needed to repeat it."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from moa_peft.data.rows import Row
+from moa_peft.data.templates import render_completion, render_prompt
+from moa_peft.data.tokens import completion_ids, prompt_ids
+from moa_peft.evaluate.identity import ModelIdentity
+from moa_peft.evaluate.options import EvaluationOptions
+from moa_peft.evaluate.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+METHOD_VERSION = 1
+"""Goes up when scoring, generation or extraction changes, so that no old example is taken for a new one."""
+
+_TOKENISER_ROWS = 16
+"""Rows whose tokens stand for the tokenizer in a key."""
+
+
+def evaluation_key(
+    tokenizer: "PreTrainedTokenizerBase",
+    task: Task,
+    options: EvaluationOptions,
+    identity: ModelIdentity,
+) -> str:
+    """Hash everything that decides what a model makes of the examples of a task.
+
+    The size of the batch and the device are left out, they change rounding alone; so is the extraction rule, as every
+    example is read by all of them.
+
+    Args:
+        tokenizer: Its tokenizer.
+        task: The task.
+        options: How it is evaluated.
+        identity: Which model it is.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    mode = options.mode_for(task)
+    rows = [one.row for one in task.questions]
+    tokens = [
+        [
+            prompt_ids(render_prompt(row, options.template, tokenizer), tokenizer, options.template),
+            completion_ids(render_completion(row), tokenizer),
+        ]
+        for row in rows[:_TOKENISER_ROWS]
+    ]
+    decisive = {
+        "version": METHOD_VERSION,
+        "rows": _rows_md5(rows),
+        "mode": mode,
+        "template": options.template,
+        "max_new_tokens": options.tokens_for(task) if mode == "generation" else None,
+        "base": identity.base_fingerprint,
+        "adapter": identity.adapter_fingerprint,
+        "tokens": tokens,
+    }
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def describe(
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    task: Task,
+    options: EvaluationOptions,
+    identity: ModelIdentity,
+) -> dict[str, Any]:
+    """Say what is needed to repeat an evaluation.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        task: The task.
+        options: How it is evaluated.
+        identity: Which model it is.
+
+    Returns:
+        Fields of `ResultRow`.
+    """
+    from moa_peft.train.provenance import provenance
+
+    form = Row(instruction="{instruction}", input="", output="", answer="")
+    generates = options.mode_for(task) == "generation"
+    return {
+        "task": task.name,
+        "source": task.source,
+        "split": task.split,
+        "limit": task.limit,
+        "data_md5": _rows_md5([one.row for one in task.questions]),
+        "file_md5": task.file_md5,
+        "max_new_tokens": options.tokens_for(task) if generates else None,
+        "template": options.template,
+        "prompt_form": render_prompt(form, options.template, tokenizer),
+        "batch_size": options.batch_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **dataclasses.asdict(identity),
+        **provenance(),
+    }
+
+
+def _rows_md5(rows: Sequence[Row]) -> str:
+    """Identify rows as training does."""
+    from moa_peft.train.rows import rows_md5  # brings `datasets` with it
+
+    return rows_md5(rows)

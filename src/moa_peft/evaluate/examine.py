@@ -1,0 +1,212 @@
+"""What a model makes of single questions: one record each, for the file of examples."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from moa_peft.data.templates import Template, render_completion, render_prompt
+from moa_peft.data.tokens import prompt_ids
+from moa_peft.errors import RunError
+from moa_peft.evaluate.answers import same_answer
+from moa_peft.evaluate.extraction import RULES
+from moa_peft.evaluate.generation import as_generation, end_ids, generate_batch, plan_prompts
+from moa_peft.evaluate.scoring import (
+    ChoiceScores,
+    TokenQuestion,
+    check_lengths,
+    mean_loss,
+    plan,
+    score_batch,
+    token_question,
+)
+from moa_peft.evaluate.tasks import Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Record = dict[str, Any]
+"""One line of a file of examples."""
+
+
+class Examiner(Protocol):
+    """Puts questions to a model, batch by batch."""
+
+    def batches(self) -> list[list[int]]:
+        """The places of the questions of each batch; the same at every call."""
+        ...
+
+    def examine(self, places: Sequence[int]) -> list[Record]:
+        """Put one batch of questions to the model and record what it made of each."""
+        ...
+
+
+class LikelihoodExaminer:
+    """Compares the choices of each question, and takes the loss of its reference answer along."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: "PreTrainedTokenizerBase",
+        questions: Sequence[Question],
+        *,
+        template: Template,
+        batch_size: int,
+    ) -> None:
+        """Tokenise the questions.
+
+        Args:
+            model: As for `score_batch`.
+            tokenizer: The base model's.
+            questions: The questions.
+            template: How a row becomes text.
+            batch_size: Most questions in a forward pass.
+
+        Raises:
+            UsageError: If a question is too long for the model, or the template does not fit the tokenizer.
+        """
+        self._model, self._questions, self._batch_size = model, questions, batch_size
+        self._prompts = [render_prompt(one.row, template, tokenizer) for one in questions]
+        self._texts = [_scored_texts(one) for one in questions]
+        self._tokens: list[TokenQuestion] = [
+            token_question(one.row, texts, tokenizer, template)
+            for one, texts in zip(questions, self._texts, strict=True)
+        ]
+        check_lengths(model, [one.num_tokens for one in self._tokens])
+
+    def batches(self) -> list[list[int]]:
+        """See `Examiner`."""
+        return plan(self._tokens, self._batch_size)
+
+    def batches_of(self, places: Sequence[int]) -> list[list[int]]:
+        """Plan the batches of some of the questions by themselves."""
+        parts = plan([self._tokens[place] for place in places], self._batch_size)
+        return [[places[one] for one in part] for part in parts]
+
+    def examine(self, places: Sequence[int]) -> list[Record]:
+        """See `Examiner`."""
+        found = score_batch(self._model, [self._tokens[place] for place in places])
+        return [self._record(place, scores) for place, scores in zip(places, found, strict=True)]
+
+    def _record(self, place: int, scores: list[list[float]]) -> Record:
+        question, texts = self._questions[place], self._texts[place]
+        record: Record = {
+            "index": place,
+            "prompt": self._prompts[place],
+            "answer": question.row.answer,
+            "extracted": {},
+            "correct": {},
+            "answer_loss": None,
+        }
+        if question.row.output:
+            record["answer_loss"] = finite(
+                mean_loss(scores[texts.index(render_completion(question.row))]), place
+            )
+        if question.completions:
+            choices = ChoiceScores.of(scores[: len(question.completions)])
+            words = question.form.choices
+            best = {"sum": choices.best(), "per_token": choices.best(per_token=True)}
+            record |= {
+                "choices": list(words),
+                "log_likelihoods": [finite(one, place) for one in choices.sums],
+                "log_likelihoods_per_token": list(choices.means),
+                "extracted": {rule: words[one] for rule, one in best.items()},
+                "correct": {rule: one == question.wanted for rule, one in best.items()},
+            }
+        return record
+
+
+class GenerationExaminer:
+    """Lets the model answer each question, reads the answer by every rule, and takes the reference answer's loss."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: "PreTrainedTokenizerBase",
+        questions: Sequence[Question],
+        *,
+        template: Template,
+        batch_size: int,
+        max_new_tokens: int,
+    ) -> None:
+        """Tokenise the questions.
+
+        Args:
+            model: As for `generate_batch`.
+            tokenizer: The base model's.
+            questions: The questions.
+            template: How a row becomes text.
+            batch_size: Most questions in a forward pass.
+            max_new_tokens: Most tokens of a reply.
+
+        Raises:
+            UsageError: As `LikelihoodExaminer`.
+        """
+        self._model, self._tokenizer, self._questions = model, tokenizer, questions
+        self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
+        rows = [one.row for one in questions]
+        self._prompts = [
+            prompt_ids(render_prompt(row, template, tokenizer), tokenizer, template) for row in rows
+        ]
+        check_lengths(model, [len(one) + max_new_tokens for one in self._prompts])
+        bare = [dataclasses.replace(one, completions=()) for one in questions]
+        self._losses = LikelihoodExaminer(model, tokenizer, bare, template=template, batch_size=batch_size)
+        self._ends = end_ids(model, tokenizer)
+
+    def batches(self) -> list[list[int]]:
+        """See `Examiner`."""
+        return plan_prompts(self._prompts, self._batch_size, self._max_new_tokens)
+
+    def examine(self, places: Sequence[int]) -> list[Record]:
+        """See `Examiner`."""
+        replies = generate_batch(
+            self._model,
+            [self._prompts[place] for place in places],
+            max_new_tokens=self._max_new_tokens,
+            ends=self._ends,
+        )
+        found = dict(zip(places, replies, strict=True))
+        records: list[Record] = []
+        for part in self._losses.batches_of(places):
+            records += [
+                one | self._reply(found[one["index"]], one["index"]) for one in self._losses.examine(part)
+            ]
+        return records
+
+    def _reply(self, tokens: Sequence[int], place: int) -> Record:
+        reply, question = as_generation(tokens, self._ends, self._tokenizer), self._questions[place]
+        extracted = {name: rule(reply.text, question.form) for name, rule in RULES.items()}
+        scored = question.form.kind != "none"
+        return {
+            "output": reply.text,
+            "num_tokens": reply.num_tokens,
+            "stopped": reply.stopped,
+            "extracted": extracted if scored else {},
+            "correct": {
+                name: same_answer(one, question.row.answer, question.form) for name, one in extracted.items()
+            }
+            if scored
+            else {},
+        }
+
+
+def finite(value: float, place: int) -> float:
+    """Pass a number on.
+
+    Raises:
+        RunError: If it is not finite.
+    """
+    if not math.isfinite(value):
+        raise RunError(
+            f"row {place + 1}: the log-likelihood is {value}: the weights hold values that are not finite, or the "
+            "model's dtype is too narrow; look at the training log, or give --dtype float32"
+        )
+    return value
+
+
+def _scored_texts(question: Question) -> list[str]:
+    """The choices, and the reference answer where it is not one of them."""
+    reference = render_completion(question.row)
+    if reference in question.completions:
+        return list(question.completions)
+    return [*question.completions, reference]

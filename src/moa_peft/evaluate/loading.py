@@ -1,0 +1,200 @@
+"""A model to evaluate or to talk to, from a base model and an adapter folder."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moa_peft.data.base_model import DEFAULT_MODEL, resolve_model
+from moa_peft.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RECIPE_FILE = "moa_recipe.json"
+"""What training leaves in an adapter's folder: the recipe, with the base model's name and the template."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Dtypes that a base model may be loaded in."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterFolder:
+    """An adapter's folder, as far as it can be known without its weights."""
+
+    name: str
+    """As it was given: a folder, or a name on the hub."""
+
+    path: Path
+    """The folder on this machine."""
+
+    base_model: str | None
+    """The base model that it was trained on, as the recipe or else PEFT's config names it."""
+
+    template: str | None
+    """The template that it was trained with; None where there is no recipe."""
+
+    method: str | None
+    """The method that it was trained as; None where there is no recipe."""
+
+    seed: int | None
+    """The seed that it was trained with; None where there is no recipe."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedModel:
+    """A model ready to run."""
+
+    model: Any
+    """In evaluation mode, on the device it runs on; in PEFT's wrapper where there is an adapter."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    """The base model's, or the adapter's where its folder holds one."""
+
+    base_model: str
+    """The base model, as it was named."""
+
+    adapter: AdapterFolder | None
+    """The adapter, if there is one."""
+
+
+def read_adapter(name: str) -> AdapterFolder:
+    """Look at an adapter without loading it.
+
+    Args:
+        name: A folder with an `adapter_config.json`, or a name on the hub.
+
+    Returns:
+        What its files say.
+
+    Raises:
+        UsageError: If there is no such folder, it holds no adapter, or a file in it is not what it should be.
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        path = _from_hub(name)
+    config_file = path / "adapter_config.json"
+    if not config_file.is_file():
+        hint = (
+            "it is a whole model: give it with --model"
+            if (path / "config.json").is_file()
+            else "it is no adapter"
+        )
+        checkpoints = sorted(path.glob("checkpoint-*/adapter_config.json"))
+        if checkpoints:
+            hint = f"a checkpoint in it does: --adapter {checkpoints[-1].parent}"
+        raise UsageError(f"adapter folder {name} holds no adapter_config.json: {hint}")
+    config = _read_json(config_file)
+    recipe = _read_json(path / RECIPE_FILE) if (path / RECIPE_FILE).is_file() else {}
+    return AdapterFolder(
+        name=name,
+        path=path,
+        base_model=recipe.get("model") or config.get("base_model_name_or_path"),
+        template=recipe.get("template"),
+        method=recipe.get("method"),
+        seed=recipe.get("seed"),
+    )
+
+
+def load(
+    base_model: str | None = None, adapter: AdapterFolder | None = None, *, dtype: str | None = None
+) -> LoadedModel:
+    """Load a base model, and an adapter onto it.
+
+    Args:
+        base_model: A folder, a name on the hub, or "smollm2"; None for the one that the adapter names, or else for
+            "smollm2", the embedded default.
+        adapter: From `read_adapter`; None for the bare model.
+        dtype: One of `DTYPES` for the base model; None for float32 on a CPU and the model's own on a GPU. Adapters
+            stay in float32.
+
+    Returns:
+        The model, on a GPU where there is one.
+
+    Raises:
+        UsageError: If a name stands for no model, or the adapter does not fit the base model or cannot be read.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(unknown("dtype", dtype, DTYPES))
+    name = base_model or (adapter.base_model if adapter is not None else None) or DEFAULT_MODEL
+    path = resolve_model(name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    own = "auto" if device == "cuda" else torch.float32
+    holds_tokenizer = adapter is not None and (adapter.path / "tokenizer_config.json").is_file()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(adapter.path if adapter and holds_tokenizer else path)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=own if dtype is None else getattr(torch, dtype)
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
+    if adapter is not None:
+        model = _with_adapter(model, adapter)
+    return LoadedModel(model=model.to(device).eval(), tokenizer=tokenizer, base_model=name, adapter=adapter)
+
+
+def choose_template(given: str | None, adapter: AdapterFolder | None, otherwise: str) -> str:
+    """The template asked for, or the one that the adapter was trained with, or another."""
+    return given or (adapter.template if adapter is not None else None) or otherwise
+
+
+def _with_adapter(model: Any, adapter: AdapterFolder) -> Any:
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    import moa_peft  # noqa: F401  # registers the method
+
+    doubtful = f"the adapter {adapter.name} cannot be loaded onto {adapter.base_model or 'this base model'}"
+    try:
+        loaded = PeftModel.from_pretrained(model, str(adapter.path))
+    except SafetensorError as error:
+        raise UsageError(f"{doubtful}: its weights are damaged or cut off: {_first_line(error)}") from error
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        if isinstance(error, UsageError):
+            raise
+        if "size mismatch" in str(error):
+            raise UsageError(
+                f"{doubtful}: it was trained on a base of other sizes; give that one with --model"
+            ) from error
+        raise UsageError(f"{doubtful}: {_first_line(error)}") from error
+    if any(one.is_prompt_learning for one in loaded.peft_config.values()):
+        raise UsageError(
+            f"{doubtful}: PEFT's {loaded.peft_type} changes the length of the prompt, which likelihoods cannot follow; "
+            "moa's own prompt expert (method prompt-tuning) can be evaluated"
+        )
+    return loaded
+
+
+def _from_hub(name: str) -> Path:
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise UsageError(f"adapter folder {name} does not exist: give a folder with an adapter_config.json")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(name))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UsageError(
+            f"adapter {name} is no folder here, and the hub does not give it: {_first_line(error)}"
+        ) from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(
+            f"{file} is not JSON: the adapter was not written whole; train or copy it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise UsageError(
+            f"{file} holds no JSON object: the adapter was not written whole; train or copy it again"
+        )
+    return content
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

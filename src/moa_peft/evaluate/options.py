@@ -1,0 +1,94 @@
+"""How a task is evaluated."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from moa_peft.data.templates import Template
+from moa_peft.errors import UsageError, unknown
+from moa_peft.evaluate.extraction import RULES
+from moa_peft.evaluate.scoring import LIKELIHOOD_RULES
+from moa_peft.evaluate.tasks import Task
+
+Mode = Literal["likelihood", "generation"]
+
+CHOICE_TOKENS = 32
+"""Most tokens of a generated reply that only has to name a choice."""
+
+REPLY_TOKENS = 256
+"""Most tokens of any other generated reply."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationOptions:
+    """How a task is evaluated.
+
+    Raises:
+        UsageError: If a value is wrong; the message lists every problem.
+    """
+
+    mode: Mode | None = None
+    """Compare choices by likelihood, or generate; None generates only where a task has answers but no choices."""
+
+    extraction: str | None = None
+    """The rule behind the headline accuracy; all are recorded. Of generated replies: "stated" (default), what the reply
+    says its answer is, or "official". Of likelihoods: "sum" (default), or "per_token"."""
+
+    template: Template = "paper"
+    """How a row becomes text; the one that the adapter was trained with."""
+
+    batch_size: int = 16
+    """Most questions in a forward pass."""
+
+    max_new_tokens: int | None = None
+    """Most tokens of a generated reply; None for 32 where a choice is asked for, else 256."""
+
+    out: Path | None = None
+    """Folder for results.jsonl and the examples; None keeps everything in memory."""
+
+    progress: bool = True
+    """Show a bar on standard error for what takes over two seconds."""
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        for name, given, known in (
+            ("mode", self.mode or "likelihood", get_args(Mode)),
+            ("extraction rule", self.extraction or "sum", (*RULES, *LIKELIHOOD_RULES)),
+            ("template", self.template, get_args(Template)),
+        ):
+            if given not in known:
+                problems.append(unknown(name, given, known))
+        for name, number in (("batch_size", self.batch_size), ("max_new_tokens", self.max_new_tokens)):
+            if number is not None and number < 1:
+                problems.append(f"{name} is {number}: give at least 1")
+        if self.mode == "likelihood" and self.max_new_tokens is not None:
+            problems.append(
+                "max_new_tokens has no meaning in mode likelihood: leave it out, or choose generation"
+            )
+        if problems:
+            raise UsageError("; ".join(problems))
+
+    def mode_for(self, task: Task) -> Mode:
+        """The mode asked for, or the one that suits a task."""
+        if self.mode is not None:
+            return self.mode
+        return "generation" if task.has_answers and not task.has_choices else "likelihood"
+
+    def rule_for(self, mode: Mode) -> str:
+        """The rule asked for, or the first of a mode.
+
+        Raises:
+            UsageError: If the rule belongs to the other mode.
+        """
+        rules = LIKELIHOOD_RULES if mode == "likelihood" else tuple(RULES)
+        rule = self.extraction or rules[0]
+        if rule not in rules:
+            raise UsageError(
+                f"extraction {rule!r} does not go with mode {mode}, which has {', '.join(rules)}: "
+                f"add --mode {'generation' if mode == 'likelihood' else 'likelihood'}, or leave --extraction out"
+            )
+        return rule
+
+    def tokens_for(self, task: Task) -> int:
+        """The longest reply asked for, or the one that suits a task."""
+        return self.max_new_tokens or (CHOICE_TOKENS if task.has_choices else REPLY_TOKENS)

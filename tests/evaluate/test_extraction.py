@@ -1,0 +1,185 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from moa_peft.errors import UsageError
+from moa_peft.evaluate.answers import AnswerForm, parse_number, same_answer
+from moa_peft.evaluate.extraction import RULES, find_rule, official, stated
+
+AQUA = Path(__file__).parents[2] / "../shared/data/AQuA/test.json"
+WORDS = AnswerForm(kind="choice", choices=("answer1", "answer2", "answer3"))
+TRUTH = AnswerForm(kind="choice", choices=("true", "false"))
+LETTERS = AnswerForm(kind="letter", choices=tuple("ABCDE"))
+NUMBER = AnswerForm(kind="number")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("the correct answer is answer2", "answer2"),
+        ("The correct answer is **Answer2**.", "answer2"),
+        ('the answer is: "answer 3"', "answer3"),
+        ("answer1", "answer1"),
+        ("Of answer1, answer2 and answer3, the correct answer is answer3.", "answer3"),
+        ("the correct answer is answer1. Wait: the correct answer is answer2", "answer2"),
+        ("the correct answer is not answer1", None),
+        ("The answer isn't answer1, it is answer3", "answer3"),
+        (
+            "answer1 is wrong, not answer2 but answer3",
+            None,
+        ),  # "answer1 is wrong" denies what went before: two remain
+        ("answer1 or answer2", None),
+        ("answer2 answer2 answer2", "answer2"),
+        (
+            "the correct answer is answer2\n\n### Instruction:\nAgain. the correct answer is answer3",
+            "answer2",
+        ),
+        ("the correct answer is answer2\nQuestion: what else? The answer is answer1", "answer2"),
+        ("the correct answer is answer", None),
+        ("the correct answer is answer12", None),
+        ("the correct answer is option answer1", "answer1"),
+        ("", None),
+    ],
+)
+def test_a_stated_word_is_read_as_it_is_stated(text: str, expected: str | None) -> None:
+    assert stated(text, WORDS) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("the correct answer is true", "true"),
+        ("It is true that the correct answer is false.", "false"),
+        ("False", "false"),
+        ("untrue", None),
+        ("That is not true.", None),
+        ("true or false?", None),
+    ],
+)
+def test_stated_truth_is_read_as_it_is_stated(text: str, expected: str | None) -> None:
+    assert stated(text, TRUTH) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Because A is large, the answer is (D).", "D"),
+        ("The answer is A train", None),
+        ("The answer is a train", None),
+        ("The answer is A", "A"),
+        ("the correct answer is option C", "C"),
+        ("Answer: **b**", "B"),
+        (r"so \boxed{E}", "E"),
+        ("B) because it is", "B"),
+        ("A train leaves Delhi", None),
+        ("The answer is (A). No, the answer is (B).", "B"),
+        ("The incorrect answer is (A).", None),
+        ("The answer is not (A).", None),
+        ("Charles has 4", None),
+        ("", None),
+    ],
+)
+def test_a_stated_letter_is_read_as_it_is_stated(text: str, expected: str | None) -> None:
+    assert stated(text, LETTERS) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("He has 3 + 4 = 7 apples. The answer is 7. He bought 2 pens.", "7"),
+        ("The answer is $1,234.50.", "$1,234.50"),
+        ("The answer is 3 + 4 = 7.", "7"),
+        ("#### 42", "42"),
+        (r"thus \boxed{-5}", "-5"),
+        ("The answer is 3/4 of a cake", "3/4"),
+        ("That makes 12 apples, then 15", "15"),
+        ("The answer is 50%.", "50%"),
+        ("The answer is not 5. The answer is 6.", "6"),
+        ("5-3", "3"),
+        ("The answer is 13 crackers and 15 cakes.", "13"),
+        ("no number here", None),
+        ("The answer is 8\n### Instruction: 9", "8"),
+    ],
+)
+def test_a_stated_number_is_read_as_it_is_stated(text: str, expected: str | None) -> None:
+    assert stated(text, NUMBER) == expected
+
+
+def test_other_text_is_its_first_paragraph_and_no_answer_is_none() -> None:
+    text = AnswerForm(kind="text")
+    assert stated('"Paris."\n\nIt lies on the Seine.', text) == "Paris"
+    assert stated("\n", text) is None
+    assert official("Paris", text) == "Paris"
+    assert stated("Paris", AnswerForm(kind="none")) is None
+    assert official("Paris", AnswerForm(kind="none")) is None
+
+
+def test_the_official_rule_takes_the_first_word_letter_or_the_last_number() -> None:
+    assert official("Not answer1: the correct answer is answer2", WORDS) == "answer1"
+    assert official("answer5", WORDS) == "answer5"
+    assert official("Answer1", WORDS) is None
+    assert (
+        official("solution3 solution2", AnswerForm(kind="choice", choices=("solution1", "solution2")))
+        == "solution2"
+    )
+    assert official("maybe, no", AnswerForm(kind="choice", choices=("yes", "no", "maybe"))) == "maybe"
+    assert official("untrue", TRUTH) == "true"
+    assert official("Because the answer is (D)", LETTERS) == "B"
+    assert official("none", LETTERS) is None
+    assert official("The answer is 7. He bought 1,200.", NUMBER) == "1200."
+    assert same_answer("1200.", "1200.0", NUMBER)
+    assert official("none", NUMBER) is None
+
+
+def test_of_the_real_rationales_every_stated_letter_is_read_and_the_official_rule_errs_on_48() -> None:
+    if not AQUA.is_file():
+        pytest.skip("the data folder with AQuA is not beside the checkout")
+    rows = json.loads(AQUA.read_text())
+    read = [stated(row["output"], LETTERS) for row in rows]
+    by_hand = [re.findall(r"[Tt]he answer is \(?([A-E])\b", row["output"]) for row in rows]
+    assert sum(bool(one) for one in by_hand) == 252
+    assert read == [one[-1] if one else None for one in by_hand]
+    differs = [official(row["output"], LETTERS) != one for row, one in zip(rows, read, strict=True) if one]
+    assert sum(differs) == 48
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("7", 7.0),
+        ("-7.50", -7.5),
+        ("1,234,567", 1234567.0),
+        ("$3.2", 3.2),
+        ("-$293", -293.0),
+        ("50 %", 50.0),
+        ("3/4", 0.75),
+        ("-1/2", -0.5),
+        (".5", 0.5),
+        ("576.", 576.0),
+        ("1/0", None),
+        (".", None),
+        ("", None),
+        ("12,34", None),
+        ("seven", None),
+    ],
+)
+def test_numbers_are_read_with_their_marks(text: str, value: float | None) -> None:
+    assert parse_number(text) == value
+
+
+def test_numbers_are_compared_by_value_and_words_without_case() -> None:
+    assert same_answer("15", "15.0", NUMBER)
+    assert same_answer("$1,000", "1000", NUMBER)
+    assert not same_answer("15.01", "15.0", NUMBER)
+    assert not same_answer(None, "15.0", NUMBER)
+    assert not same_answer("x", "15.0", NUMBER)
+    assert same_answer("Paris ", "paris", AnswerForm(kind="text"))
+    assert not same_answer("answer1", "answer2", WORDS)
+
+
+def test_an_unknown_rule_is_named_with_the_nearest_one() -> None:
+    assert find_rule("official") is RULES["official"]
+    with pytest.raises(UsageError, match="unknown extraction rule 'oficial': did you mean 'official'"):
+        find_rule("oficial")

@@ -1,0 +1,312 @@
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moa_peft.data.rows import Row
+from moa_peft.errors import RunError, UsageError
+from moa_peft.evaluate import run as run_module
+from moa_peft.evaluate.examine import LikelihoodExaminer
+from moa_peft.evaluate.identity import identify
+from moa_peft.evaluate.options import EvaluationOptions
+from moa_peft.evaluate.results import ResultRow, paired_difference, read_rows
+from moa_peft.evaluate.run import TaskResult, evaluate
+from moa_peft.evaluate.tasks import Task, as_question
+from tiny_lm import byte_tokenizer, choice_rows, number_rows, tiny_llama, with_mixture
+
+TOKENIZER = byte_tokenizer(chat=True)
+
+
+def task(rows: list[Row], name: str = "mine") -> Task:
+    return Task(name=name, source="here", split="test", questions=tuple(as_question(row) for row in rows))
+
+
+def options(out: Path | None = None, **changes: Any) -> EvaluationOptions:
+    return EvaluationOptions(out=out, progress=False, **changes)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(one.relative_to(folder)): one.read_bytes() for one in folder.rglob("*") if one.is_file()}
+
+
+def without(row: ResultRow, *names: str) -> dict[str, Any]:
+    return {key: value for key, value in dataclasses.asdict(row).items() if key not in names}
+
+
+def test_likelihood_figures_are_those_of_the_examples(tmp_path: Path) -> None:
+    model = with_mixture(tiny_llama())
+    result = evaluate(model, TOKENIZER, task(choice_rows(24)), options(tmp_path))
+    row, examples = result.row, result.examples
+    assert [one["index"] for one in examples] == list(range(24))
+    for one, asked in zip(examples, choice_rows(24), strict=True):
+        values = one["log_likelihoods"]
+        best = one["choices"][values.index(max(values))]
+        assert one["extracted"]["sum"] == best
+        assert one["correct"]["sum"] == (best == asked.answer)
+        assert one["prompt"].endswith("### Response:\n")
+    right = [one["correct"]["sum"] for one in examples]
+    assert any(one["correct"]["sum"] and one["extracted"]["sum"] != one["choices"][0] for one in examples)
+    assert 0 < sum(right) < 24, "the test says nothing when all answers are right or wrong"
+    share = sum(right) / 24
+    assert (row.mode, row.extraction, row.n, row.num_scored) == ("likelihood", "sum", 24, 24)
+    assert row.accuracy == row.accuracies["sum"] == share
+    assert row.standard_error == pytest.approx(math.sqrt(share * (1 - share) / 24))
+    assert row.answer_loss == pytest.approx(sum(result.losses()) / 24)
+    assert sum(result.correct()) == sum(right)
+    assert read_rows(tmp_path / "results.jsonl") == [json.loads(json.dumps(dataclasses.asdict(row)))]
+    assert set(files(tmp_path)) == {"results.jsonl", f"examples/mine-likelihood-{row.key[:12]}.jsonl"}
+    assert result.examples_file is not None
+    assert tuple(read_rows(result.examples_file)) == examples
+
+
+def test_the_answer_loss_of_choices_is_that_of_the_answer_alone() -> None:
+    model, rows = with_mixture(tiny_llama()), choice_rows(6)
+    with_choices = evaluate(model, TOKENIZER, task(rows), options()).losses()
+    bare = [dataclasses.replace(row, instruction=row.instruction, answer="") for row in rows]
+    alone = evaluate(model, TOKENIZER, task(bare), options())
+    assert with_choices == pytest.approx(alone.losses(), abs=1e-5)
+    assert (alone.row.accuracy, alone.row.num_scored, alone.row.standard_error) == (None, 0, None)
+
+
+def test_a_reference_that_is_no_choice_has_its_own_loss() -> None:
+    row = choice_rows(1)[0]
+    model = tiny_llama()
+    odd = dataclasses.replace(row, output="I would say that it is true, because.")
+    bare = dataclasses.replace(odd, answer="")
+    losses = [evaluate(model, TOKENIZER, task([one]), options()).losses() for one in (odd, bare)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_generation_figures_are_those_of_the_examples(tmp_path: Path) -> None:
+    model = tiny_llama()
+    result = evaluate(model, TOKENIZER, task(number_rows(5)), options(tmp_path, max_new_tokens=7))
+    row = result.row
+    assert (row.mode, row.extraction, row.max_new_tokens, row.num_scored) == ("generation", "stated", 7, 5)
+    assert set(row.accuracies) == {"stated", "official"}
+    assert row.num_cut_off == sum(one["stopped"] == "length" for one in result.examples)
+    for one in result.examples:
+        assert set(one["extracted"]) == {"stated", "official"}
+        assert one["num_tokens"] <= 7
+        assert isinstance(one["output"], str)
+    official = evaluate(
+        model, TOKENIZER, task(number_rows(5)), options(tmp_path, max_new_tokens=7, extraction="official")
+    )
+    assert (official.row.extraction, official.row.key, official.row.num_resumed) == ("official", row.key, 5)
+    assert len(read_rows(tmp_path / "results.jsonl")) == 2
+    assert len(files(tmp_path)) == 2, "both rules read the same examples"
+
+
+def test_replies_are_scored_by_what_they_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {0: "It is 1. The answer is 1. Or 9", 1: "The answer is 5."}
+    monkeypatch.setattr(
+        "moa_peft.evaluate.examine.generate_batch",
+        lambda model, prompts, **rest: [
+            [*said[int(b"What is 1" in bytes(one))].encode(), 256] for one in prompts
+        ],
+    )
+    monkeypatch.setattr(TOKENIZER, "decode", lambda ids, **rest: bytes(ids).decode())
+    monkeypatch.setattr("moa_peft.evaluate.examine.prompt_ids", lambda text, *rest: [*text.encode()])
+    result = evaluate(tiny_llama(), TOKENIZER, task(number_rows(2)), options())
+    assert [one["correct"] for one in result.examples] == [
+        {"stated": True, "official": False},
+        {"stated": False, "official": False},
+    ]
+    assert result.row.accuracy == 0.5
+    assert result.row.num_cut_off == 0
+
+
+def test_the_mode_follows_the_task_unless_it_is_given() -> None:
+    model = tiny_llama()
+    assert evaluate(model, TOKENIZER, task(choice_rows(2)), options()).row.mode == "likelihood"
+    chosen = evaluate(model, TOKENIZER, task(choice_rows(2)), options(mode="generation"))
+    assert (chosen.row.mode, chosen.row.max_new_tokens) == ("generation", 32)
+    assert evaluate(model, TOKENIZER, task(number_rows(2)), options(mode="likelihood")).row.accuracy is None
+    mixed = evaluate(model, TOKENIZER, task([*choice_rows(2), *number_rows(1)]), options(max_new_tokens=3))
+    assert mixed.row.mode == "generation"
+
+
+@pytest.mark.parametrize("mode", ["likelihood", "generation"])
+def test_results_do_not_depend_on_the_batch_size(tmp_path: Path, mode: Any) -> None:
+    model, asked = with_mixture(tiny_llama()), task(choice_rows(9))
+    few = {"max_new_tokens": 6} if mode == "generation" else {}
+    alone, together = (
+        evaluate(model, TOKENIZER, asked, options(tmp_path / str(size), mode=mode, batch_size=size, **few))
+        for size in (1, 8)
+    )
+    assert alone.row.key == together.row.key
+    assert alone.row.accuracies == together.row.accuracies
+    assert alone.losses() == pytest.approx(together.losses(), abs=1e-5)
+    for one, other in zip(alone.examples, together.examples, strict=True):
+        assert one["extracted"] == other["extracted"]
+        assert one.get("output") == other.get("output")
+
+
+def test_a_second_call_with_the_same_settings_changes_nothing(tmp_path: Path) -> None:
+    model, asked = tiny_llama(), task(choice_rows(5))
+    first = evaluate(model, TOKENIZER, asked, options(tmp_path))
+    before = files(tmp_path)
+    second = evaluate(model, TOKENIZER, asked, options(tmp_path, batch_size=2))
+    assert files(tmp_path) == before
+    assert (first.reused, second.reused) == (False, True)
+    assert second.row == first.row
+    assert second.examples == first.examples
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda: {"model": with_mixture(tiny_llama())},
+        lambda: {"model": tiny_llama(seed=5)},
+        lambda: {"model": tiny_llama().to(torch.bfloat16)},  # type: ignore[arg-type]  # stub of a wrapper
+        lambda: {"rows": choice_rows(4)},
+        lambda: {"rows": [dataclasses.replace(choice_rows(1)[0], answer="false"), *choice_rows(5)[1:]]},
+        lambda: {"template": "chat"},
+        lambda: {"mode": "generation"},
+    ],
+    ids=["adapter", "base", "dtype", "rows", "answer", "template", "mode"],
+)
+def test_whatever_decides_the_result_starts_afresh(
+    tmp_path: Path, change: Callable[[], dict[str, Any]]
+) -> None:
+    evaluate(tiny_llama(), TOKENIZER, task(choice_rows(5)), options(tmp_path))
+    changes = change()
+    model, rows = changes.pop("model", None) or tiny_llama(), changes.pop("rows", choice_rows(5))
+    again = evaluate(model, TOKENIZER, task(rows), options(tmp_path, **changes))
+    assert (again.reused, again.row.num_resumed) == (False, 0)
+    assert len(files(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("mode", ["likelihood", "generation"])
+def test_a_run_killed_twice_goes_on_and_ends_with_the_same_bytes(
+    tmp_path: Path, mode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, asked = with_mixture(tiny_llama()), task(choice_rows(10))
+    settings = {"mode": mode, "batch_size": 3} | ({"max_new_tokens": 5} if mode == "generation" else {})
+    whole = evaluate(model, TOKENIZER, asked, options(tmp_path / "whole", **settings))
+    write, calls = run_module.append_rows, []
+
+    def killed(file: Path, rows: list[Any]) -> None:
+        write(file, rows)
+        calls.append(file)
+        if len(calls) >= 2:
+            file.write_bytes(file.read_bytes()[:-9])  # the last line is cut off
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "append_rows", killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(model, TOKENIZER, asked, options(tmp_path / "killed", **settings))
+    monkeypatch.undo()
+    assert not (tmp_path / "killed/results.jsonl").exists()
+    resumed = evaluate(model, TOKENIZER, asked, options(tmp_path / "killed", **settings))
+    assert resumed.row.num_resumed == 5
+    assert whole.examples_file is not None
+    assert resumed.examples_file is not None
+    assert resumed.examples_file.read_bytes() == whole.examples_file.read_bytes()
+    changing = ("seconds", "num_resumed", "taken_at")
+    assert without(resumed.row, *changing) == without(whole.row, *changing)
+
+
+def test_a_row_killed_after_its_examples_is_written_at_the_next_call(tmp_path: Path) -> None:
+    model, asked = tiny_llama(), task(choice_rows(4))
+    evaluate(model, TOKENIZER, asked, options(tmp_path))
+    results = tmp_path / "results.jsonl"
+    results.write_bytes(results.read_bytes()[:-20])
+    again = evaluate(model, TOKENIZER, asked, options(tmp_path))
+    assert (again.reused, again.row.num_resumed) == (False, 4)
+    assert len(read_rows(results)) == 1
+
+
+def test_the_row_says_how_to_repeat_it() -> None:
+    model = with_mixture(tiny_llama())
+    known = identify(model, base_model="smollm2", adapter="runs/a", method="soft-moa", seed=7)
+    asked = dataclasses.replace(task(choice_rows(3)), file_md5="0f", limit=3)
+    row = evaluate(model, TOKENIZER, asked, options(template="chat"), identity=known).row
+    assert (row.base_model, row.adapter, row.method, row.seed) == ("smollm2", "runs/a", "soft-moa", 7)
+    assert (row.template, row.prompt_form) == ("chat", "<user>{instruction}<|end|><assistant>")
+    assert (row.dtype, row.file_md5, row.limit, row.source, row.split) == ("float32", "0f", 3, "here", "test")
+    assert {"python", "torch", "transformers", "peft", "moa-peft"} <= set(row.versions)
+    assert row.taken_at.endswith("+00:00")
+    assert row.command
+
+
+def test_frozen_against_tuned_is_paired_question_by_question() -> None:
+    model, asked = with_mixture(tiny_llama()), task(choice_rows(8))
+    tuned = evaluate(model, TOKENIZER, asked, options())
+    with model.disable_adapter():
+        frozen = evaluate(model, TOKENIZER, asked, options())
+    bare = evaluate(tiny_llama(), TOKENIZER, asked, options())
+    assert frozen.row.key == bare.row.key != tuned.row.key
+    assert (frozen.row.method, tuned.row.method) == ("frozen", "moa")
+    assert frozen.losses() == bare.losses() != tuned.losses()
+    mean, error = paired_difference(frozen.losses(), tuned.losses())
+    assert mean == pytest.approx(frozen.row.answer_loss - tuned.row.answer_loss)  # type: ignore[operator]  # not None
+    assert error is not None
+
+
+def test_the_training_mode_is_put_back() -> None:
+    model = with_mixture(tiny_llama()).train()
+    evaluate(model, TOKENIZER, task(choice_rows(2)), options())
+    assert model.training
+
+
+def test_rows_without_an_output_have_no_loss_but_an_accuracy() -> None:
+    rows = [dataclasses.replace(row, output="") for row in number_rows(2)]
+    row = evaluate(tiny_llama(), TOKENIZER, task(rows), options(max_new_tokens=3)).row
+    assert (row.answer_loss, row.answer_loss_standard_error, row.num_scored) == (None, None, 2)
+
+
+def test_a_log_likelihood_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    with pytest.raises(
+        RunError, match="row 1: the log-likelihood is nan: the weights hold values that are not finite"
+    ):
+        evaluate(model, TOKENIZER, task(choice_rows(1)), options(tmp_path))
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_a_rule_of_the_other_mode_is_refused() -> None:
+    with pytest.raises(
+        UsageError, match=r"extraction 'official' does not go with mode likelihood.*--mode generation"
+    ):
+        evaluate(tiny_llama(), TOKENIZER, task(choice_rows(1)), options(extraction="official"))
+    by_token = evaluate(tiny_llama(), TOKENIZER, task(choice_rows(3)), options(extraction="per_token")).row
+    assert by_token.accuracy == by_token.accuracies["per_token"]
+
+
+def test_every_wrong_setting_is_told_at_once() -> None:
+    wrong: dict[str, Any] = {"mode": "likelyhood", "extraction": "oficial", "template": "papr"}
+    wrong |= {"batch_size": 0, "max_new_tokens": 0}
+    with pytest.raises(UsageError) as caught:
+        EvaluationOptions(**wrong)
+    for part in ("did you mean 'likelihood'", "did you mean 'official'", "did you mean 'paper'"):
+        assert part in str(caught.value)
+    for part in ("batch_size is 0", "max_new_tokens is 0"):
+        assert part in str(caught.value)
+    with pytest.raises(UsageError, match="max_new_tokens has no meaning in mode likelihood"):
+        EvaluationOptions(mode="likelihood", max_new_tokens=5)
+
+
+def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused() -> None:
+    with pytest.raises(
+        UsageError, match=r"row 1 takes \d+ tokens, the model reads 1024.*lower max_new_tokens"
+    ):
+        evaluate(tiny_llama(), TOKENIZER, task(number_rows(1)), options(max_new_tokens=1000))
+
+
+def test_batches_of_some_questions_are_those_questions() -> None:
+    asked = task(choice_rows(6)).questions
+    examiner = LikelihoodExaminer(tiny_llama(), TOKENIZER, asked, template="paper", batch_size=2)
+    assert sorted(place for part in examiner.batches_of([5, 1, 3]) for place in part) == [1, 3, 5]
+
+
+def test_a_result_kept_in_memory_names_no_file() -> None:
+    result: TaskResult = evaluate(tiny_llama(), TOKENIZER, task(choice_rows(2)), options())
+    assert (result.examples_file, result.results_file, result.reused) == (None, None, False)

@@ -1,0 +1,111 @@
+import gzip
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from moa_peft.data.rows import Row
+from moa_peft.errors import UsageError
+from moa_peft.evaluate.tasks import GROUPS, as_question, load_task, load_tasks
+from tiny_lm import choice_rows, number_rows, write_rows
+
+DATA = Path(__file__).parents[2] / "../shared/data"
+
+
+def row(instruction: str, answer: str, output: str = "") -> Row:
+    return Row(instruction=instruction, input="", output=output, answer=answer)
+
+
+def test_choices_come_from_the_rows_own_answer_format_and_replies_from_its_output() -> None:
+    asked = as_question(
+        row("Q?\n\nOption1: x Option2: y Answer format: option1/option2", "option2", "It is option2")
+    )
+    assert asked.form.kind == "choice"
+    assert asked.form.choices == ("option1", "option2")
+    assert asked.completions == ("It is option1", "It is option2")
+    assert asked.wanted == 1
+    bare = as_question(row("Q?\n\nAnswer format: true/false", "true"))
+    assert bare.completions == ("the correct answer is true", "the correct answer is false")
+
+
+def test_letters_numbers_text_and_no_answer_are_told_apart() -> None:
+    listed = "Which? Answer Choices: (A) 1 (B) 2 (C) 3"
+    assert as_question(row(listed, "B")).form.kind == "letter"
+    assert as_question(row(listed, "B")).form.choices == ("A", "B", "C")
+    assert as_question(row("1 + 1?", "2.0")).form.kind == "number"
+    assert as_question(row("Capital?", "Paris")).form.kind == "text"
+    assert as_question(row("Write a poem.", "")).form.kind == "none"
+    assert as_question(row("1 + 1?", "2.0")).wanted is None
+
+
+def test_an_answer_outside_its_format_is_named_with_its_row(tmp_path: Path) -> None:
+    rows = [*choice_rows(1), row("Q?\n\nAnswer format: yes/no", "maybe")]
+    file = write_rows(tmp_path / "mine.json", rows)
+    with pytest.raises(
+        UsageError, match=r"mine.json, row 2: the answer is 'maybe', its answer format allows yes, no"
+    ):
+        load_task(str(file))
+
+
+def test_a_task_takes_its_held_out_split_and_names_itself(tmp_path: Path) -> None:
+    write_rows(tmp_path / "own/train.json", number_rows(3))
+    write_rows(tmp_path / "own/validation.json", number_rows(2))
+    assert load_task(str(tmp_path / "own")).split == "validation"
+    test = write_rows(tmp_path / "own/test.json", number_rows(4))
+    task = load_task(str(tmp_path / "own"), limit=3)
+    assert (task.name, task.split, len(task.questions), task.limit) == ("own", "test", 3, 3)
+    assert task.file_md5 == hashlib.md5(test.read_bytes()).hexdigest()
+    assert load_task(str(test)).name == "own"
+    assert load_task(str(tmp_path / "own"), split="train").split == "train"
+    zipped = tmp_path / "other.json.gz"
+    zipped.write_bytes(gzip.compress(test.read_bytes()))
+    again = load_task(str(zipped))
+    assert (again.name, again.file_md5) == ("other", task.file_md5)
+
+
+def test_names_groups_files_and_folders_are_found(tmp_path: Path) -> None:
+    for name in (*GROUPS["math"], "piqa", "ARC-Easy", "extra"):
+        write_rows(tmp_path / name / "test.json", number_rows(1))
+    file = write_rows(tmp_path / "rows.json", number_rows(1))
+    found = load_tasks(f"math, PIQA,arc-e,gsm8k,extra,{file}", data_root=tmp_path)
+    assert [one.name for one in found] == [*GROUPS["math"], "piqa", "ARC-Easy", "extra", "rows"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("pica", "unknown task 'pica': did you mean 'piqa'"),
+        (" , ", "--tasks is empty"),
+        ("missing.json", "task file missing.json does not exist"),
+        ("boolq", "task 'boolq' is not under the data root .* it holds piqa"),
+    ],
+)
+def test_a_wrong_name_is_told_before_anything_is_read(names: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "piqa").mkdir()
+    with pytest.raises(UsageError, match=message):
+        load_tasks(names, data_root=tmp_path)
+
+
+def test_a_missing_data_root_and_an_empty_task_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"the data root .*none is no folder: give --data-root"):
+        load_tasks("math", data_root=tmp_path / "none")
+    empty = write_rows(tmp_path / "empty.json", [])
+    with pytest.raises(UsageError, match="holds no rows"):
+        load_tasks(str(empty))
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UsageError, match="it holds no folder"):
+        load_tasks("math", data_root=tmp_path / "bare")
+
+
+def test_every_real_test_file_is_read_with_the_form_of_its_answers() -> None:
+    if not DATA.is_dir():
+        pytest.skip("the data folder is not beside the checkout")
+    for task in load_tasks("commonsense", data_root=DATA, limit=50):
+        assert task.has_choices, task.name
+        for one in task.questions:
+            assert one.row.output in one.completions
+    kinds = {
+        task.name: {one.form.kind for one in task.questions} for task in load_tasks("math", data_root=DATA)
+    }
+    assert kinds.pop("AQuA") == {"letter"}
+    assert set().union(*kinds.values()) == {"number"}
