@@ -11,9 +11,9 @@ from moa_peft.evaluate.options import EvaluationOptions
 from moa_peft.evaluate.results import paired_difference
 from moa_peft.evaluate.run import TaskResult, evaluate
 from moa_peft.evaluate.tasks import load_tasks
+from moa_peft.provenance import provenance
 from moa_peft.train.outcome import Plan, TrainingOutcome
 from moa_peft.train.output_folder import append_result
-from moa_peft.train.provenance import provenance
 from moa_peft.train.recipe import Recipe
 from moa_peft.train.run import train
 

@@ -7,7 +7,7 @@ from typer.testing import CliRunner, Result
 
 from moa_peft.cli.evaluate import evaluate
 from moa_peft.errors import UsageError
-from moa_peft.evaluate.results import read_rows
+from moa_peft.json_lines import read_rows
 from tiny_lm import choice_rows, number_rows, save_adapter, save_base, write_rows
 
 PROGRAM = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)

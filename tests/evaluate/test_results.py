@@ -6,15 +6,8 @@ from pathlib import Path
 import pytest
 
 from moa_peft.errors import UsageError
-from moa_peft.evaluate.results import (
-    append_rows,
-    drop_torn_line,
-    mean_and_standard_error,
-    paired_difference,
-    proportion_standard_error,
-    read_rows,
-    replace_rows,
-)
+from moa_peft.evaluate.results import mean_and_standard_error, paired_difference, proportion_standard_error
+from moa_peft.json_lines import append_rows, drop_torn_line, read_rows, replace_rows
 
 
 @pytest.mark.parametrize("cut", [1, 5, 11])

@@ -14,9 +14,10 @@ from moa_peft.evaluate import run as run_module
 from moa_peft.evaluate.examine import LikelihoodExaminer
 from moa_peft.evaluate.identity import identify
 from moa_peft.evaluate.options import EvaluationOptions
-from moa_peft.evaluate.results import ResultRow, paired_difference, read_rows
+from moa_peft.evaluate.results import ResultRow, paired_difference
 from moa_peft.evaluate.run import TaskResult, evaluate
 from moa_peft.evaluate.tasks import Task, as_question
+from moa_peft.json_lines import read_rows
 from tiny_lm import byte_tokenizer, choice_rows, number_rows, tiny_llama, with_mixture
 
 TOKENIZER = byte_tokenizer(chat=True)

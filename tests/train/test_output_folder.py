@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
+from moa_peft import json_lines
 from moa_peft.errors import UsageError
 from moa_peft.train import output_folder
 
@@ -105,7 +106,7 @@ def test_a_row_that_does_not_fit_on_the_disk_leaves_no_half_line(
 ) -> None:
     output_folder.append_result(tmp_path, {"n": 0})
     write_all = os.write
-    monkeypatch.setattr(output_folder.os, "write", lambda handle, line: write_all(handle, line[:3]))
+    monkeypatch.setattr(json_lines.os, "write", lambda handle, line: write_all(handle, line[:3]))
     with pytest.raises(OSError, match="No space left on device"):
         output_folder.append_result(tmp_path, {"n": 1})
     assert (tmp_path / "results.jsonl").read_text() == '{"n": 0}\n'

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from transformers.utils import logging as transformers_logging
 
-from moa_peft.train import provenance as proving
+from moa_peft import provenance as proving
+from moa_peft.provenance import provenance
+from moa_peft.quiet import quiet_libraries
 from moa_peft.train.progress import ProgressLines, StepClock, log_line
-from moa_peft.train.provenance import provenance
-from moa_peft.train.quiet import quiet_libraries
 
 NOTHING: Any = None
 

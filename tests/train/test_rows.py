@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from moa_peft.data.rows import Row, load_rows
+from moa_peft.data.rows import Row, load_rows, rows_md5
 from moa_peft.errors import UsageError
 from moa_peft.train.recipe import Recipe
-from moa_peft.train.rows import hold_out, read_rows, rows_md5
+from moa_peft.train.rows import hold_out, read_rows
 
 
 def row(number: int) -> Row:

@@ -163,7 +163,7 @@ def chat(
     """  # noqa: D301  # the backspace keeps the lines of the examples apart
     _check(max_new_tokens, temperature, seed)
     from moa_peft.evaluate.loading import choose_template, load, read_adapter
-    from moa_peft.train.quiet import quiet_libraries
+    from moa_peft.quiet import quiet_libraries
 
     with quiet_libraries():
         loaded = load(model, None if adapter is None else read_adapter(adapter), dtype=dtype)

@@ -13,20 +13,24 @@ if TYPE_CHECKING:
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the run; a finished one there is left alone.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder of the run; a finished one there is left alone.")] = Path(
+        "runs/demo"
+    ),
     method: Annotated[str, typer.Option(help="Method of the family; `moa methods` lists them.")] = "soft-moa",
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of eight questions each.")] = 60,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the report.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of eight questions each.")] = 40,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of the report.")
+    ] = False,
 ) -> None:
     """Fine-tune the embedded model on real questions and compare it with the frozen one.
 
-    Takes about six minutes on two cores after the first run's downloads (the model 98 MB, the questions 145 MB).
+    Takes some minutes on two cores after the first run's downloads (the model 98 MB, the questions 145 MB).
 
     Example: moa demo --method sparse-moa --steps 100
     """
     from moa_peft.cli.train import plan_text
     from moa_peft.demo import run_demo
-    from moa_peft.train.quiet import quiet_libraries
+    from moa_peft.quiet import quiet_libraries
 
     def tell(line: str) -> None:
         print(f"\n{line}", file=sys.stderr, flush=True)

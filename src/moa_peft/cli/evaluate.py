@@ -107,7 +107,7 @@ def evaluate(
 
     from moa_peft.evaluate.identity import identify
     from moa_peft.evaluate.run import evaluate as evaluate_task
-    from moa_peft.train.quiet import quiet_libraries
+    from moa_peft.quiet import quiet_libraries
 
     with quiet_libraries():
         loaded = load(model, found, dtype=dtype)

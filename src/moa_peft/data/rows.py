@@ -1,6 +1,9 @@
 """Rows of instruction data, from files, folders, the demo data and `datasets`."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -178,3 +181,11 @@ def _from_datasets(name: str, config: str | None, split: str) -> Iterator[tuple[
         found = found[split]
     for number, record in enumerate(found, start=1):
         yield f"{name}, split {split}, row {number}", record
+
+
+def rows_md5(rows: Sequence[Row]) -> str:
+    """Identify rows by their contents and order, whatever file they came from."""
+    digest = hashlib.md5(usedforsecurity=False)
+    for row in rows:
+        digest.update(json.dumps(dataclasses.asdict(row), sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()

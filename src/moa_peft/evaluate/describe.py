@@ -3,15 +3,15 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from moa_peft.data.rows import Row
+from moa_peft.data.rows import Row, rows_md5
 from moa_peft.data.templates import render_completion, render_prompt
 from moa_peft.data.tokens import completion_ids, prompt_ids
 from moa_peft.evaluate.identity import ModelIdentity
 from moa_peft.evaluate.options import EvaluationOptions
 from moa_peft.evaluate.tasks import Task
+from moa_peft.provenance import provenance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +54,7 @@ def evaluation_key(
     ]
     decisive = {
         "version": METHOD_VERSION,
-        "rows": _rows_md5(rows),
+        "rows": rows_md5(rows),
         "mode": mode,
         "template": options.template,
         "max_new_tokens": options.tokens_for(task) if mode == "generation" else None,
@@ -84,8 +84,6 @@ def describe(
     Returns:
         Fields of `ResultRow`.
     """
-    from moa_peft.train.provenance import provenance
-
     form = Row(instruction="{instruction}", input="", output="", answer="")
     generates = options.mode_for(task) == "generation"
     return {
@@ -93,7 +91,7 @@ def describe(
         "source": task.source,
         "split": task.split,
         "limit": task.limit,
-        "data_md5": _rows_md5([one.row for one in task.questions]),
+        "data_md5": rows_md5([one.row for one in task.questions]),
         "file_md5": task.file_md5,
         "max_new_tokens": options.tokens_for(task) if generates else None,
         "template": options.template,
@@ -103,10 +101,3 @@ def describe(
         **dataclasses.asdict(identity),
         **provenance(),
     }
-
-
-def _rows_md5(rows: Sequence[Row]) -> str:
-    """Identify rows as training does."""
-    from moa_peft.train.rows import rows_md5  # brings `datasets` with it
-
-    return rows_md5(rows)

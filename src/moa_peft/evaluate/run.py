@@ -19,15 +19,12 @@ from moa_peft.evaluate.options import EvaluationOptions, Mode
 from moa_peft.evaluate.results import (
     RESULTS_FILE,
     ResultRow,
-    append_rows,
-    drop_torn_line,
     mean_and_standard_error,
     proportion_standard_error,
-    read_rows,
-    replace_rows,
 )
 from moa_peft.evaluate.scoring import LIKELIHOOD_RULES
 from moa_peft.evaluate.tasks import Task
+from moa_peft.json_lines import append_rows, drop_torn_line, read_rows, replace_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moa_peft.errors import UsageError
+from moa_peft.json_lines import append_rows, drop_torn_line
 
 RECIPE_FILE = "moa_recipe.json"
 RESULTS_FILE = "results.jsonl"
@@ -72,21 +73,10 @@ def read_recipe(output_dir: Path) -> dict[str, Any]:
 
 
 def append_result(output_dir: Path, row: Mapping[str, Any]) -> None:
-    """Append one row to the run's results, as one whole line in one write or not at all.
-
-    Raises:
-        OSError: If the disk is full; the file is then as it was.
-    """
-    line = (json.dumps(row) + "\n").encode()
+    """Append one row to the run's results; see `moa_peft.json_lines.append_rows`."""
     file = output_dir / RESULTS_FILE
-    handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        written = os.write(handle, line)
-        if written != len(line):
-            os.ftruncate(handle, os.fstat(handle).st_size - written)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
-    finally:
-        os.close(handle)
+    drop_torn_line(file)
+    append_rows(file, [row])
 
 
 @contextmanager

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, P
 from moa_peft import mixture_layers
 from moa_peft.data.base_model import resolve_model
 from moa_peft.errors import UsageError
+from moa_peft.quiet import quiet_libraries
 from moa_peft.train.method import build_peft_config
 from moa_peft.train.outcome import Plan
 from moa_peft.train.output_folder import claim
 from moa_peft.train.progress import ProgressLines, StepClock
-from moa_peft.train.quiet import quiet_libraries
 from moa_peft.train.recipe import Recipe
 from moa_peft.train.resumption import find_resumption
 from moa_peft.train.router_figures import RouterFigures

@@ -1,8 +1,6 @@
 """The rows of a run: read, split, identified, and made into the trainer's datasets."""
 
 import dataclasses
-import hashlib
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from moa_peft.data.rows import Row, load_rows
+from moa_peft.data.rows import Row, load_rows, rows_md5
 from moa_peft.data.tokens import encode_rows
 from moa_peft.errors import UsageError
 from moa_peft.train.recipe import Recipe
@@ -92,14 +90,6 @@ def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], l
     chosen = set(random.Random(seed).sample(range(len(rows)), count))  # not for secrets
     train = [row for place, row in enumerate(rows) if place not in chosen]
     return train, [row for place, row in enumerate(rows) if place in chosen]
-
-
-def rows_md5(rows: Sequence[Row]) -> str:
-    """Identify rows by their contents and order, whatever file they came from."""
-    digest = hashlib.md5(usedforsecurity=False)
-    for row in rows:
-        digest.update(json.dumps(dataclasses.asdict(row), sort_keys=True, default=str).encode() + b"\n")
-    return digest.hexdigest()
 
 
 def encode(rows: Rows, tokenizer: Any) -> TrainingRows:

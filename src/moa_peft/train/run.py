@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from moa_peft.data.base_model import model_fingerprint
+from moa_peft.provenance import provenance
+from moa_peft.quiet import quiet_libraries
 from moa_peft.train.card import write_card
 from moa_peft.train.checkpoints import step_of
 from moa_peft.train.outcome import Plan, TrainingOutcome
 from moa_peft.train.output_folder import append_result, disk_errors_named, replacing, write_recipe
 from moa_peft.train.prepare import Preparation, prepare
-from moa_peft.train.provenance import provenance
-from moa_peft.train.quiet import quiet_libraries
 from moa_peft.train.recipe import Recipe
 from moa_peft.train.resumption import forget_later_checkpoints
 

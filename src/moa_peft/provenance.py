@@ -43,7 +43,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _git(*words: str) -> str | None:
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     try:
