@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 # One thread for a process: the tests run in as many processes as there are cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --dist worksteal
 
-.PHONY: help setup demo test check format docs clean
+.PHONY: help setup fetch demo test check format docs clean
 .DEFAULT_GOAL := help
 
 help:  ## Say what there is.
@@ -27,8 +27,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## Fine-tune the embedded model on real questions and compare it with the frozen one.
 	$(BIN)/moa demo
 
-test: $(STAMP)  ## Run every test.
+test: fetch  ## Run every test.
 	$(TEST)
+
+fetch: $(STAMP)  ## Fetch the embedded model and the demo's questions into the user's cache.
+	$(BIN)/python -m moa_peft.data.fetch
 
 check: $(STAMP)  ## Format, lint, types, unmarked tests, docs.
 	$(BIN)/ruff format --check .

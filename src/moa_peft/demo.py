@@ -64,7 +64,12 @@ def free_folder(folder: Path) -> Path:
 
 
 def run_demo(
-    folder: Path, method: str, steps: int, tell: Callable[[str], None], on_plan: Callable[[Plan], None]
+    folder: Path,
+    method: str,
+    steps: int,
+    tell: Callable[[str], None],
+    on_plan: Callable[[Plan], None],
+    questions: int | None = None,
 ) -> DemoResult:
     """Evaluate the frozen model, fine-tune it, evaluate it again, and append the comparison to `results.jsonl`.
 
@@ -75,6 +80,7 @@ def run_demo(
         steps: Optimiser steps.
         tell: Called with a line before each part.
         on_plan: Called with the training plan.
+        questions: Held-out questions to compare on; None for all 200.
 
     Returns:
         The comparison.
@@ -83,7 +89,7 @@ def run_demo(
         UsageError: If the base model or the data cannot be had, or the disk does not take the results.
     """
     target = free_folder(folder)
-    [task] = load_tasks("demo")
+    [task] = load_tasks("demo", limit=questions)
     frozen_options = EvaluationOptions(out=folder.with_name(f"{folder.name}-frozen"))
     tell(f"1/3  the frozen model on {len(task.questions)} held-out questions")
     base = load()

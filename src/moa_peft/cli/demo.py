@@ -18,6 +18,9 @@ def demo(
     ),
     method: Annotated[str, typer.Option(help="Method of the family; `moa methods` lists them.")] = "soft-moa",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of eight questions each.")] = 40,
+    questions: Annotated[
+        int | None, typer.Option(min=2, help="Held-out questions to compare on. Default: all 200.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of the report.")
     ] = False,
@@ -36,7 +39,7 @@ def demo(
         print(f"\n{line}", file=sys.stderr, flush=True)
 
     with quiet_libraries():
-        result = run_demo(out, method, steps, tell, lambda plan: tell(plan_text(plan)))
+        result = run_demo(out, method, steps, tell, lambda plan: tell(plan_text(plan)), questions)
     if as_json:
         print(json.dumps(dataclasses.asdict(result), default=str))
     else:
@@ -68,6 +71,11 @@ def print_report(result: "DemoResult") -> None:
     )
     Console().print(table)
     print("± is one standard error. Accuracy: the likeliest of the choices.")
+    if abs(result.accuracy_gain) <= 2 * result.accuracy_gain_error:
+        print(
+            "The accuracy is the same within two standard errors: so few steps teach a model this small the form of an "
+            "answer, not what is true."
+        )
     share = 100 * training.trainable_parameters / training.total_parameters
     print(f"trained     {training.trainable_parameters:,} parameters ({share:.2f} % of the model)")
     if training.step_s is not None:
