@@ -8,13 +8,26 @@ import pytest
 from safetensors.torch import load_file
 
 from moa_peft.data.cache import cache_root
-from moa_peft.demo import free_folder, run_demo
+from moa_peft.demo import demo_recipe, free_folder, run_demo
 from moa_peft.train.outcome import Plan
 
 needs_packages = pytest.mark.skipif(
     not os.environ.get("CI") and not all((cache_root() / name).is_dir() for name in ("smollm2", "demo")),
     reason="the embedded model and the demo's questions are not in the cache: run `make fetch`",
 )
+
+
+def test_a_demo_that_was_cut_off_goes_on_and_a_finished_one_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    assert free_folder(folder) == folder
+    assert demo_recipe("soft-moa", 40, folder).resume is False
+    folder.mkdir()
+    (folder / "moa_recipe.json").write_text("{}")
+    assert free_folder(folder) == folder
+    assert demo_recipe("soft-moa", 40, folder).resume is True
+    (folder / "adapter_model.safetensors").touch()
+    assert free_folder(folder) == tmp_path / "demo-2"
+    assert demo_recipe("soft-moa", 40, tmp_path / "demo-2").resume is False
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moa_peft.evaluate.loading import load, read_adapter
+from moa_peft.evaluate.loading import RECIPE_FILE, load, read_adapter
 from moa_peft.evaluate.options import EvaluationOptions
 from moa_peft.evaluate.results import paired_difference
 from moa_peft.evaluate.run import TaskResult, evaluate
@@ -43,7 +43,7 @@ def demo_recipe(method: str, steps: int, output_dir: Path) -> Recipe:
         data="demo",
         method=method,
         output_dir=str(output_dir),
-        resume=any(output_dir.glob("checkpoint-*")),
+        resume=(output_dir / RECIPE_FILE).exists(),
         trainer={
             "max_steps": steps,
             "per_device_train_batch_size": 8,
