@@ -1,0 +1,98 @@
+"""The tuner layer's own duties: whom it tells of its gates, and that nothing of one pass reaches the next."""
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from moa_peft import GateRecord, RunError, mixture_layers
+from tiny import base_model, mixture_model, tokens
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_an_observer_is_told_once_a_pass_and_block_also_with_checkpointing(reentrant: bool | None) -> None:
+    model = mixture_model("llama", "everything").train()
+    if reentrant is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    told: list[GateRecord] = []
+    for _, layer in mixture_layers(model):
+        layer.observer = told.append
+    ids = tokens(2, 6)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert len(told) == 2
+    for record, (_, layer) in zip(told, mixture_layers(model), strict=True):
+        assert record.adapter == "default"
+        assert record.names == layer.mixtures()["default"].names
+        assert record.gates.shape == (2, 6, len(record.names))
+        assert record.gates.dtype == torch.float32
+        assert not record.gates.requires_grad
+        assert record.threshold is not None
+        assert record.threshold.shape == (2, 6, 1)
+        assert not record.threshold.requires_grad
+    assert not torch.equal(told[0].gates, told[1].gates)
+
+
+def test_soft_moa_has_no_threshold_to_tell() -> None:
+    model = mixture_model("llama", "soft-moa")
+    told: list[GateRecord] = []
+    [(_, layer), _] = mixture_layers(model)
+    layer.observer = told.append
+    model(tokens(1, 3))
+    assert [record.threshold for record in told] == [None]
+
+
+def cut_off(model: PeftModel) -> None:
+    """Break a forward pass off in the middle of the first block."""
+
+    def broken(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(broken)
+    with pytest.raises(KeyboardInterrupt):
+        model(tokens())
+    handle.remove()
+
+
+def test_a_pass_that_was_cut_off_changes_nothing_and_the_model_can_still_be_copied_and_pickled() -> None:
+    model = mixture_model("llama", "everything")
+    with torch.no_grad():
+        expected: Tensor = model(tokens()).logits
+    cut_off(model)
+    with torch.no_grad():
+        twin = copy.deepcopy(model)(tokens()).logits
+        thawed = pickle.loads(pickle.dumps(model))(tokens()).logits
+        again = model(tokens()).logits
+    assert torch.equal(twin, expected)
+    assert torch.equal(thawed, expected)
+    assert torch.equal(again, expected)
+
+
+def test_adapters_whose_routers_read_different_inputs_live_on_one_model(tmp_path: Path) -> None:
+    expected: dict[str, Tensor] = {}
+    for method in ("everything", "soft-moa"):  # the raw residual stream, and what q, k and v see
+        model = mixture_model("llama", method)
+        with torch.no_grad():
+            expected[method] = model(tokens()).logits
+        model.save_pretrained(tmp_path / method)
+    model = PeftModel.from_pretrained(base_model("llama"), tmp_path / "everything", adapter_name="everything")
+    model.load_adapter(tmp_path / "soft-moa", adapter_name="soft-moa")
+    for name in ("soft-moa", "everything", "soft-moa"):
+        model.set_adapter(name)
+        with torch.no_grad():
+            assert torch.equal(model.eval()(tokens()).logits, expected[name])
+
+
+def test_a_block_that_runs_its_mlp_before_its_router_is_refused() -> None:
+    model = mixture_model("llama", "soft-moa")
+    mlp = model.get_base_model().model.layers[0].mlp
+    with pytest.raises(RunError, match=r"layers\.0\.mlp\.down_proj ran before the router of its block"):
+        mlp(torch.zeros(1, 1, 32))
+
+
+def test_a_model_without_a_mixture_has_no_mixture_layers() -> None:
+    assert mixture_layers(base_model("llama")) == []
