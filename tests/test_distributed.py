@@ -39,9 +39,13 @@ def test_ddp_gradients_equal_the_single_processs_with_unequal_answers_and_no_unu
     (summed_loss(model(input_ids=ids).logits, labels) / answer_tokens(labels)).backward()
     ours = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert ours.keys() == theirs.keys()
+    # A bias of one number is a sum of terms that cancel: its rounding is measured against the largest gradient.
+    largest = max(gradient.abs().max().item() for gradient in ours.values() if gradient is not None)
     for name, gradient in ours.items():
         assert gradient is not None, name
-        assert (theirs[name] - gradient).abs().max() <= 1e-6 * gradient.abs().max(), name
+        assert (theirs[name] - gradient).abs().max().item() <= 1e-6 * max(
+            gradient.abs().max().item(), largest
+        ), name
 
 
 @pytest.mark.parametrize(("method", "dtype"), FSDP_CASES)
