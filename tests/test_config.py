@@ -89,6 +89,38 @@ def test_a_wrong_config_is_refused_with_what_is_allowed(build: Any, message: str
         build()
 
 
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: LoraExpert(targets=("q_proj",), rank="8"), "rank is '8': give a whole number"),
+        (lambda: LoraExpert(targets=("q_proj",), rank=8.0), "rank is 8.0: give a whole number"),
+        (lambda: LoraExpert(targets=("q_proj",), alpha="8"), "alpha is '8': give a number"),
+        (lambda: LoraExpert(targets=("q_proj",), layers=["0"]), r"layers is \('0',\): give whole numbers"),
+        (lambda: LoraExpert(targets=("q_proj",), layers=[True]), r"layers is \(True,\): give whole numbers"),
+        (lambda: PromptExpert(length=True), "length is True: give a whole number"),
+        (lambda: RouterConfig(hidden_per_expert="2"), "hidden_per_expert is '2': give a whole number"),
+        (lambda: RouterConfig(threshold=0.5), "threshold is 0.5: give a mapping"),
+        (lambda: ThresholdConfig(maximum="0.5"), "maximum is '0.5': give a number"),
+        (
+            lambda: ThresholdConfig(maximum=0.5, at_least_one="false"),
+            "at_least_one is 'false': give true or false",
+        ),
+        (
+            lambda: MoAConfig.preset("soft-moa", layers_to_transform=["1"]),
+            r"layers_to_transform is \['1'\]: give whole",
+        ),
+        (
+            lambda: MoAConfig.preset("soft-moa", layers_to_transform=True),
+            "layers_to_transform is True: give whole",
+        ),
+    ],
+)
+def test_a_value_of_another_type_is_refused_not_read_as_something_else(build: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        build()
+    assert LoraExpert(targets=("q_proj",), alpha=8).alpha == 8  # a whole number where fractions are welcome
+
+
 def test_every_problem_of_a_config_is_reported_at_once() -> None:
     with pytest.raises(UsageError, match=r"kind is 'a'.*gate is 'b'.*hidden_per_expert is -1"):
         RouterConfig(kind="a", gate="b", hidden_per_expert=-1)

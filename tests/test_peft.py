@@ -11,9 +11,18 @@ import torch
 from peft import PeftConfig, PeftModel, PeftType, get_model_status, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from moa_peft import LoraExpert, MoAConfig, RouterConfig, ThresholdConfig, UsageError, mixture_layers
+from moa_peft import (
+    LoraExpert,
+    MoAConfig,
+    PromptExpert,
+    RouterConfig,
+    ThresholdConfig,
+    UsageError,
+    mixture_layers,
+)
 from tiny import FAMILIES, METHODS, awaken, base_model, mixture_model, tokens
 
 
@@ -245,6 +254,80 @@ def test_unknown_weights_are_refused(tmp_path: Path) -> None:
         PeftModel.from_pretrained(
             base_model("llama"), tmp_path, config=MoAConfig.preset("soft-moa", layers_to_transform=[0])
         )
+
+
+@pytest.mark.parametrize("name", ["a.b", "keys"])
+def test_an_adapter_name_that_torch_cannot_keep_is_refused_before_anything_is_touched(name: str) -> None:
+    base = base_model("llama")
+    with pytest.raises(UsageError, match=r"adapter name .* cannot be used"):
+        get_peft_model(base, MoAConfig.preset("soft-moa"), adapter_name=name)
+    assert base.state_dict().keys() == base_model("llama").state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("router_input", "saved"),
+    [("block", "input_layernorm"), ("block", "norm"), ("projection", "q_proj"), ("projection", "self_attn")],
+)
+def test_saving_the_module_that_the_router_reads_is_refused(router_input: str, saved: str) -> None:
+    """PEFT copies such a module with its hooks, and the gates went to the copy of the layer: every forward failed."""
+    config = MoAConfig.preset("soft-moa", modules_to_save=[saved], router={"router_input": router_input})
+    with pytest.raises(UsageError, match=f"covers model.layers.0.*which the router reads .*'{router_input}'"):
+        get_peft_model(base_model("llama"), config)
+
+
+@pytest.mark.parametrize("saved", ["k_proj", "mlp", "norm"])
+def test_other_modules_to_save_go_with_a_mixture(saved: str) -> None:
+    model = get_peft_model(base_model("llama"), MoAConfig.preset("sparse-moa", modules_to_save=[saved]))
+    assert logits(model).isfinite().all()
+
+
+def test_a_batch_of_several_adapters_is_refused() -> None:
+    with pytest.raises(UsageError, match="adapter_names is not supported"):
+        mixture_model("llama", "soft-moa")(tokens(1, 3), adapter_names=["default"])
+
+
+def test_a_second_architecture_on_one_model_is_refused() -> None:
+    model = mixture_model("llama", "soft-moa")
+    with pytest.raises(UsageError, match="architecture differs"):
+        model.add_adapter("b", MoAConfig.preset("soft-moa", architecture={"norm": "input_layernorm"}))
+    assert list(model.peft_config) == ["default"]
+
+
+def test_flash_attention_is_told_its_own_name_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The config copy says "moa_prompt", and transformers' flash attention reads its kernel's name off it."""
+    told: list[str] = []
+
+    def flash(module: torch.nn.Module, query: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
+        told.append(module.config._attn_implementation)
+        return query.transpose(1, 2), None
+
+    model = mixture_model("llama", "soft-moa")
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash)
+    model.get_base_model().config._attn_implementation_internal = "flash_attention_2"
+    logits(model)
+    assert told == ["flash_attention_2"] * 2
+    assert model.get_base_model().model.layers[0].self_attn.config._attn_implementation == "moa_prompt"
+
+
+@pytest.mark.parametrize(("model_type", "settings"), [("cohere", {"use_qk_norm": True}), ("nanochat", {})])
+def test_a_prompt_is_refused_where_keys_are_normed_in_an_unknown_way(
+    model_type: str, settings: dict[str, object]
+) -> None:
+    sizes = FAMILIES["llama"].settings
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes, **settings))
+    with pytest.raises(
+        UsageError, match=r"expert 'prompt' cannot work on .*has a norm 'k_norm'|has a norm 'q_norm'"
+    ):
+        get_peft_model(base, MoAConfig(experts=[PromptExpert()]))
+
+
+def test_an_mlp_that_gives_its_routers_scores_as_well_can_carry_a_parallel_adapter() -> None:
+    model = mixture_model("llama", "soft-moa")
+    mlp = model.get_base_model().model.layers[0].mlp
+    plain = logits(model)
+    mlp.forward = lambda x, forward=mlp.forward: (forward(x), "scores")  # what a mixture-of-experts MLP gives
+    mlp.register_forward_hook(lambda _, __, output: output[0])
+    assert torch.equal(logits(model), plain)
 
 
 NEW_PROCESS = """

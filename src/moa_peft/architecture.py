@@ -179,8 +179,10 @@ class Block:
     hidden_size: int
     projection_input: nn.Module
     """The layer whose input is what q, k and v see."""
+    projection_input_path: str
     block_input: nn.Module | None
     """The module whose input is the block's input, read inside a checkpointed forward; None where none is known."""
+    block_input_path: str
     sites: Mapping[str, LinearSite | AttentionSite]
     refusals: Mapping[str, str]
     """Why a site cannot be had, by the site's name."""
@@ -303,6 +305,8 @@ def _block(model: nn.Module, path: str, index: int, module: nn.Module, family: F
         family=text.model_type,
         hidden_size=hidden_size,
         projection_input=linear["q_proj"].module,
+        projection_input_path=linear["q_proj"].path,
+        block_input_path=f"{path}.{family.norm}" if family.norm else linear["q_proj"].path,
         block_input=_child(module, family.norm) if family.norm else linear["q_proj"].module,
         sites=sites,
         refusals=refusals,
@@ -316,22 +320,27 @@ def _no_prompt(model: nn.Module, attention: nn.Module | None, text: Any) -> str:
         return "its attention does not go through transformers' attention interface"
     if getattr(text, "reorder_and_upcast_attn", False):
         return "reorder_and_upcast_attn computes attention outside transformers' attention interface"
+    assert attention is not None, "what has a config is not None"
+    for name, child in attention.named_children():
+        known = name in ("q_norm", "k_norm") and getattr(getattr(child, "weight", None), "ndim", 0) == 1
+        if "norm" in name and not known:
+            return f"its attention has a norm {name!r} of a kind that is not known here"
     return ""
 
 
 def _attention_site(
     module: nn.Module, path: str, linear: Mapping[str, LinearSite], hidden_size: int, text: Any
 ) -> AttentionSite:
-    heads = int(text.num_attention_heads)
-    groups = int(getattr(text, "num_key_value_heads", None) or heads)
+    queries, keys = linear["q_proj"].out_features, linear["k_proj"].out_features
+    head_size = int(getattr(module, "head_dim", None) or queries // text.num_attention_heads)
     return AttentionSite(
         name="attention",
         module=module,
         path=path,
         hidden_size=hidden_size,
-        num_heads=heads,
-        num_key_value_heads=groups,
-        head_size=linear["q_proj"].out_features // heads,
+        num_heads=queries // head_size,
+        num_key_value_heads=keys // head_size,
+        head_size=head_size,
         key=linear["k_proj"],
         value=linear["v_proj"],
     )

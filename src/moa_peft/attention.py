@@ -52,7 +52,14 @@ def attend_with_prompts(
     prompted: _Prompted = module.__dict__["moa_prompted"]
     implementation = prompted.config._attn_implementation
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, prompted.eager)
-    output, weights = attend(module, query, key, value, attention_mask, **kwargs)
+    if implementation in ("eager", "sdpa"):
+        output, weights = attend(module, query, key, value, attention_mask, **kwargs)
+    else:  # flash attention reads its own name off the module's config
+        replacement, module.config = module.config, prompted.config
+        try:
+            output, weights = attend(module, query, key, value, attention_mask, **kwargs)
+        finally:
+            module.config = replacement
     scaling = kwargs.get("scaling")
     change = prompted.source.attention_change(query, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return (output if change is None else output + change), weights

@@ -6,7 +6,7 @@ Every class here checks itself at construction and reports all its problems at o
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 from moa_peft.errors import UsageError, unknown
 
@@ -32,6 +32,35 @@ def not_allowed(name: str, given: object, literal: object) -> list[str]:
     """Say that a field's value is not one of its ``Literal``'s; an empty list when it is."""
     allowed = get_args(literal)
     return [] if given in allowed else [f"{name} is {given!r}: give one of {', '.join(map(repr, allowed))}"]
+
+
+def wrong_types(config: Any) -> list[str]:
+    """Say which plain fields of a config hold another type than they are declared with; files bring anything.
+
+    Args:
+        config: An instance of one of this package's dataclasses.
+
+    Returns:
+        A sentence for each; whole numbers are welcome where fractions are.
+    """
+    wrong: list[str] = []
+    for name, hint in get_type_hints(type(config)).items():
+        value, allowed = getattr(config, name), get_args(hint) or (hint,)
+        if value is None and type(None) in allowed:
+            continue
+        if int in allowed and type(value) is not int:
+            wrong.append(f"{name} is {value!r}: give a whole number")
+        elif float in allowed and type(value) not in (int, float):
+            wrong.append(f"{name} is {value!r}: give a number")
+        elif bool in allowed and type(value) is not bool:
+            wrong.append(f"{name} is {value!r}: give true or false")
+        elif (
+            isinstance(value, tuple)
+            and Sequence[int] in allowed
+            and any(type(one) is not int for one in value)
+        ):
+            wrong.append(f"{name} is {value!r}: give whole numbers")
+    return wrong
 
 
 def from_mapping(config_class: type[Config], values: Mapping[str, Any], what: str) -> Config:
@@ -75,6 +104,7 @@ class ThresholdConfig:
     """Keep the best expert of a token on even below the threshold; False as in the official code."""
 
     def __post_init__(self) -> None:
+        reject("ThresholdConfig", wrong_types(self))
         wrong = not_allowed("gradient", self.gradient, ThresholdGradient)
         if (self.maximum is None) == (self.constant is None):
             wrong.append(
@@ -115,6 +145,9 @@ class RouterConfig:
         if isinstance(self.threshold, Mapping):
             threshold = from_mapping(ThresholdConfig, self.threshold, "threshold field")
             object.__setattr__(self, "threshold", threshold)
+        if self.threshold is not None and not isinstance(self.threshold, ThresholdConfig):
+            reject("RouterConfig", [f"threshold is {self.threshold!r}: give a mapping such as maximum: 0.5"])
+        reject("RouterConfig", wrong_types(self))
         wrong = not_allowed("kind", self.kind, RouterKind)
         wrong += not_allowed("gate", self.gate, Gate)
         wrong += not_allowed("router_input", self.router_input, RouterInput)
@@ -142,6 +175,7 @@ class ExpertConfig:
             value = getattr(self, one.name)
             if isinstance(value, Sequence) and not isinstance(value, str):
                 object.__setattr__(self, one.name, tuple(value))
+        reject(type(self).__name__, wrong_types(self))
         wrong = self.problems()
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
             wrong.append(f"layers is {self.layers}: give indices from 0, or None for all blocks")

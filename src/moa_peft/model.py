@@ -4,7 +4,8 @@
 # pyright: reportIncompatibleMethodOverride=false
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,8 +32,24 @@ class MoAModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: MoAConfig, model_config: dict[str, Any]) -> MoAConfig:  # noqa: ARG002
         return peft_config
 
+    def _pre_injection_hook(self, model: nn.Module, config: MoAConfig, adapter_name: str) -> None:  # noqa: ARG002
+        """Refuse names that torch cannot keep a module under, before anything is touched."""
+        if "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+            raise UsageError(
+                f"adapter name {adapter_name!r} cannot be used: give one without dots, such as 'default'"
+            )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:  # noqa: ARG002
+        if kwargs.get("adapter_names") is not None:
+            raise UsageError(
+                "adapter_names is not supported: a batch goes through one adapter; use set_adapter"
+            )
+        yield
+
     def _prepare_model(self, peft_config: MoAConfig, model: nn.Module) -> None:
         """Plan the whole mixture before the first block is touched, so that an error leaves the model as it was."""
+        self._check_architecture(peft_config)
         self._blocks = _chosen_blocks(find_blocks(model, peft_config.parts().architecture), peft_config)
         plan = {path: _placed_experts(block, peft_config) for path, block in self._blocks.items()}
         self._plan = {path: experts for path, experts in plan.items() if experts}
@@ -41,8 +58,17 @@ class MoAModel(BaseTuner):
                 f"no target matched: exclude_modules={peft_config.exclude_modules!r} and the experts' layers leave "
                 "no block with an expert"
             )
+        for path in self._plan:
+            _check_router_input(self._blocks[path], peft_config)
         paths = "|".join(re.escape(path) for path in self._plan)
         peft_config.target_modules = f"{BLOCKS_MARK}(?:{paths})"
+
+    def _check_architecture(self, config: MoAConfig) -> None:
+        others = [
+            one for one in self.peft_config.values() if isinstance(one, MoAConfig) and one is not config
+        ]
+        if any(one.parts().architecture != config.parts().architecture for one in others):
+            raise UsageError("architecture differs from that of the adapter that is there: one model has one")
 
     def _create_and_replace(
         self,
@@ -167,10 +193,27 @@ def _placed_experts(block: Block, config: MoAConfig) -> list[PlacedExpert]:
 
 def _is_excluded(path: str, config: MoAConfig) -> bool:
     """Whether PEFT's rules keep adapters away from a module."""
-    for saved in config.modules_to_save or []:
-        if re.match(rf"(^|.*\.){saved}($|\..*)", path):
-            return True
+    if _is_saved_whole(path, config):
+        return True
     excluded = config.exclude_modules or []
     if isinstance(excluded, str):
         return re.fullmatch(excluded, path) is not None
     return any(path == one or path.endswith(f".{one}") for one in excluded)
+
+
+def _is_saved_whole(path: str, config: MoAConfig) -> bool:
+    """Whether a module or one around it is in ``modules_to_save``, which PEFT compares with the endings of names."""
+    parts = path.split(".")
+    around = [".".join(parts[: end + 1]) for end in range(len(parts))]
+    return any(name.endswith(saved) for saved in config.modules_to_save or [] for name in around)
+
+
+def _check_router_input(block: Block, config: MoAConfig) -> None:
+    """Refuse to read gates off a module that PEFT will wrap and copy."""
+    router_input = config.parts().router.router_input
+    path = block.block_input_path if router_input == "block" else block.projection_input_path
+    if _is_saved_whole(path, config):
+        raise UsageError(
+            f"modules_to_save {config.modules_to_save} covers {path}, which the router reads (router_input "
+            f"{router_input!r}): leave it out, or choose the other router_input"
+        )

@@ -96,6 +96,10 @@ class MoAConfig(PeftConfig):
         wrong: list[str] = []
         if not self.experts:
             wrong.append("experts is empty: give some, or start from MoAConfig.preset('soft-moa')")
+        layers = self.layers_to_transform
+        given = layers if isinstance(layers, list | tuple) else [] if layers is None else [layers]
+        if any(type(one) is not int for one in given):
+            wrong.append(f"layers_to_transform is {layers!r}: give whole numbers")
         if self.task_type != TaskType.CAUSAL_LM:
             wrong.append(f"task_type is {self.task_type}: mixtures work on causal language models, CAUSAL_LM")
         return wrong

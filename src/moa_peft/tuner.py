@@ -207,11 +207,14 @@ class MoALayer(nn.Module, BaseTunerLayer):
             found.append((mixture, mixture.by_path[path], gates))
         return found
 
-    def _add_at(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:  # noqa: ARG002
+    def _add_at(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:  # noqa: ARG002
         """Add the experts' changes to a module's output; a forward hook, and the one place that adds."""
+        first = (
+            output[0] if isinstance(output, tuple) else output
+        )  # some MLPs give their router's scores as well
         for mixture, places, gates in self._at(path):
-            output = output + mixture.linear_changes(places, args[0], output, gates)
-        return output
+            first = first + mixture.linear_changes(places, args[0], first, gates)
+        return (first, *output[1:]) if isinstance(output, tuple) else first
 
     def _sites(self) -> dict[str, LinearSite | AttentionSite]:
         """The sites of all mixtures, one for each module."""
