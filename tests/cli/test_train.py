@@ -1,5 +1,7 @@
 import dataclasses
+import errno
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from moa_peft import cli
 from moa_peft.cli.train import ANY_FIELD, train
 from moa_peft.errors import UsageError
 from moa_peft.train.recipe import Recipe
@@ -44,7 +47,7 @@ def test_a_run_prints_its_plan_where_everything_lies_and_what_to_type_next(
         f"method      soft-moa: {row['trainable_parameters']:,} trainable parameters",
         "data        24 rows",
         "steps       3",
-        f"done: 3 steps, loss {row['final_loss']:.4f}",
+        f"done: 3 steps, last logged loss {row['final_loss']:.4f}",
         f"moa evaluate --adapter {folder}",
         f"moa chat --adapter {folder}",
     ]
@@ -118,3 +121,41 @@ def test_a_wrong_method_ends_in_one_line_and_exit_code_2(tiny: list[str], tmp_pa
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("moa: error: unknown method 'soft-mao': did you mean 'soft-moa'")
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    app: typer.Typer, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C ended in silence: nobody learned that --resume works."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moa_peft.train.run.run", interrupted)
+    done = CliRunner().invoke(app, [*tiny, "--output_dir", str(tmp_path / "run")])
+    assert done.exit_code != 0
+    assert (
+        f"interrupted: add --resume to go on from the last complete checkpoint in {tmp_path / 'run'}"
+        in done.output
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (errno.ENOSPC, "No space left on device: x: free some space or choose another folder"),
+        (errno.EROFS, "Read-only file system: x: choose another folder"),
+        (errno.ENOENT, "No such file or directory: x: choose another folder"),
+    ],
+)
+def test_a_disk_that_does_not_take_a_file_ends_in_one_line(
+    code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> None:
+        raise OSError(code, os.strerror(code), "x")
+
+    monkeypatch.setattr(cli, "app", broken)
+    monkeypatch.setattr(cli, "register_verbs", lambda: None)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert capsys.readouterr().err == f"moa: error: {message}\n"

@@ -11,6 +11,12 @@ from moa_peft.errors import UsageError
 from moa_peft.train import output_folder
 
 
+def test_a_folder_that_holds_a_recipe_alone_can_be_taken_again(tmp_path: Path) -> None:
+    """A start that failed on a full disk left the recipe, and its own retry was refused."""
+    (tmp_path / "moa_recipe.json").write_text("{}")
+    output_folder.claim(tmp_path)
+
+
 def test_a_new_folder_is_made_and_an_empty_one_is_taken(tmp_path: Path) -> None:
     output_folder.claim(tmp_path / "a" / "b")
     output_folder.claim(tmp_path / "a" / "b")

@@ -195,7 +195,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     recipe_of: Recipes,
 ) -> None:
     recipe = recipe_of(learning_rate=1e30, save_steps=1)
-    with pytest.raises(UsageError, match=r"the loss of step 2 is nan: training stopped, the last good checkpoint is .*checkpoint-1; try a lower learning_rate"):  # fmt: skip
+    with pytest.raises(UsageError, match=r"the loss of step 2 is nan: training stopped, the last checkpoint before it is .*checkpoint-1; start a new run in another output_dir with a lower learning_rate"):  # fmt: skip
         train(recipe)
     folder = Path(recipe.output_dir)
     assert [one.name for one in find_checkpoints(folder).complete] == ["checkpoint-1"]
@@ -205,7 +205,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 def test_weights_that_are_not_finite_are_never_saved(recipe_of: Recipes) -> None:
     recipe = recipe_of(learning_rate=float("inf"), save_steps=1)
-    with pytest.raises(UsageError, match=r"after step 1, .*moa_.* holds numbers that are not finite: training stopped, there was no checkpoint yet; try a lower learning_rate, bf16 instead of fp16, or a lower max_grad_norm$"):  # fmt: skip
+    with pytest.raises(UsageError, match=r"after step 1, .*moa_.* holds numbers that are not finite: training stopped, there was no checkpoint yet; start a new run in another output_dir with a lower learning_rate, bf16 instead of fp16, or a lower max_grad_norm$"):  # fmt: skip
         train(recipe)
     assert [one.name for one in Path(recipe.output_dir).iterdir()] == ["moa_recipe.json"]
 

@@ -51,11 +51,10 @@ def main() -> None:
     except MoAError as error:
         fail(str(error), 1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT):
+        if error.errno is None:
             raise
-        fail(
-            f"{error.strerror}: {error.filename or 'while writing'}: free some space or choose another folder",
-            2,
-        )
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "free some space or choose another folder" if full else "choose another folder"
+        fail(f"{error.strerror}: {error.filename or 'while writing'}: {hint}", 2)
     except KeyboardInterrupt:
         fail("interrupted", 130)

@@ -83,7 +83,11 @@ def train(
         if as_json and is_main():
             print(json.dumps(dataclasses.asdict(preparation.plan)))
         return
-    outcome = run(preparation)
+    try:
+        outcome = run(preparation)
+    except KeyboardInterrupt:
+        say(f"\ninterrupted: add --resume to go on from the last complete checkpoint in {recipe.output_dir}")
+        raise
     say(outcome_text(outcome))
     if as_json and is_main():
         print(json.dumps(dataclasses.asdict(outcome)))
@@ -120,7 +124,7 @@ def outcome_text(outcome: "TrainingOutcome") -> str:
     folder = outcome.output_dir
     return "\n".join(
         [
-            f"done: {outcome.steps:,} steps, loss {loss}{held_out}{speed}",
+            f"done: {outcome.steps:,} steps, last logged loss {loss}{held_out}{speed}",
             f"  adapter and model card  {folder}",
             f"  results                 {folder}/results.jsonl",
             f"  recipe                  {folder}/moa_recipe.json",

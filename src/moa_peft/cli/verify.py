@@ -19,10 +19,12 @@ def verify(
     Example: moa verify golden/*.safetensors
     """
     from moa_peft.official.verify import compare
+    from moa_peft.quiet import quiet_libraries
 
     failed = False
     for path in files:
-        result = compare(path)
+        with quiet_libraries():
+            result = compare(path)
         failed |= not result.ok
         if as_json:
             row = {"file": str(path), "errors": result.errors, "failure": result.failure, "ok": result.ok}

@@ -33,7 +33,9 @@ def claim(output_dir: Path) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UsageError(f"output_dir {output_dir} is not a folder: choose another one") from error
-    if any(output_dir.iterdir()):
+    if any(
+        one.name != RECIPE_FILE for one in output_dir.iterdir()
+    ):  # a start that failed leaves the recipe alone
         raise UsageError(
             f"output_dir {output_dir} exists and is not empty: choose another one, delete it, or add --resume to go "
             "on with the run in it"

@@ -17,9 +17,7 @@ from moa_peft.errors import UsageError
 from moa_peft.train import checkpoints
 from moa_peft.train.output_folder import disk_errors_named
 
-NEXT_STEP = (
-    "try a lower learning_rate, bf16 instead of fp16, or a lower max_grad_norm; then go on with --resume"
-)
+NEXT_STEP = "start a new run in another output_dir with a lower learning_rate, bf16 instead of fp16, or a lower max_grad_norm"
 
 
 class AdapterTrainer(SFTTrainer):
@@ -109,8 +107,8 @@ class AdapterTrainer(SFTTrainer):
 
     def _stopped(self, what: str) -> str:
         whole = checkpoints.find_checkpoints(Path(self.args.output_dir or ".")).complete
-        good = f"the last good checkpoint is {whole[-1]}" if whole else "there was no checkpoint yet"
-        return f"{what}: training stopped, {good}; {NEXT_STEP if whole else NEXT_STEP.partition(';')[0]}"
+        good = f"the last checkpoint before it is {whole[-1]}" if whole else "there was no checkpoint yet"
+        return f"{what}: training stopped, {good}; {NEXT_STEP}"
 
 
 @contextmanager
