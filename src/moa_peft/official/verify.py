@@ -58,16 +58,27 @@ def compare(path: Path) -> Comparison:
         UsageError: If the file is missing or not a reference file.
     """
     metadata, tensors = _read(path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(
+        1
+    )  # sums in one order, so that the same file gives the same errors on every machine
+    try:
+        return _compare(path.name, metadata, tensors)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _compare(name: str, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Comparison:
     try:
         model, placed = _rebuild(metadata, tensors)
     except UsageError as error:
-        return Comparison(name=path.name, errors={}, failure=str(error))
+        return Comparison(name=name, errors={}, failure=str(error))
     errors = _forward_errors(model, tensors)
     if any(name.startswith("grad.") for name in tensors):
         errors["gradient"] = _gradient_error(model, metadata, tensors, placed)
     if "greedy" in tensors:
         errors["greedy"] = _greedy_error(model, tensors)
-    return Comparison(name=path.name, errors=errors)
+    return Comparison(name=name, errors=errors)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
