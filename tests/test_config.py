@@ -210,8 +210,11 @@ def test_an_unknown_family_works_when_its_sites_are_named() -> None:
 )
 def test_a_wrong_architecture_says_what_to_name(architecture: ArchitectureConfig, message: str) -> None:
     config = MoAConfig.preset("soft-moa", architecture=architecture, router={"router_input": "block"})
+    base = base_model("llama")
     with pytest.raises(UsageError, match=message):
-        get_peft_model(base_model("llama"), config)
+        get_peft_model(base, config)
+    assert base.state_dict().keys() == base_model("llama").state_dict().keys()
+    assert not any(hasattr(block, "moa") for block in base.model.layers)
 
 
 def test_an_unknown_architecture_field_is_refused() -> None:

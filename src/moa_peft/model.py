@@ -209,8 +209,13 @@ def _is_saved_whole(path: str, config: MoAConfig) -> bool:
 
 
 def _check_router_input(block: Block, config: MoAConfig) -> None:
-    """Refuse to read gates off a module that PEFT will wrap and copy."""
+    """Refuse to read gates off a module that is not there, or that PEFT will wrap and copy."""
     router_input = config.parts().router.router_input
+    if router_input == "block" and block.block_input is None:
+        raise UsageError(
+            f"router_input 'block' cannot be had on {block.family}: the norm at the block's start was not "
+            "found; name it in ArchitectureConfig(norm=...) or use router_input 'projection'"
+        )
     path = block.block_input_path if router_input == "block" else block.projection_input_path
     if _is_saved_whole(path, config):
         raise UsageError(

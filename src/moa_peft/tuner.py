@@ -73,15 +73,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
             adapter: The adapter's name.
             experts: The experts of this block with their sites, in the order of their gates.
             router: Their router.
-
-        Raises:
-            UsageError: If an expert or the router's input cannot be had in this block.
         """
-        if router.router_input == "block" and self.block.block_input is None:
-            raise UsageError(
-                f"router_input 'block' cannot be had on {self.block.family}: the norm at the block's start was not "
-                "found; name it in ArchitectureConfig(norm=...) or use router_input 'projection'"
-            )
         self.moa_mixture[adapter] = Mixture(self.block.hidden_size, experts, router)
         self._move_adapter_to_device_of_base_layer(adapter)
         self.connect()
