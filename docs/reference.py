@@ -6,26 +6,11 @@ import operator
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from command_reference import commands
-from writing import fenced, linked, markdown, source_paragraph, summary, table
-
-METHOD_NOTES = Path(__file__).parent / "method_notes"
-"""One Markdown file a method: its equations and where it departs from its source."""
-
-LLAMA_31_8B: Mapping[str, Any] = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
-"""The sizes of LLaMA-3.1-8B, on which the numbers of parameters are counted."""
-
+from method_reference import costs, method_table, methods, routing
+from writing import fenced, markdown, source_paragraph, summary, table
 
 EVERY_OTHER_KEY = (
     "Every other key is a field of `trl.SFTConfig`, written flat beside these. Where a recipe says nothing, these "
@@ -51,117 +36,7 @@ def all_field_docs(config_class: type) -> dict[str, str]:
     return docs
 
 
-# ---- methods ---------------------------------------------------------------------------------------------------------
-
-
-@cache
-def trainable_parameters(method: str, router_kind: str) -> int:
-    """Count a method's trainable parameters at the sizes of LLaMA-3.1-8B, on the meta device."""
-    import torch
-    from peft import get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from moa_peft import MoAConfig
-
-    with torch.device("meta"):
-        base = LlamaForCausalLM(LlamaConfig(**LLAMA_31_8B))
-    model = get_peft_model(base, MoAConfig.preset(method, router={"kind": router_kind}))
-    return model.get_nb_trainable_parameters()[0]
-
-
-def expert_names(experts: Iterable[Any]) -> str:
-    """Name the experts of a block in the order of their gates."""
-    words = []
-    for one in experts:
-        sites = [name.removesuffix("_proj") for name in one.site_names()]
-        at = f" on {', '.join(sites)}" if set(sites) - {"mlp", "attention"} else ""
-        words.append(one.kind.replace("_", " ").replace("lora", "LoRA") + at)
-    return "; ".join(words)
-
-
-def method_table() -> str:
-    """One row a method, for the README."""
-    from moa_peft.presets import PRESETS
-
-    rows = [
-        (
-            f"`{name}`",
-            preset.summary,
-            expert_names(preset.experts()),
-            f"{trainable_parameters(name, preset.router().kind):,}",
-            linked(preset.source),
-        )
-        for name, preset in PRESETS.items()
-    ]
-    return table(
-        ("method", "what it does", "experts of a block", "trainable parameters (LLaMA-3.1-8B)", "source"),
-        rows,
-    )
-
-
-def methods() -> str:
-    """A section for each method, and one for each kind of expert."""
-    from typing import get_args
-
-    from moa_peft.config import RouterKind
-    from moa_peft.presets import PRESETS
-
-    parts = []
-    for name, preset in PRESETS.items():
-        router = preset.router()
-        changed = changed_fields(router)
-        counts = [(f"`{kind}`", f"{trainable_parameters(name, kind):,}") for kind in get_args(RouterKind)]
-        rows = [
-            (f"`{one.kind}`", ", ".join(f"`{site}`" for site in one.site_names()), fields_of(one))
-            for one in preset.experts()
-        ]
-        parts += [
-            f"## `{name}`",
-            f"{preset.summary[0].upper()}{preset.summary[1:]}.",
-            (METHOD_NOTES / f"{name}.md").read_text(encoding="utf-8").strip(),
-            "**Experts of a block**, in the order of their gates:",
-            table(("kind", "sites, one expert each", "settings"), rows),
-            f"**Router**: `{router.kind}`, gate `{router.gate}`, router input `{router.router_input}`"
-            + "".join(f", {key} {value}" for key, value in changed.items())
-            + ".",
-            "**Trainable parameters** at the sizes of LLaMA-3.1-8B, by the kind of router:",
-            table(("router", "parameters"), counts),
-            f"**Source**: {linked(preset.source)}.",
-        ]
-    return "\n\n".join(parts)
-
-
-def changed_fields(config: Any) -> dict[str, str]:
-    """The fields of a config that are not at their defaults, but for those that are named anyway."""
-    named = {"kind", "gate", "router_input"}
-    values = {one.name: (getattr(config, one.name), one.default) for one in dataclasses.fields(config)}
-    return {
-        name: f"`{short(value)}`"
-        for name, (value, default) in values.items()
-        if name not in named and value != default
-    }
-
-
-def short(value: Any) -> str:
-    """Write a config as one would type it: without what is at its default."""
-    if not dataclasses.is_dataclass(value):
-        return repr(value)
-    changed = [
-        f"{one.name}={short(getattr(value, one.name))}"
-        for one in dataclasses.fields(value)
-        if getattr(value, one.name) != one.default
-    ]
-    return f"{type(value).__name__}({', '.join(changed)})"
-
-
-def fields_of(expert: Any) -> str:
-    """The settings of one expert but for its sites."""
-    left_out = ("layers", "targets")
-    return ", ".join(
-        f"`{one.name}={getattr(expert, one.name)!r}`"
-        for one in dataclasses.fields(expert)
-        if one.name not in left_out
-    )
+# ---- experts and gates -----------------------------------------------------------------------------------------------
 
 
 def experts() -> str:
@@ -181,6 +56,21 @@ def experts() -> str:
             )
         )
     return table(("kind", "config", "what it adds", "source"), rows)
+
+
+def gates() -> str:
+    """One row a kind of gate: what it does, which of a router's fields it reads, its balance loss and its source."""
+    from moa_peft.config import GATES
+    from moa_peft.gates import OPTIONS, Gate
+
+    rows = []
+    for name, gate in GATES.items():
+        assert issubclass(gate, Gate), "register_gate takes gates only"
+        options = ", ".join(f"`{option}`" for option in OPTIONS if option in gate.options)
+        balance = f"{gate.default_balance:g}" if "balance" in gate.options else ""
+        told = markdown(summary(gate).split(" Source: ")[0])
+        rows.append((f"`{name}`", told, options, balance, markdown(source_paragraph(gate))))
+    return table(("gate", "what it does", "fields of its own", "`balance` where it is None", "source"), rows)
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
@@ -262,7 +152,14 @@ def api() -> str:
     """Autodoc's directive for every public name."""
     import moa_peft
 
-    names = [*moa_peft.__all__, "experts.LinearExpert", "experts.AttentionExpert"]
+    beside = (
+        "experts.LinearExpert",
+        "experts.AttentionExpert",
+        "gates.register_gate",
+        "gates.Gate",
+        "gates.Weights",
+    )
+    names = [*moa_peft.__all__, *(one for one in beside if one.split(".")[-1] not in moa_peft.__all__)]
     lines = []
     for name in names:
         thing = operator.attrgetter(name)(moa_peft)
@@ -275,7 +172,10 @@ def api() -> str:
 
 GENERATED: Mapping[str, Any] = {
     "methods": methods,
+    "routing": routing,
+    "costs": costs,
     "experts": experts,
+    "gates": gates,
     "configuration": configuration,
     "recipe": recipe,
     "commands": commands,

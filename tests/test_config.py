@@ -39,7 +39,7 @@ from tiny import base_model
         ),
         (lambda: ThresholdConfig(maximum=0.5, bandwidth=0), "bandwidth is 0: it must be above 0"),
         (lambda: RouterConfig(kind="mlp"), "kind is 'mlp': give one of 'linear', 'swiglu'"),
-        (lambda: RouterConfig(gate="relu"), "gate is 'relu': give one of 'sigmoid'"),
+        (lambda: RouterConfig(gate="relu"), "unknown gate 'relu': known: sigmoid, softmax"),
         (
             lambda: RouterConfig(router_input="blok"),
             "router_input is 'blok': give one of 'projection', 'block'",
@@ -122,7 +122,7 @@ def test_a_value_of_another_type_is_refused_not_read_as_something_else(build: An
 
 
 def test_every_problem_of_a_config_is_reported_at_once() -> None:
-    with pytest.raises(UsageError, match=r"kind is 'a'.*gate is 'b'.*hidden_per_expert is -1"):
+    with pytest.raises(UsageError, match=r"kind is 'a'.*hidden_per_expert is -1.*unknown gate 'b'"):
         RouterConfig(kind="a", gate="b", hidden_per_expert=-1)
 
 

@@ -21,6 +21,10 @@ from moa_peft.official.verify import compare
 from tiny import base_model
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+METHODS_OF_OTHERS = (
+    "lora", "parallel-adapter", "prompt-tuning", "molora", "hydralora", "topk-moe-lora", "adamole", "unipeft",
+    "instance-moa", "soft-moa-hydra3",
+)  # fmt: skip
 VERIFIED = [
     *(f"transformers-{family}-{kind}" for family in ("llama", "qwen3") for kind in ("soft", "soft-prompt")),
     *(
@@ -30,6 +34,7 @@ VERIFIED = [
     ),
     *(f"llama3-soft-moa{variant}" for variant in ("", "-no-prompt", "-linear-router")),
     *(f"llama3-sparse-moa{variant}" for variant in ("", "-prompt", "-const")),
+    *(f"llama3-{method}" for method in METHODS_OF_OTHERS),
 ]
 
 
@@ -45,6 +50,7 @@ def test_our_numbers_are_the_official_ones(name: str) -> None:
     result = compare(golden(name))
     assert result.ok, result.line()
     quantities = {"logits", "loss", "gradient"} | ({"greedy"} if name.startswith("transformers") else set())
+    quantities |= {"balance loss"} if name.endswith(("topk-moe-lora", "adamole")) else set()
     assert result.errors.keys() == quantities
 
 
@@ -200,9 +206,9 @@ def test_a_native_checkpoint_of_other_sizes_and_layers_finds_its_places() -> Non
 
 def test_weights_that_have_no_place_are_refused_by_name() -> None:
     with pytest.raises(
-        UsageError, match=r"cannot place the weight 'layers\.0\.attention\.lora_Q\.router\.weight'"
+        UsageError, match=r"cannot place the weight 'layers\.0\.attention\.lora_Q\.mixer\.weight'"
     ):
-        destinations(["layers.0.attention.lora_Q.router.weight"], 8)
+        destinations(["layers.0.attention.lora_Q.mixer.weight"], 8)
     model = get_peft_model(base_model("llama"), MoAConfig.preset("sparse-moa"))
     with pytest.raises(UsageError, match=r"block 1 has no experts\.prompt\.vectors"):
         load_weights(model, {"layers.1.attention.prompt.weight": torch.zeros(4, 32)}, 8)

@@ -1,6 +1,7 @@
 """What the README and the documentation say is so: their code runs, their commands exist, their tables are the package's."""
 
 import importlib
+import json
 import re
 import shlex
 import socket
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from moa_peft import mixture_layers
 from moa_peft.cli import app
 from moa_peft.cli.overrides import load_yaml, parse_flags
+from moa_peft.config import GATES
 from moa_peft.experts import base, expert_kinds
 from moa_peft.presets import PRESETS
 from moa_peft.train.merge import merge
@@ -33,6 +35,8 @@ HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 sys.path.insert(0, str(ROOT / "docs"))
 REFERENCE = importlib.import_module("reference")
+METHODS = importlib.import_module("method_reference")
+COSTS = importlib.import_module("costs")
 COMMANDS = importlib.import_module("command_reference")
 
 
@@ -148,7 +152,37 @@ def test_the_command_methods_runs_and_lists_every_method() -> None:
     COMMANDS.command_group()
     told = CliRunner().invoke(app, ["methods"], env={"COLUMNS": "300"})
     assert told.exit_code == 0
-    assert [name for name in PRESETS if name not in told.output] == []
+    assert [name for name in PRESETS if f"{name}: " not in told.output] == []
+    assert "site: top-k (keep 2) over the 8 copies, for each token, linear router" in told.output
+
+
+def test_the_command_methods_tells_each_methods_routing_and_copies_to_machines() -> None:
+    COMMANDS.command_group()
+    rows = {row["method"]: row for row in json.loads(CliRunner().invoke(app, ["methods", "--json"]).output)}
+    assert list(rows) == list(PRESETS)
+    places = {
+        name: [(one["scope"], one["granularity"], one["gate"], one["weighs"]) for one in row["routing"]]
+        for name, row in rows.items()
+    }
+    assert places == {
+        "soft-moa": [("block", "token", "sigmoid", "experts")],
+        "sparse-moa": [("block", "token", "sigmoid", "experts")],
+        "soft-moa-hydra": [
+            ("block", "token", "sigmoid", "experts"), ("site", "token", "softmax", "3 copies"),
+        ],
+        "instance-moa": [("block", "instance", "sigmoid", "experts")],
+        "unipeft": [("block", "instance", "sigmoid", "kinds")],
+        "molora": [("site", "token", "softmax", "8 copies")],
+        "hydralora": [("site", "token", "softmax", "8 copies")],
+        "topk-moe-lora": [("site", "token", "top-k", "8 copies")],
+        "adamole": [("site", "token", "threshold", "8 copies")],
+        "lora": [],
+        "parallel-adapter": [],
+        "prompt-tuning": [],
+    }  # fmt: skip
+    assert rows["sparse-moa"]["routing"][0]["options"] == {"threshold": "learned"}
+    assert rows["molora"]["experts"] == ["8 x lora at q_proj, k_proj, v_proj, o_proj, down_proj"]
+    assert rows["lora"]["experts"] == ["lora at q_proj, k_proj, v_proj, o_proj, down_proj"]
 
 
 @pytest.mark.parametrize("words", shell_lines("make"))
@@ -183,7 +217,62 @@ def test_the_readmes_table_of_families_holds_every_tested_family_and_what_it_fus
 
 
 def test_every_method_has_its_equations_in_the_documentation() -> None:
-    assert sorted(one.stem for one in REFERENCE.METHOD_NOTES.glob("*.md")) == sorted(PRESETS)
+    assert sorted(one.stem for one in METHODS.METHOD_NOTES.glob("*.md")) == sorted(PRESETS)
+    assert [name for name in PRESETS if METHODS.method_note(name).count("$$") not in (2, 4)] == []
+
+
+def test_a_methods_note_has_its_numbers_counted_in() -> None:
+    assert [name for name in PRESETS if "<!--" in METHODS.method_note(name)] == []
+    note = METHODS.method_note("unipeft")
+    assert "17,565,280" in note
+    assert "131,104" in note  # 32 blocks of one gate of 4096 weights and a bias, dead in the official code
+
+
+HIDDEN, INNER, KV, BLOCKS = 4096, 14336, 1024, 32
+# Sizes of LLaMA-3.1-8B, and what the products of the equations make of them: an addition to the frozen model for each
+# token, once in a long sequence and once in a decoding step, two operations for each weight that a token meets.
+LORA_IN_AND_OUT = 4 * HIDDEN + INNER + (3 * HIDDEN + 2 * KV)  # of q, k, v, o, down
+ADAPTER = 2 * HIDDEN * 16 + HIDDEN  # the second bias is a column of its product
+PROMPT, PROMPT_PROJECTED = 2 * 10 * HIDDEN, 10 * HIDDEN * 2 * KV
+COUNTED_BY_HAND = {
+    "lora": (16 * LORA_IN_AND_OUT, 0),
+    "parallel-adapter": (ADAPTER, 0),
+    "prompt-tuning": (PROMPT, PROMPT_PROJECTED),
+    "molora": (64 * LORA_IN_AND_OUT + 8 * (4 * HIDDEN + INNER), 0),
+    "hydralora": (8 * (4 * HIDDEN + INNER) * 2 + 64 * (3 * HIDDEN + 2 * KV), 0),
+    "sparse-moa": (8 * LORA_IN_AND_OUT + ADAPTER + 2 * HIDDEN * 24 + 24 * 6 + HIDDEN, 0),
+    "soft-moa": (8 * LORA_IN_AND_OUT + ADAPTER + 2 * HIDDEN * 28 + 28 * 7 + PROMPT, PROMPT_PROJECTED),
+}
+"""By method: weights that each token meets in a block, and weights met once in each call."""
+
+
+@pytest.mark.parametrize("method", COUNTED_BY_HAND)
+def test_the_operations_of_a_method_are_those_of_its_equations(method: str) -> None:
+    added = COSTS.added_operations(method)
+    for_each_token, for_each_call = COUNTED_BY_HAND[method]
+    assert added.sequence == 2 * BLOCKS * (for_each_token + for_each_call / COSTS.SEQUENCE)
+    assert added.decoding == 2 * BLOCKS * (for_each_token + for_each_call)
+
+
+def test_the_gates_of_an_instance_are_counted_once_and_not_in_a_decoding_step() -> None:
+    instance, token = COSTS.added_operations("instance-moa"), COSTS.added_operations("soft-moa")
+    router = 2 * BLOCKS * (2 * HIDDEN * 28 + 28 * 7)
+    mean = 2 * BLOCKS * HIDDEN  # of the prompt's tokens, a product with their mask
+    assert token.sequence - instance.sequence == router - router / COSTS.SEQUENCE - mean
+    assert token.decoding - instance.decoding == router
+
+
+def test_the_frozen_models_operations_are_two_for_each_weight_and_those_of_the_attention() -> None:
+    in_blocks = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * KV + 3 * HIDDEN * INNER
+    attention = 2 * COSTS.SEQUENCE * HIDDEN
+    frozen = COSTS.frozen_operations().sequence
+    assert frozen == 2 * (BLOCKS * (in_blocks + attention) + 128256 * HIDDEN)
+
+
+def test_every_registered_gate_stands_in_the_documentation_with_its_source() -> None:
+    rows = [row.split(" | ") for row in REFERENCE.gates().splitlines()[2:]]
+    assert [row[0].strip("| ") for row in rows] == [f"`{name}`" for name in GATES]
+    assert [row[0] for row in rows if "arXiv" not in row[-1]] == []
 
 
 @pytest.mark.parametrize("page", [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")])

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import GenerationConfig, Trainer, TrainingArguments
+from transformers import ContinuousBatchingConfig, GenerationConfig, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from moa_peft import MoAConfig
@@ -75,12 +75,12 @@ def test_trls_sft_trainer_takes_the_config_with_and_without_packing(
 
 
 @pytest.mark.slow
-def test_continuous_batching_gives_the_greedy_tokens_of_plain_generation() -> None:
-    model = mixture_model("llama", "everything")
-    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (4, 7, 5)]
-    greedy = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=-1)
+@pytest.mark.parametrize("method", ["everything", "instance-moa"])
+def test_continuous_batching_gives_the_greedy_tokens_of_plain_generation(method: str) -> None:
+    model = mixture_model("llama", method)
+    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (4, 7, 5, 6, 3)]
 
-    def alone(prompt: list[int]) -> list[int]:
+    def alone(prompt: list[int], end: int) -> list[int]:
         ids = torch.tensor([prompt])
         out: Tensor = model.generate(
             input_ids=ids,
@@ -88,9 +88,15 @@ def test_continuous_batching_gives_the_greedy_tokens_of_plain_generation() -> No
             max_new_tokens=8,
             do_sample=False,
             pad_token_id=0,
+            eos_token_id=end,
         )
         return out[0, len(prompt) :].tolist()
 
-    outputs = model.get_base_model().generate_batch(inputs=prompts, generation_config=greedy)
+    end = alone(prompts[0], -1)[2]  # the first request ends early, so that another starts among running ones
+    greedy = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=end)
+    batching = ContinuousBatchingConfig(allow_block_sharing=False, max_requests_per_batch=3, page_size=4)
+    outputs = model.get_base_model().generate_batch(
+        inputs=prompts, generation_config=greedy, continuous_batching_config=batching
+    )
     together = {tuple(one.prompt_ids): one.generated_tokens for one in outputs.values()}
-    assert [list(together[tuple(prompt)]) for prompt in prompts] == [alone(prompt) for prompt in prompts]
+    assert [list(together[tuple(prompt)]) for prompt in prompts] == [alone(prompt, end) for prompt in prompts]

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from moa_peft import LoraExpert, MoAConfig, ParallelAdapterExpert, PromptExpert, RouterConfig, ThresholdConfig
+from moa_peft.experts import DoraExpert, IA3Expert, SequentialAdapterExpert, VeraExpert
 
 VOCABULARY = 97
 GATED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -110,14 +111,6 @@ FAMILIES: dict[str, TinyFamily] = {
 }  # fmt: skip
 
 
-def soft(family: TinyFamily) -> MoAConfig:
-    return MoAConfig.preset("soft-moa")
-
-
-def sparse(family: TinyFamily) -> MoAConfig:
-    return MoAConfig.preset("sparse-moa")
-
-
 def everything(family: TinyFamily) -> MoAConfig:
     """Every expert kind on every projection, different ranks, a learned threshold, the raw residual stream."""
     half = len(family.targets) // 2
@@ -141,12 +134,81 @@ def exact_start(family: TinyFamily) -> MoAConfig:
     )
 
 
+def preset(name: str, **changes: object) -> Callable[[TinyFamily], MoAConfig]:
+    return lambda family: MoAConfig.preset(name, **changes)
+
+
+def copies(family: TinyFamily) -> MoAConfig:
+    """Several copies of every expert, shared and not, each site with another gate."""
+    top = RouterConfig(kind="linear", gate="top-k", keep=2)
+    sparsegen = RouterConfig(kind="swiglu", hidden_per_expert=2, gate="sparsegen", target=2)
+    return MoAConfig(
+        experts=[
+            LoraExpert(targets=family.targets[:2], rank=3, num_experts=4, router=top),
+            PromptExpert(length=3, num_experts=2, router=RouterConfig(gate="sigmoid")),
+            LoraExpert(targets=family.targets[2:], rank=2, num_experts=3, shared=True, router=sparsegen),
+            ParallelAdapterExpert(
+                size=5, num_experts=3, router=RouterConfig(kind="linear", gate="threshold")
+            ),
+        ],
+        router=RouterConfig(gate="sparsegen", router_input="block"),
+    )
+
+
+def instance_kinds(family: TinyFamily) -> MoAConfig:
+    """One gate a kind, top-k of them, for a whole instance."""
+    return MoAConfig(
+        experts=[
+            LoraExpert(targets=family.targets, rank=2),
+            ParallelAdapterExpert(size=4),
+            PromptExpert(length=3),
+        ],
+        router=RouterConfig(kind="linear", gate="top-k", keep=2, granularity="instance", gate_of="kind"),
+    )
+
+
+def extra_kinds(family: TinyFamily) -> MoAConfig:
+    """The kinds beyond the paper's."""
+    return MoAConfig(
+        experts=[
+            IA3Expert(targets=("k_proj", "v_proj", "down_proj")),
+            VeraExpert(targets=family.targets, rank=5),
+            SequentialAdapterExpert(targets=("o_proj", "mlp"), size=6),
+            DoraExpert(targets=family.targets, rank=2, alpha=3),
+        ],
+        router=RouterConfig(kind="linear"),
+    )
+
+
 METHODS: dict[str, Callable[[TinyFamily], MoAConfig]] = {
-    "soft-moa": soft,
-    "sparse-moa": sparse,
+    "soft-moa": preset("soft-moa"),
+    "sparse-moa": preset("sparse-moa"),
     "everything": everything,
     "exact-start": exact_start,
+    "soft-moa-hydra": preset("soft-moa-hydra"),
+    "instance-moa": preset("instance-moa"),
+    "unipeft": preset("unipeft"),
+    "molora": preset("molora"),
+    "hydralora": preset("hydralora"),
+    "topk-moe-lora": preset("topk-moe-lora"),
+    "adamole": preset("adamole"),
+    "lora": preset("lora"),
+    "parallel-adapter": preset("parallel-adapter"),
+    "prompt-tuning": preset("prompt-tuning"),
+    "copies": copies,
+    "instance-kinds": instance_kinds,
+    "extra-kinds": extra_kinds,
 }
+ON_EVERY_FAMILY = ("soft-moa", "sparse-moa", "everything", "exact-start", "instance-moa")
+"""The paper's methods, and those that stand on a family's structure; the others differ in the routing alone."""
+
+CASES = [
+    (family, method)
+    for family in FAMILIES
+    for method in METHODS
+    if method in ON_EVERY_FAMILY or family in ("llama", "qwen3")
+]
+"""Every family and method that the shared tests run."""
 
 
 def base_model(

@@ -8,7 +8,16 @@ model = get_peft_model(base, MoAConfig.preset("soft-moa"))
 
 from moa_peft.config import ArchitectureConfig, ExpertConfig, RouterConfig, ThresholdConfig
 from moa_peft.errors import MoAError, RunError, UsageError
-from moa_peft.experts import LoraExpert, ParallelAdapterExpert, PromptExpert, register_expert
+from moa_peft.experts import (
+    DoraExpert,
+    IA3Expert,
+    LoraExpert,
+    ParallelAdapterExpert,
+    PromptExpert,
+    SequentialAdapterExpert,
+    VeraExpert,
+    register_expert,
+)
 from moa_peft.model import MoAModel
 from moa_peft.peft_config import MoAConfig
 from moa_peft.presets import preset_names
@@ -19,8 +28,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArchitectureConfig",
+    "DoraExpert",
     "ExpertConfig",
     "GateRecord",
+    "IA3Expert",
     "LoraExpert",
     "MoAConfig",
     "MoAError",
@@ -30,8 +41,10 @@ __all__ = [
     "PromptExpert",
     "RouterConfig",
     "RunError",
+    "SequentialAdapterExpert",
     "ThresholdConfig",
     "UsageError",
+    "VeraExpert",
     "mixture_layers",
     "preset_names",
     "register_expert",

@@ -177,6 +177,7 @@ class Block:
     module: nn.Module
     family: str
     hidden_size: int
+    attention: nn.Module | None
     projection_input: nn.Module
     """The layer whose input is what q, k and v see."""
     projection_input_path: str
@@ -304,6 +305,7 @@ def _block(model: nn.Module, path: str, index: int, module: nn.Module, family: F
         module=module,
         family=text.model_type,
         hidden_size=hidden_size,
+        attention=attention,
         projection_input=linear["q_proj"].module,
         projection_input_path=linear["q_proj"].path,
         block_input_path=f"{path}.{family.norm}" if family.norm else linear["q_proj"].path,

@@ -6,16 +6,31 @@ Every class here checks itself at construction and reports all its problems at o
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_type_hints
 
 from moa_peft.errors import UsageError, unknown
 
 RouterKind = Literal["linear", "swiglu"]
 RouterInput = Literal["projection", "block"]
-Gate = Literal["sigmoid"]
+Granularity = Literal["token", "instance"]
+Pooling = Literal["prompt", "official"]
+GateOf = Literal["expert", "kind"]
 ThresholdGradient = Literal["straight-through", "none"]
 
 Config = TypeVar("Config")
+
+
+class GateKind(Protocol):
+    """What a config must know of a kind of gate; `moa_peft.gates.Gate` is one."""
+
+    @classmethod
+    def problems(cls, config: "RouterConfig") -> list[str]:
+        """What is wrong with a router's options for this gate, a sentence each."""
+        ...
+
+
+GATES: dict[str, type[GateKind]] = {}
+"""The known kinds of gate by name; `moa_peft.gates.register_gate` fills it."""
 
 
 def reject(config: str, wrong: Sequence[str]) -> None:
@@ -124,7 +139,10 @@ class ThresholdConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RouterConfig:
-    """How one decoder block turns a token into one weight for each of its experts."""
+    """How a token turns into one weight for each expert: those of a decoder block, or the copies at one site.
+
+    A `MoAConfig` has one for the block; an expert with several copies has one of its own for them.
+    """
 
     kind: RouterKind = "swiglu"
     """One linear map, or the SwiGLU network of the paper's math setting (30 % of Soft MoA's parameters)."""
@@ -132,14 +150,44 @@ class RouterConfig:
     hidden_per_expert: int | None = None
     """Hidden size of the SwiGLU router, times the number of experts; None is 4, the paper's. Not for "linear"."""
 
-    gate: Gate = "sigmoid"
-    """What makes weights of the router's logits: "sigmoid" weighs each expert for itself, in (0, 1)."""
+    bias: bool = True
+    """Whether the router's linear maps have biases; they start at zero."""
+
+    gate: str = "sigmoid"
+    """What makes weights of the logits: sigmoid, softmax, top-k, threshold (AdaMoLE), sparsegen, or a registered one."""
 
     threshold: ThresholdConfig | None = None
-    """Sparse MoA's threshold; None is Soft MoA, where every expert speaks."""
+    """Gate "sigmoid": Sparse MoA's threshold; None is Soft MoA, where every expert speaks."""
+
+    keep: int | None = None
+    """Gate "top-k": experts kept for each token."""
+
+    noise: bool = False
+    """Gate "top-k": add noise of a learned width to the logits while training."""
+
+    target: int | None = None
+    """Gate "sparsegen": the most experts of a token that the sparsity control leaves alone; None is no control."""
+
+    sparsity: float | None = None
+    """Gate "sparsegen": coefficient of the sparsity control; None is 0.01 with a target."""
+
+    balance: float | None = None
+    """Coefficient of the load balancing loss; None is the gate's own (0.001 for top-k and threshold), 0 is none."""
 
     router_input: RouterInput = "projection"
-    """What the router reads: what q, k and v read (after the norm), or the "block"'s input (raw residual stream)."""
+    """What a block's router reads: what q, k and v read (after the norm), or the "block"'s input (raw residual stream)."""
+
+    granularity: Granularity = "token"
+    """Whether each token has gates of its own, or all tokens of an "instance" the same, from its mean prompt token."""
+
+    pooling: Pooling = "prompt"
+    """Granularity "instance": the mean over the prompt's real tokens, or the "official" one over everything, padding too."""
+
+    gate_of: GateOf = "expert"
+    """Whether each expert of a block has a gate of its own, or all of one "kind" share one (UniPEFT)."""
+
+    dead_adapter_gate: bool = False
+    """Gate of a kind: the parallel adapter takes the prompt's gate and its own stays unused, as in the official UniPEFT."""
 
     def __post_init__(self) -> None:
         if isinstance(self.threshold, Mapping):
@@ -149,15 +197,52 @@ class RouterConfig:
             reject("RouterConfig", [f"threshold is {self.threshold!r}: give a mapping such as maximum: 0.5"])
         reject("RouterConfig", wrong_types(self))
         wrong = not_allowed("kind", self.kind, RouterKind)
-        wrong += not_allowed("gate", self.gate, Gate)
         wrong += not_allowed("router_input", self.router_input, RouterInput)
+        wrong += not_allowed("granularity", self.granularity, Granularity)
+        wrong += not_allowed("pooling", self.pooling, Pooling)
+        wrong += not_allowed("gate_of", self.gate_of, GateOf)
         if self.kind == "linear" and self.hidden_per_expert is not None:
             wrong.append(
                 f"hidden_per_expert is {self.hidden_per_expert}: a linear router has no hidden layer"
             )
         if self.hidden_per_expert is not None and self.hidden_per_expert < 1:
             wrong.append(f"hidden_per_expert is {self.hidden_per_expert}: it must be at least 1")
+        if self.balance is not None and not 0 <= self.balance < float("inf"):
+            wrong.append(f"balance is {self.balance}: it must be at least 0")
+        if self.granularity == "token" and self.pooling != "prompt":
+            wrong.append(
+                f"pooling is {self.pooling!r}: a token's own gates pool nothing; give granularity 'instance'"
+            )
+        if self.dead_adapter_gate and self.gate_of != "kind":
+            wrong.append("dead_adapter_gate is true: it needs gate_of 'kind'")
+        if self.gate in GATES:
+            wrong += GATES[self.gate].problems(self)
+        else:
+            wrong.append(unknown("gate", str(self.gate), GATES))
         reject("RouterConfig", wrong)
+
+    def site_problems(self, num_experts: int) -> list[str]:
+        """Say what is wrong with this as the router of the copies at one site.
+
+        Args:
+            num_experts: The copies.
+
+        Returns:
+            A sentence for each problem.
+        """
+        block_only = ("router_input", "granularity", "gate_of")
+        defaults = {one.name: one.default for one in dataclasses.fields(self)}
+        wrong = [
+            f"router.{name} is {getattr(self, name)!r}: it belongs to a block's router; the router of an expert's "
+            "copies reads its own site, token by token"
+            for name in block_only
+            if getattr(self, name) != defaults[name]
+        ]
+        for name in ("keep", "target"):
+            given = getattr(self, name)
+            if given is not None and given > num_experts:
+                wrong.append(f"router.{name} is {given}: there are {num_experts} copies")
+        return wrong
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,6 +266,10 @@ class ExpertConfig:
             wrong.append(f"layers is {self.layers}: give indices from 0, or None for all blocks")
         reject(type(self).__name__, wrong)
 
+    def copies(self) -> tuple[int, RouterConfig | None]:
+        """How many copies of the expert stand at each of its sites, and the router that weighs them, if any."""
+        return 1, None
+
     def problems(self) -> list[str]:
         """What is wrong with the fields of this kind, a sentence each."""
         return []
@@ -196,6 +285,42 @@ class ExpertConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields and the kind, as `adapter_config.json` holds them."""
         return {"kind": self.kind, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CopiedExpertConfig(ExpertConfig):
+    """Base of the kinds that may stand at a site in several copies, weighed by a router of their own."""
+
+    num_experts: int = 1
+    """Copies at each site; more than one need a ``router``."""
+
+    router: RouterConfig | None = None
+    """Weighs the copies at each site by what the site reads; a block's gate, if there is one, multiplies it."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.router, Mapping):
+            router = from_mapping(RouterConfig, self.router, "router field")
+            object.__setattr__(self, "router", router)
+        ExpertConfig.__post_init__(self)
+
+    def copies(self) -> tuple[int, RouterConfig | None]:
+        """The copies and their router."""
+        return self.num_experts, self.router
+
+    def copy_problems(self) -> list[str]:
+        """What is wrong with the copies, a sentence each."""
+        if self.num_experts < 1:
+            return [f"num_experts is {self.num_experts}: it must be at least 1"]
+        if self.router is None and self.num_experts > 1:
+            how = "router=RouterConfig(kind='linear', gate='softmax', bias=False)"
+            return [
+                f"num_experts is {self.num_experts} and router is None: say how the copies are weighed: {how}"
+            ]
+        if self.router is None:
+            return []
+        if not isinstance(self.router, RouterConfig):
+            return [f"router is {self.router!r}: give RouterConfig(...), or a mapping such as gate: softmax"]
+        return self.router.site_problems(self.num_experts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,21 +1,21 @@
-"""The mixture of one decoder block: its experts, its router, and the arithmetic that joins them.
+"""The mixture of one decoder block: its experts, its routers, and the arithmetic that joins them.
 
-Sizes: B rows, T tokens of a row, E experts.
+Sizes: B rows, T tokens of a row, C gates of a block, N copies of an expert at its site.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from moa_peft.architecture import AttentionSite, LinearSite
 from moa_peft.config import ExpertConfig, RouterConfig
-from moa_peft.router import Router
+from moa_peft.router import Router, Routing
 
 if TYPE_CHECKING:
     from moa_peft.experts.base import AttentionExpert, LinearExpert
-
 
 PlacedExpert = tuple[ExpertConfig, LinearSite | AttentionSite]
 """An expert to be made and the site it will work at."""
@@ -28,34 +28,48 @@ class Place:
     name: str
     """The expert's name in the mixture, as in "lora_q_proj"."""
     column: int
-    """Its column of the gates."""
+    """Its column of the block's gates."""
     site: LinearSite | AttentionSite
 
 
 class Mixture(nn.Module):
-    """All experts of one block and one adapter, with their router. It holds weights and knows no model.
+    """All experts of one block and one adapter, with their routers. It holds weights and knows no model.
 
     Attributes:
-        places: The experts in the order of their gates.
+        places: The experts in the order they were given.
         by_path: The same by the path of the module they work at.
+        gate_names: What the block's gates are called, in their order: experts, or kinds of experts.
+        router: The block's router; None where every gate is 1.
+        copy_routers: Routers of the experts that have several copies at their site, by the expert's name.
     """
 
-    def __init__(self, hidden_size: int, experts: Sequence[PlacedExpert], router: RouterConfig) -> None:
+    def __init__(
+        self, hidden_size: int, experts: Sequence[PlacedExpert], router: RouterConfig | None
+    ) -> None:
         super().__init__()
         self.places: list[Place] = []
+        self.gate_names: list[str] = []
         self.experts = nn.ModuleDict()
+        self.copy_routers = nn.ModuleDict()
         for config, site in experts:
             name = self._free_name(config.kind, site.name)
-            self.places.append(Place(name=name, column=len(self.places), site=site))
+            column = self._column(name, config.kind, router)
+            self.places.append(Place(name=name, column=column, site=site))
             self.experts[name] = config.build(site)
+            copies, copy_router = config.copies()
+            if copy_router is not None:
+                inputs = site.in_features if isinstance(site, LinearSite) else site.hidden_size
+                self.copy_routers[name] = Router(inputs, copies, copy_router)
         self.by_path: dict[str, list[Place]] = {}
         for place in self.places:
             self.by_path.setdefault(place.site.path, []).append(place)
-        self.router = Router(hidden_size, len(self.places), router)
+        if router is not None and router.dead_adapter_gate:
+            self._share_prompt_gate()
+        self.router = None if router is None else Router(hidden_size, len(self.gate_names), router)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The experts' names in the order of their gates."""
+        """The experts' names in the order they were given."""
         return tuple(place.name for place in self.places)
 
     @property
@@ -63,51 +77,96 @@ class Mixture(nn.Module):
         """Whether a fresh mixture leaves the model bit-equal to the frozen one."""
         return all(expert.starts_at_zero for expert in self.experts.values())
 
-    def linear_changes(self, places: Sequence[Place], x: Tensor, output: Tensor, gates: Tensor) -> Tensor:
-        """Add up the gated changes of the experts at one linear layer or MLP.
+    def routers(self) -> dict[str, Router]:
+        """Every router by name: the block's as "", those of copies by their expert's name."""
+        block = {} if self.router is None else {"": self.router}
+        return {**block, **dict(self.copy_routers.items())}  # type: ignore[dict-item]  # ModuleDict is untyped
+
+    def route_copies(self, place: Place, x: Tensor, counted: Tensor | None) -> Routing | None:
+        """Weigh the copies of one expert.
 
         Args:
-            places: This mixture's experts there.
+            place: One of this mixture's experts.
+            x: Float, [B, T, D_in], what its copies' router reads.
+            counted: Bool, [B, T]; tokens that count in the balance loss.
+
+        Returns:
+            Weights [B, T, N]; None where the expert has no router for copies.
+        """
+        if place.name not in self.copy_routers:
+            return None
+        return self.copy_routers[place.name](x, counted)
+
+    def gates_of(self, place: Place, gates: Tensor | None, copies: Tensor | None) -> Tensor:
+        """Join a block's gate for one expert with the weights of its copies.
+
+        Args:
+            place: One of this mixture's experts.
+            gates: Float32, [B, T, C] or [B, 1, C], the block's; None where it has no router.
+            copies: Float32, [B, T, N]; None where the expert is alone at its site.
+
+        Returns:
+            Float32, broadcastable to [B, T, N].
+        """
+        if gates is None and copies is None:
+            parameter = next(self.experts[place.name].parameters())
+            return torch.ones((1, 1, 1), dtype=torch.float32, device=parameter.device)
+        if gates is None:
+            assert copies is not None, "one of both is there"
+            return copies
+        gate = gates[..., place.column : place.column + 1]
+        return gate if copies is None else gate * copies
+
+    def linear_change(self, place: Place, x: Tensor, output: Tensor, gate: Tensor) -> Tensor:
+        """Give the gated change of one expert at a linear layer or MLP.
+
+        Args:
+            place: One of this mixture's experts there.
             x: Float, [B, T, D_in], the layer's input.
             output: Float, [B, T, D_out], the frozen layer's output, a fused layer's whole.
-            gates: Float32, [B, T, E].
+            gate: Float32, broadcastable to [B, T, N].
 
         Returns:
             [B, T, D_out] in the dtype of ``output``.
         """
-        total: Tensor | None = None
-        for place in places:
-            expert: LinearExpert = self.experts[place.name]  # type: ignore[assignment]  # ModuleDict is untyped
-            slot = place.site.slot if isinstance(place.site, LinearSite) else None
-            base = output if slot is None else slot.take(output)
-            change = expert.change(x, base, gates[..., place.column : place.column + 1])
-            change = change if slot is None else slot.place(change)
-            total = change if total is None else total + change
-        assert total is not None, "called for a site that has no expert"
-        return total
+        expert: LinearExpert = self.experts[place.name]  # type: ignore[assignment]  # ModuleDict is untyped
+        slot = place.site.slot if isinstance(place.site, LinearSite) else None
+        if slot is None:
+            return expert.change(x, output, gate)
+        return slot.place(expert.change(x, slot.take(output), gate))
 
-    def attention_changes(
-        self, places: Sequence[Place], query: Tensor, scaling: float, gates: Tensor
-    ) -> Tensor:
-        """Add up the gated changes of the experts at the attention.
+    def attention_change(self, place: Place, query: Tensor, scaling: float, gate: Tensor) -> Tensor:
+        """Give the gated change of one expert at the attention.
 
         Args:
-            places: This mixture's experts there.
+            place: One of this mixture's experts there.
             query: Float, [B, H, T, D], after rotary embedding.
             scaling: Factor of the attention scores.
-            gates: Float32, [B, T, E].
+            gate: Float32, broadcastable to [B, T, N].
 
         Returns:
             [B, T, H, D] in the dtype of ``query``.
         """
-        total: Tensor | None = None
-        for place in places:
-            expert: AttentionExpert = self.experts[place.name]  # type: ignore[assignment]  # ModuleDict is untyped
-            assert isinstance(place.site, AttentionSite)
-            change = expert.change(place.site, query, scaling, gates[..., place.column : place.column + 1])
-            total = change if total is None else total + change
-        assert total is not None, "called for a site that has no expert"
-        return total
+        expert: AttentionExpert = self.experts[place.name]  # type: ignore[assignment]  # ModuleDict is untyped
+        assert isinstance(place.site, AttentionSite)
+        return expert.change(place.site, query, scaling, gate)
+
+    def _column(self, name: str, kind: str, router: RouterConfig | None) -> int:
+        gate_name = kind if router is not None and router.gate_of == "kind" else name
+        if gate_name not in self.gate_names:
+            self.gate_names.append(gate_name)
+        return self.gate_names.index(gate_name)
+
+    def _share_prompt_gate(self) -> None:
+        """Give the parallel adapter the prompt's gate, where both are there; its own column is then dead."""
+        if "prompt" not in self.gate_names:
+            return
+        column = self.gate_names.index("prompt")
+        for path, places in self.by_path.items():
+            self.by_path[path] = [
+                Place(name=one.name, column=column, site=one.site) if one.name == "parallel_adapter" else one
+                for one in places
+            ]
 
     def _free_name(self, kind: str, site_name: str) -> str:
         name = kind if site_name in ("mlp", "attention") else f"{kind}_{site_name}"

@@ -16,7 +16,8 @@ from moa_peft.architecture import Block, find_blocks
 from moa_peft.errors import UsageError
 from moa_peft.layer import PlacedExpert
 from moa_peft.peft_config import BLOCKS_MARK, MoAConfig
-from moa_peft.tuner import CHILD, MERGE_REFUSAL, MoALayer, mixture_layers
+from moa_peft.tokens import TokenWatch
+from moa_peft.tuner import CHILD, MERGE_REFUSAL, MoALayer, mixture_layers, needs_tokens
 
 
 class MoAModel(BaseTuner):
@@ -39,6 +40,16 @@ class MoAModel(BaseTuner):
                 f"adapter name {adapter_name!r} cannot be used: give one without dots, such as 'default'"
             )
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as the model does; instance gates keep to the prompt also where no cache remembers it."""
+        given = [*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+        prompt = next((one for one in given if isinstance(one, Tensor)), None)
+        layers = mixture_layers(self.model)
+        if prompt is None or not layers:
+            return self.model.generate(*args, **kwargs)
+        with layers[0][1].watch.generating(prompt.shape[1]):
+            return self.model.generate(*args, **kwargs)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:  # noqa: ARG002
         if kwargs.get("adapter_names") is not None:
@@ -60,6 +71,10 @@ class MoAModel(BaseTuner):
             )
         for path in self._plan:
             _check_router_input(self._blocks[path], peft_config)
+        layers = mixture_layers(model)
+        self._watch = layers[0][1].watch if layers else TokenWatch()
+        list_of_blocks = next(iter(self._plan)).rpartition(".")[0]
+        self._watched = (model, model.get_submodule(list_of_blocks.rpartition(".")[0]))
         paths = "|".join(re.escape(path) for path in self._plan)
         peft_config.target_modules = f"{BLOCKS_MARK}(?:{paths})"
 
@@ -83,9 +98,15 @@ class MoAModel(BaseTuner):
         """Give one decoder block its experts. Nothing is replaced: the block gets a child, its modules get hooks."""
         layer = getattr(target, CHILD, None)
         if layer is None:
-            layer = MoALayer(self._blocks[current_key])
+            layer = MoALayer(self._blocks[current_key], self._watch)
             target.add_module(CHILD, layer)
         layer.add_mixture(adapter_name, self._plan[current_key], peft_config.parts().router)
+        if needs_tokens(layer.mixtures()[adapter_name]):
+            layer.watch.attach(*self._watched)
+        if any(router.has_losses for router in layer.mixtures()[adapter_name].routers().values()):
+            from moa_peft.train.balance import give_to_trainers  # builds on this module, so not at the top
+
+            give_to_trainers()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Keep adapters in float32 whatever the base is, unless ``autocast_adapter_dtype`` is False."""
@@ -107,6 +128,7 @@ class MoAModel(BaseTuner):
         super()._unload_and_optionally_merge(False, *args, **kwargs)
         for name, layer in layers:
             layer.disconnect()
+            layer.watch.detach()
             delattr(self.model.get_submodule(name.removesuffix(f".{CHILD}")), CHILD)
         return self.model
 
@@ -143,12 +165,12 @@ def _check_fit(
 ) -> None:
     """Compare a checkpoint's weights with the model's, by name and size."""
     missing, extra = expected.keys() - given.keys(), given.keys() - expected.keys()
-    if any(".router.threshold." in key for key in missing):
+    if any(".router.gate.threshold." in key for key in missing):
         raise UsageError(
             f"adapter {adapter_name!r} has no threshold but its config is Sparse MoA: the weights are Soft MoA's; load "
             "them with their own config (RouterConfig(threshold=None))"
         )
-    if any(".router.threshold." in key for key in extra):
+    if any(".router.gate.threshold." in key for key in extra):
         raise UsageError(
             f"adapter {adapter_name!r} has a learned threshold but its config has none: the weights are Sparse MoA's; "
             "load them with their own config (RouterConfig(threshold=ThresholdConfig(maximum=...)))"
@@ -210,7 +232,8 @@ def _is_saved_whole(path: str, config: MoAConfig) -> bool:
 
 def _check_router_input(block: Block, config: MoAConfig) -> None:
     """Refuse to read gates off a module that is not there, or that PEFT will wrap and copy."""
-    router_input = config.parts().router.router_input
+    router = config.parts().router
+    router_input = "projection" if router is None else router.router_input
     if router_input == "block" and block.block_input is None:
         raise UsageError(
             f"router_input 'block' cannot be had on {block.family}: the norm at the block's start was not "

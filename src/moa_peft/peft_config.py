@@ -32,7 +32,7 @@ class MixtureParts:
     """The frozen parts of a `MoAConfig`."""
 
     experts: tuple[ExpertConfig, ...]
-    router: RouterConfig
+    router: RouterConfig | None
     architecture: ArchitectureConfig
 
 
@@ -50,8 +50,8 @@ class MoAConfig(PeftConfig):
     experts: Sequence[ExpertConfig | Mapping[str, Any]] = ()
     """The experts of each decoder block, in the order of their gates: configs, or mappings with a "kind"."""
 
-    router: RouterConfig | Mapping[str, Any] = field(default_factory=RouterConfig)
-    """The router of each block."""
+    router: RouterConfig | Mapping[str, Any] | None = field(default_factory=RouterConfig)
+    """The router of each block; None gives every expert the gate 1."""
 
     layers_to_transform: list[int] | int | None = None
     """Decoder blocks to work on, counted from 0; None is all of them."""
@@ -88,7 +88,7 @@ class MoAConfig(PeftConfig):
         """The frozen parts: mappings from files become configs, which check themselves."""
         return MixtureParts(
             experts=tuple(_expert(one) for one in self.experts),
-            router=_config(RouterConfig, self.router, "router field"),
+            router=None if self.router is None else _config(RouterConfig, self.router, "router field"),
             architecture=_config(ArchitectureConfig, self.architecture or {}, "architecture field"),
         )
 
@@ -125,7 +125,7 @@ class MoAConfig(PeftConfig):
                 raise UsageError(unknown("field of MoAConfig", key, known))
         router = changes.pop("router", {})
         if isinstance(router, Mapping):
-            router = _changed_router(chosen.router(), router)
+            router = _changed_router(name, chosen.router(), router)
         return cls(**{"experts": list(chosen.experts()), "router": router, **changes})
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class MoAConfig(PeftConfig):
         return {
             **{one.name: getattr(self, one.name) for one in dataclasses.fields(self)},
             "experts": [expert.to_dict() for expert in parts.experts],
-            "router": dataclasses.asdict(parts.router),
+            "router": None if parts.router is None else dataclasses.asdict(parts.router),
             "architecture": dataclasses.asdict(parts.architecture),
             "target_modules": None,
         }
@@ -152,7 +152,16 @@ def _expert(one: ExpertConfig | Mapping[str, Any]) -> ExpertConfig:
     raise UsageError(f"an expert is {one!r}: give LoraExpert(...) and the like, or a mapping with a kind")
 
 
-def _changed_router(router: RouterConfig, changes: Mapping[str, Any]) -> RouterConfig:
+def _changed_router(
+    name: str, router: RouterConfig | None, changes: Mapping[str, Any]
+) -> RouterConfig | None:
+    if router is None:
+        if changes:
+            raise UsageError(
+                f"router is {dict(changes)!r}: the method {name!r} has no router of its blocks; give a whole one, "
+                "router=RouterConfig(...), to add it"
+            )
+        return None
     merged = {one.name: getattr(router, one.name) for one in dataclasses.fields(router)}
     for key, value in changes.items():
         current = merged.get(key)

@@ -1,45 +1,27 @@
-"""Routers: modules that hold a router's weights and turn a block's tokens into gates.
+"""Routers: modules that hold a router's weights and turn tokens into gates.
 
-Sizes: B rows, T tokens of a row, D hidden size, E experts.
+Sizes: B rows, T tokens of a row, D inputs, E experts.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_peft.config import RouterConfig
-from moa_peft.routing import learned_threshold, sigmoid_gates, sparse_gates
-
-
-def low_precision_product(x: Tensor, linear: nn.Linear) -> Tensor:
-    """Multiply by a router's weight in the dtype of ``x``, then go on in float32.
-
-    The input is never cast upwards: that would copy the whole residual stream of a bfloat16 model.
-
-    Args:
-        x: Float, [B, T, D].
-        linear: Weight [H, D] and bias [H] of any float dtype.
-
-    Returns:
-        Float32, [B, T, H].
-    """
-    product = F.linear(x, linear.weight.to(x.dtype)).float()
-    return product if linear.bias is None else product + linear.bias.float()
-
-
-def zero_bias_linear(inputs: int, outputs: int) -> nn.Linear:
-    """Torch's default linear layer with its bias at zero."""
-    linear = nn.Linear(inputs, outputs)
-    nn.init.zeros_(linear.bias)
-    return linear
+from moa_peft.balance import attach_loss, scale_nobody_set
+from moa_peft.config import GATES, RouterConfig
+from moa_peft.gates import Gate, Weights
+from moa_peft.products import low_precision_product, zero_bias_linear
+from moa_peft.routing import load_balancing_loss
 
 
 class LinearRouter(nn.Module):
     """Logits ``W x + b``."""
 
-    def __init__(self, hidden_size: int, num_experts: int, config: RouterConfig) -> None:  # noqa: ARG002
+    def __init__(self, inputs: int, num_experts: int, config: RouterConfig) -> None:
         super().__init__()
-        self.linear = zero_bias_linear(hidden_size, num_experts)
+        self.linear = zero_bias_linear(inputs, num_experts, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, T, D] to float32 logits [B, T, E]."""
@@ -52,65 +34,105 @@ class SwiGLURouter(nn.Module):
     Source: the official code's math setting (MoA, arXiv 2506.05928).
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, config: RouterConfig) -> None:
+    def __init__(self, inputs: int, num_experts: int, config: RouterConfig) -> None:
         super().__init__()
         hidden = (config.hidden_per_expert or 4) * num_experts
-        self.w1 = zero_bias_linear(hidden_size, hidden)
-        self.w2 = zero_bias_linear(hidden, num_experts)
-        self.w3 = zero_bias_linear(hidden_size, hidden)
+        self.w1 = zero_bias_linear(inputs, hidden, bias=config.bias)
+        self.w2 = zero_bias_linear(hidden, num_experts, bias=config.bias)
+        self.w3 = zero_bias_linear(inputs, hidden, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, T, D] to float32 logits [B, T, E]."""
         hidden = F.silu(low_precision_product(x, self.w1)) * low_precision_product(x, self.w3)
-        return F.linear(hidden, self.w2.weight.float(), self.w2.bias.float())
+        return low_precision_product(hidden, self.w2)
 
 
 _LOGITS = {"linear": LinearRouter, "swiglu": SwiGLURouter}
 
 
-class Router(nn.Module):
-    """A block's router: logits, gates and, for Sparse MoA, the threshold."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Routing:
+    """What a router says of a call's tokens."""
 
-    def __init__(self, hidden_size: int, num_experts: int, config: RouterConfig) -> None:
+    gates: Tensor
+    """Float32, [B, T, E]."""
+    threshold: Tensor | None
+    """Float32, broadcastable to [B, T, 1]; None where the gate has none."""
+    balance_loss: Tensor | None
+    """Float32, a scalar, before its coefficient; None where there is none."""
+
+
+class Router(nn.Module):
+    """Logits, gates and the losses that keep a router in shape.
+
+    Attributes:
+        loss_scale: What the training loop multiplies its loss by before backward: 1 / accumulation steps, times the
+            scale of fp16's gradient scaler. `moa_peft.train.balance` sets it; None where nobody has.
+    """
+
+    def __init__(self, inputs: int, num_experts: int, config: RouterConfig) -> None:
         super().__init__()
         self.config = config
-        self.logits = _LOGITS[config.kind](hidden_size, num_experts, config)
-        learned = config.threshold is not None and config.threshold.maximum is not None
-        self.threshold = zero_bias_linear(hidden_size, 1) if learned else None
+        self.logits = _LOGITS[config.kind](inputs, num_experts, config)
+        kind = GATES[config.gate]
+        assert issubclass(kind, Gate), "register_gate takes gates only"
+        self.gate: Gate = kind(inputs, num_experts, config)
+        self.balance = kind.default_balance if config.balance is None else config.balance
+        self.loss_scale: float | Tensor | None = None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weigh a block's experts for each token.
+    @property
+    def has_losses(self) -> bool:
+        """Whether a loss of its own trains this router beside the model's."""
+        return self.balance > 0 or bool(self.config.target and self.config.sparsity != 0)
+
+    def forward(self, x: Tensor, counted: Tensor | None = None) -> Routing:
+        """Weigh the experts for each token.
 
         Args:
             x: Float, [B, T, D], what the router reads.
+            counted: Bool, [B, T]; tokens that count in the balance loss. None counts all.
 
         Returns:
-            Gates, float32 [B, T, E], and the threshold, float32 broadcastable to [B, T, 1], or None for Soft MoA.
+            The gates; in training their gradient carries that of the losses.
+
+        Raises:
+            UsageError: If the training loop scales its loss in a way that nobody has told; see `scale_nobody_set`.
         """
+        scale = self._scale(x.device) if self.has_losses else None
         with torch.autocast(x.device.type, enabled=False):  # autocast would round the float32 part again
-            scores = sigmoid_gates(self.logits(x))
-            threshold = self._threshold(x)
-        sparse = self.config.threshold
-        if sparse is None or threshold is None:
-            return scores, None
-        return sparse_gates(
-            scores, threshold, bandwidth=sparse.bandwidth, at_least_one=sparse.at_least_one
-        ), threshold
+            weights = self.gate(x, self.logits(x))
+            if not self.has_losses:
+                return Routing(gates=weights.gates, threshold=weights.threshold, balance_loss=None)
+            return self._with_losses(weights, counted, scale)
 
     def untrained(self) -> list[nn.Parameter]:
-        """Parameters that the config declares untrained: those of the official dead threshold."""
-        sparse = self.config.threshold
-        if self.threshold is None or sparse is None or sparse.gradient != "none":
-            return []
-        return list(self.threshold.parameters())
+        """Parameters that the config declares untrained."""
+        return self.gate.untrained()
 
-    def _threshold(self, x: Tensor) -> Tensor | None:
-        sparse = self.config.threshold
-        if sparse is None:
+    def _scale(self, device: torch.device) -> Tensor | None:
+        """What the losses' gradient is multiplied by; None where there is none, outside of training."""
+        if not (self.training and torch.is_grad_enabled()):
             return None
-        if sparse.constant is not None:
-            return x.new_full((1, 1, 1), sparse.constant, dtype=torch.float32)
-        assert self.threshold is not None, "ThresholdConfig has either a constant or a maximum"
-        assert sparse.maximum is not None, "ThresholdConfig has either a constant or a maximum"
-        threshold = learned_threshold(low_precision_product(x, self.threshold), sparse.maximum)
-        return threshold.detach() if sparse.gradient == "none" else threshold
+        scale = scale_nobody_set(device.type) if self.loss_scale is None else self.loss_scale
+        if isinstance(scale, Tensor):
+            return scale.to(device, torch.float32)
+        return torch.full((), scale, dtype=torch.float32, device=device)  # no copy that waits for the device
+
+    def _with_losses(self, weights: Weights, counted: Tensor | None, scale: Tensor | None) -> Routing:
+        balance: Tensor | None = None
+        total = weights.gates.new_zeros(())
+        if self.balance > 0 and weights.load is not None and weights.probability is not None:
+            balance = load_balancing_loss(weights.load, weights.probability, counted)
+            total = total + self.balance * balance
+        if weights.penalty is not None:
+            penalty = weights.penalty.squeeze(-1)  # [B, T]
+            counting = torch.ones_like(penalty) if counted is None else counted.to(penalty.dtype)
+            total = total + (penalty * counting).sum() / counting.sum().clamp(min=1)
+        gates = weights.gates
+        if scale is not None:
+            gates = attach_loss(gates, total, scale)
+        return Routing(
+            gates=gates,
+            threshold=weights.threshold,
+            balance_loss=None if balance is None else balance.detach(),
+        )

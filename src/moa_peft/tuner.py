@@ -7,7 +7,7 @@ again in its recomputation.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,8 @@ from moa_peft.attention import add_prompts, remove_prompts
 from moa_peft.config import RouterConfig
 from moa_peft.errors import RunError, UsageError
 from moa_peft.layer import Mixture, Place, PlacedExpert
+from moa_peft.router import Router, Routing
+from moa_peft.tokens import ARGUMENT, CallTokens, TokenWatch
 
 MERGE_REFUSAL = (
     "a mixture cannot be merged into the base weights: its gates depend on the input, token by token. Serve it as an "
@@ -32,47 +34,68 @@ CHILD = "moa"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GateRecord:
-    """The gates of one forward pass of one block, as an observer sees them."""
+    """What one router said in one forward pass of one block, as an observer sees it."""
 
     adapter: str
+    router: str
+    """The block's router is "", that of an expert's copies has the expert's name."""
     names: tuple[str, ...]
-    """The experts, in the order of the gates."""
+    """What is gated, in the order of the gates: experts, kinds of experts, or copies of one expert."""
     gates: Tensor
-    """Float32, [B, T, E], detached."""
+    """Float32, [B, T, E], detached; [B, 1, E] where a whole instance has the same."""
     threshold: Tensor | None
-    """Float32, broadcastable to [B, T, 1], detached; None for Soft MoA."""
+    """Float32, broadcastable to [B, T, 1], detached; None where the gate has none."""
+    balance_loss: Tensor | None = None
+    """Float32, a scalar, before its coefficient, detached; None where there is none."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Routed:
+    """What one adapter's routers said where a block's tokens came in; it waits until the block's last expert took it."""
+
+    adapter: str
+    mixture: Mixture
+    call: CallTokens
+    gates: Tensor | None = None
+    """Float32, [B, T, C], the block's; None without a block router."""
+    copies: dict[str, Tensor] = field(default_factory=dict)
+    """Weights of the copies of experts at the attention, which see no tokens themselves, by name."""
+    uses: int = 0
+    """Sites that have yet to take it."""
 
 
 class MoALayer(nn.Module, BaseTunerLayer):
     """The mixtures of one decoder block, by adapter name.
 
     Attributes:
-        observer: Called with a `GateRecord` for each active adapter in each forward pass, not in recomputed or
-            compiled ones; None for nobody. It must not change what it is given.
+        observer: Called with a `GateRecord` for each router of each active adapter in each forward pass, not in
+            recomputed or compiled ones; None for nobody. It must not change what it is given.
+        watch: Knows the tokens of the model's calls; one for all blocks of a model.
     """
 
     adapter_layer_names: tuple[str, ...] = ("moa_mixture",)
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, watch: TokenWatch) -> None:
         super().__init__()
         self.moa_mixture = nn.ModuleDict({})
         self.block = block
+        self.watch = watch
         self.observer: Callable[[GateRecord], None] | None = None
         self.merged_adapters = []
         self._active_adapter = []
         self._disable_adapters = False
-        self._waiting: dict[
-            str, list[Any]
-        ] = {}  # by adapter: the gates, and how many sites have yet to take them
+        self._waiting: dict[str, _Routed] = {}  # by adapter
+        self._call: CallTokens | None = None  # of the pass that has begun, until its tokens are routed
+        self._block_input: Tensor | None = None  # likewise
         self._handles: list[RemovableHandle] = []
 
-    def add_mixture(self, adapter: str, experts: list[PlacedExpert], router: RouterConfig) -> None:
+    def add_mixture(self, adapter: str, experts: list[PlacedExpert], router: RouterConfig | None) -> None:
         """Make the mixture of one adapter and put it to work.
 
         Args:
             adapter: The adapter's name.
             experts: The experts of this block with their sites, in the order of their gates.
-            router: Their router.
+            router: Their router; None where every gate is 1.
         """
         self.moa_mixture[adapter] = Mixture(self.block.hidden_size, experts, router)
         self._move_adapter_to_device_of_base_layer(adapter)
@@ -81,9 +104,18 @@ class MoALayer(nn.Module, BaseTunerLayer):
     def connect(self) -> None:
         """Hook every site that has an expert."""
         self.disconnect()
-        self._hook_pre(self.block.projection_input, "projection")
-        if self.block.block_input is not None:
-            self._hook_pre(self.block.block_input, "block")
+        routed = [mixture for mixture in self.mixtures().values() if mixture.routers()]
+        if any(_reads_block(mixture) for mixture in routed) and self.block.block_input is not None:
+            self._hook_pre(self.block.block_input, self._note_block_input)
+        if any(needs_tokens(mixture) for mixture in routed):
+            if self.block.attention is None:
+                raise UsageError(
+                    f"{self.block.path} has no known attention: name it in ArchitectureConfig(attention=...)"
+                )
+            self._hook_pre(self.block.module, self._send_tokens, with_kwargs=True)
+            self._hook_pre(self.block.attention, self._receive_tokens, with_kwargs=True)
+        if routed:
+            self._hook_pre(self.block.projection_input, self._route)
         for site in self._sites().values():
             if isinstance(site, AttentionSite):
                 add_prompts(site.module, self)
@@ -103,8 +135,9 @@ class MoALayer(nn.Module, BaseTunerLayer):
     def attention_change(self, query: Tensor, scaling: float) -> Tensor | None:
         """Give the prompts' change of the attention's output [B, T, H, D]; None where there is none."""
         total: Tensor | None = None
-        for mixture, places, gates in self._at(self.block.sites["attention"].path):
-            change = mixture.attention_changes(places, query, scaling, gates)
+        for routed, place in self._at(self.block.sites["attention"].path):
+            gate = routed.mixture.gates_of(place, routed.gates, routed.copies.get(place.name))
+            change = routed.mixture.attention_change(place, query, scaling, gate)
             total = change if total is None else total + change
         return total
 
@@ -123,8 +156,9 @@ class MoALayer(nn.Module, BaseTunerLayer):
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:  # noqa: ARG002  # PEFT's name
         for mixture in self.mixtures().values():
-            for parameter in mixture.router.untrained():
-                parameter.requires_grad_(False)
+            for router in mixture.routers().values():
+                for parameter in router.untrained():
+                    parameter.requires_grad_(False)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -138,7 +172,12 @@ class MoALayer(nn.Module, BaseTunerLayer):
         mixture.to(device)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_waiting": {}}  # gates of a pass cut short are of no use to a copy
+        return {
+            **self.__dict__,
+            "_waiting": {},
+            "_call": None,
+            "_block_input": None,
+        }  # gates of a pass cut short are of no use to a copy
 
     def mixtures(self) -> dict[str, Mixture]:
         """The mixtures by adapter name."""
@@ -149,64 +188,129 @@ class MoALayer(nn.Module, BaseTunerLayer):
             return []
         return [adapter for adapter in self.active_adapters if adapter in self.moa_mixture]
 
-    def _hook_pre(self, module: nn.Module, router_input: str) -> None:
-        readers = [m for m in self.mixtures().values() if m.router.config.router_input == router_input]
-        if readers:
-            self._handles.append(module.register_forward_pre_hook(partial(self._route, router_input)))
+    def _hook_pre(self, module: nn.Module, hook: Callable[..., Any], *, with_kwargs: bool = False) -> None:
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
 
-    def _route(self, router_input: str, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
-        """Make the gates of the adapters that read this module's input; a forward pre-hook."""
+    def _note_block_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
+        self._block_input = args[0]
+
+    def _send_tokens(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
+        """Put the call's tokens among the block's arguments, which a recomputation replays; a forward pre-hook."""
+        return args, {**kwargs, ARGUMENT: self.watch.current}
+
+    def _receive_tokens(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
+        """Take the call's tokens out of the attention's arguments, to which the block passes them on."""
+        if ARGUMENT not in kwargs:
+            raise RunError(
+                f"{self.block.path} does not pass its keyword arguments on to its attention, so its router cannot know "
+                "which tokens are real: this model can have no balance loss and no instance gates"
+            )
+        self._call = kwargs[ARGUMENT]
+        return args, {key: value for key, value in kwargs.items() if key != ARGUMENT}
+
+    def _route(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
+        """Make the gates of the active adapters where q, k and v read their tokens; a forward pre-hook."""
+        call, self._call = self._call or CallTokens(), None
+        block_input, self._block_input = self._block_input, None
         for adapter in self._active():
             mixture: Mixture = self.moa_mixture[adapter]  # type: ignore[assignment]  # ModuleDict is untyped
-            if mixture.router.config.router_input != router_input:
+            if not mixture.routers():
                 continue
-            gates, threshold = mixture.router(args[0])
-            self._waiting[adapter] = [gates, len(mixture.by_path)]
-            if self.observer is not None:
-                self._tell(self.observer, adapter, mixture, gates, threshold)
+            routed = _Routed(adapter=adapter, mixture=mixture, call=call, uses=len(mixture.by_path))
+            if mixture.router is not None:
+                x = block_input if _reads_block(mixture) else args[0]
+                assert x is not None, "a block's input is noted before its projections run"
+                routed.gates = self._block_gates(adapter, mixture, mixture.router, x, call)
+            for place in mixture.places:
+                weights = self._copy_weights(routed, place, args[0]) if _at_attention(place) else None
+                if weights is not None:
+                    routed.copies[place.name] = weights
+            self._waiting[adapter] = routed
 
-    def _tell(
-        self,
-        observer: Callable[[GateRecord], None],
-        adapter: str,
-        mixture: Mixture,
-        gates: Tensor,
-        threshold: Tensor | None,
-    ) -> None:
-        recomputing = torch._C._current_graph_task_id() != -1
-        if recomputing or torch.compiler.is_compiling():
+    def _block_gates(
+        self, adapter: str, mixture: Mixture, router: Router, x: Tensor, call: CallTokens
+    ) -> Tensor:
+        """The gates of a block's experts, [B, T, C] or [B, 1, C]."""
+        if router.config.granularity == "token":
+            routing = router(x, call.real)
+        else:
+            official = router.config.pooling == "official"
+            key = f"{self.block.path}.{adapter}"
+            if call.earlier is not None and key in call.earlier:
+                return call.earlier[key].to(x.device)
+            routing = router(call.mean(x, everything=official))
+            if call.paged is not None:
+                routing = replace(routing, gates=call.paged.keep(key, routing.gates))
+            elif not official:
+                call.found[key] = routing.gates.detach()
+        self._tell(adapter, "", tuple(mixture.gate_names), routing)
+        return routing.gates
+
+    def _copy_weights(self, routed: _Routed, place: Place, x: Tensor) -> Tensor | None:
+        """The weights of the copies of one expert, [B, T, N]; None where it is alone."""
+        routing = routed.mixture.route_copies(place, x, routed.call.real)
+        if routing is None:
+            return None
+        names = tuple(str(number) for number in range(routing.gates.shape[-1]))
+        self._tell(routed.adapter, place.name, names, routing)
+        return routing.gates
+
+    def _tell(self, adapter: str, router: str, names: tuple[str, ...], routing: Routing) -> None:
+        if self.observer is None or torch.compiler.is_compiling():
             return
-        fixed = None if threshold is None else threshold.detach()
-        observer(GateRecord(adapter=adapter, names=mixture.names, gates=gates.detach(), threshold=fixed))
+        recomputing = torch._C._current_graph_task_id() != -1
+        if recomputing:
+            return
+        self.observer(
+            GateRecord(
+                adapter=adapter,
+                router=router,
+                names=names,
+                gates=routing.gates.detach(),
+                threshold=None if routing.threshold is None else routing.threshold.detach(),
+                balance_loss=routing.balance_loss,
+            )
+        )
 
-    def _at(self, path: str) -> list[tuple[Mixture, list[Place], Tensor]]:
-        """The active mixtures with experts at a site, and their gates, which leave with the last site."""
-        found: list[tuple[Mixture, list[Place], Tensor]] = []
+    def _at(self, path: str) -> list[tuple[_Routed, Place]]:
+        """The active experts at a site with what was routed for them, which leaves with the block's last site."""
+        found: list[tuple[_Routed, Place]] = []
         for adapter in self._active():
             mixture: Mixture = self.moa_mixture[adapter]  # type: ignore[assignment]  # ModuleDict is untyped
             if path not in mixture.by_path:
                 continue
-            if adapter not in self._waiting:
-                raise RunError(
-                    f"{path} ran before the router of its block: this model does not run its attention first; "
-                    "name its parts in MoAConfig(architecture=ArchitectureConfig(...))"
-                )
-            gates, uses = self._waiting[adapter]
-            if uses == 1:
-                del self._waiting[adapter]
-            else:
-                self._waiting[adapter] = [gates, uses - 1]
-            found.append((mixture, mixture.by_path[path], gates))
+            unrouted = not mixture.routers()
+            routed = (
+                _Routed(adapter=adapter, mixture=mixture, call=CallTokens())
+                if unrouted
+                else self._take(adapter, path)
+            )
+            found += [(routed, place) for place in mixture.by_path[path]]
         return found
+
+    def _take(self, adapter: str, path: str) -> _Routed:
+        if adapter not in self._waiting:
+            raise RunError(
+                f"{path} ran before the router of its block: this model does not run its attention first; "
+                "name its parts in MoAConfig(architecture=ArchitectureConfig(...))"
+            )
+        routed = self._waiting[adapter]
+        routed.uses -= 1
+        if routed.uses == 0:
+            del self._waiting[adapter]
+        return routed
 
     def _add_at(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:  # noqa: ARG002
         """Add the experts' changes to a module's output; a forward hook, and the one place that adds."""
         first = (
             output[0] if isinstance(output, tuple) else output
         )  # some MLPs give their router's scores as well
-        for mixture, places, gates in self._at(path):
-            first = first + mixture.linear_changes(places, args[0], first, gates)
-        return (first, *output[1:]) if isinstance(output, tuple) else first
+        total = first
+        for routed, place in self._at(path):
+            copies = self._copy_weights(routed, place, args[0])
+            gate = routed.mixture.gates_of(place, routed.gates, copies)
+            total = total + routed.mixture.linear_change(place, args[0], first, gate)
+        return (total, *output[1:]) if isinstance(output, tuple) else total
 
     def _sites(self) -> dict[str, LinearSite | AttentionSite]:
         """The sites of all mixtures, one for each module."""
@@ -225,3 +329,18 @@ def mixture_layers(model: nn.Module) -> list[tuple[str, MoALayer]]:
         Names and layers; empty when the model carries no mixture.
     """
     return [(name, module) for name, module in model.named_modules() if isinstance(module, MoALayer)]
+
+
+def _reads_block(mixture: Mixture) -> bool:
+    return mixture.router is not None and mixture.router.config.router_input == "block"
+
+
+def _at_attention(place: Place) -> bool:
+    return isinstance(place.site, AttentionSite)
+
+
+def needs_tokens(mixture: Mixture) -> bool:
+    """Whether a mixture's routing depends on which tokens are real."""
+    return any(
+        router.has_losses or router.config.granularity == "instance" for router in mixture.routers().values()
+    )

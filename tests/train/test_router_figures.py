@@ -1,3 +1,4 @@
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,19 +15,23 @@ class Record:
     names: tuple[str, ...]
     gates: Tensor
     threshold: Tensor | None
+    router: str = ""
+    balance_loss: Tensor | None = None
 
 
 class FakeLayer:
-    """Tells the records it is given, one a forward pass."""
+    """Tells the records it is given, one router's a forward pass unless there are several routers."""
 
-    def __init__(self, *records: Record) -> None:
+    def __init__(self, *records: Record, routers: int = 1) -> None:
         self.observer: Any = None
         self.records = list(records)
+        self.routers = routers
 
     def forward(self) -> None:
-        record = self.records.pop(0)
-        if self.observer is not None:
-            self.observer(record)
+        told, self.records = self.records[: self.routers], self.records[self.routers :]
+        for record in told:
+            if self.observer is not None:
+                self.observer(record)
 
 
 class FakeModel(nn.Module):
@@ -139,3 +144,66 @@ def test_only_the_steps_that_are_logged_are_observed(
     assert bool(figures.collect()) is observed
     assert layer.observer is None
     assert not model._forward_pre_hooks
+
+
+def test_gates_of_a_whole_instance_count_once_a_row_whatever_the_padding() -> None:
+    gates = torch.tensor([[[0.2, 0.9]], [[0.6, 0.7]]])  # [B, 1, E]
+    model, figures = watched(FakeLayer(Record(("a", "b"), gates, None)))
+    step(figures, model, 2, torch.tensor([[1, 0, 0], [1, 1, 1]]))
+    assert figures.collect() == {
+        "router/gate_mean/a": pytest.approx(0.4),
+        "router/above_half_rate/a": pytest.approx(0.5),
+        "router/gate_mean/b": pytest.approx(0.8),
+        "router/above_half_rate/b": pytest.approx(1.0),
+        "router/above_half_experts": pytest.approx(1.5),
+    }
+
+
+def test_the_copies_of_an_expert_give_three_figures_that_do_not_mix_with_the_blocks_experts() -> None:
+    names = ("0", "1", "2", "3")
+    one_hot = torch.eye(4)[[1, 1, 2, 3]].unsqueeze(0)  # the last token is padding
+    halves = torch.tensor([[[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 0.0, 0.0], [0.0] * 4]])
+    threshold = torch.full((1, 4, 1), 0.25)
+    layers = [
+        FakeLayer(Record(names, copies, limit, "lora_q_proj"), Record(("a",), block, None), routers=2)
+        for copies, limit, block in (
+            (one_hot, threshold, torch.full((1, 4, 1), 0.2)),
+            (halves, None, torch.full((1, 4, 1), 0.8)),
+        )
+    ]
+    model, figures = watched(*layers)
+    step(figures, model, 2, torch.tensor([[1, 1, 1, 0]]))
+    logged = figures.collect()
+    first, second = [2 / 3, 1 / 3], [1 / 3, 1 / 3, 1 / 6, 1 / 6]
+    entropies = [-sum(p * math.log(p) for p in shares) / math.log(4) for shares in (first, second)]
+    assert logged == {
+        "router/gate_mean/a": pytest.approx(0.5),
+        "router/above_half_rate/a": pytest.approx(0.5),
+        "router/above_half_experts": pytest.approx(0.5),
+        "router/active_copies/lora_q_proj": pytest.approx((1 + 2) / 2),
+        "router/largest_share/lora_q_proj": pytest.approx((2 / 3 + 1 / 3) / 2),
+        "router/load_entropy/lora_q_proj": pytest.approx(sum(entropies) / 2),
+    }
+
+
+def test_the_balance_loss_is_the_sum_over_all_routers_and_the_mean_over_passes() -> None:
+    def record(router: str, loss: float) -> Record:
+        return Record(("0", "1"), torch.full((1, 1, 2), 0.5), None, router, torch.tensor(loss))
+
+    one = FakeLayer(
+        record("lora_q_proj", 1.0), record("", 2.0), record("lora_q_proj", 3.0), record("", 6.0), routers=2
+    )
+    two = FakeLayer(record("lora_q_proj", 10.0), record("lora_q_proj", 30.0))
+    model, figures = watched(one, two)
+    step(figures, model, 2, None, None)
+    assert figures.collect()["router/balance_loss"] == pytest.approx((1 + 2 + 10 + 3 + 6 + 30) / 2)
+    assert figures.collect() == {}
+
+
+def test_a_router_without_a_balance_loss_and_a_mixture_without_a_router_log_none() -> None:
+    model, figures = watched(FakeLayer(Record(("a",), torch.ones(1, 1, 1), None)), FakeLayer())
+    step(figures, model, 2, None)
+    assert "router/balance_loss" not in figures.collect()
+    model, figures = watched(FakeLayer())
+    step(figures, model, 2, None)
+    assert figures.collect() == {}

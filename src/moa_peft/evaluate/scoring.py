@@ -19,6 +19,7 @@ from moa_peft.data.templates import Template, render_completion, render_prompt
 from moa_peft.data.tokens import completion_ids, end_token_id, prompt_ids
 from moa_peft.errors import UsageError
 from moa_peft.evaluate.batching import pad_left, plan_batches, positions
+from moa_peft.tokens import prompt_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -149,6 +150,7 @@ def score_batch(model: Any, questions: Sequence[TokenQuestion]) -> list[list[lis
         position_ids=positions(mask),
         use_cache=bool(rest),
         logits_to_keep=max(shared) + 1,
+        **prompt_lengths(model, [len(one.prompt) for one in questions]),
     )
     scores = _scores_of_begun(outcome.logits, questions, shared)
     if rest:

@@ -7,16 +7,24 @@ from moa_peft.experts.base import (
     expert_kinds,
     register_expert,
 )
+from moa_peft.experts.dora import DoraExpert
+from moa_peft.experts.ia3 import IA3Expert
 from moa_peft.experts.lora import LoraExpert
 from moa_peft.experts.parallel_adapter import ParallelAdapterExpert
 from moa_peft.experts.prompt import PromptExpert
+from moa_peft.experts.sequential_adapter import SequentialAdapterExpert
+from moa_peft.experts.vera import VeraExpert
 
 __all__ = [
     "AttentionExpert",
+    "DoraExpert",
+    "IA3Expert",
     "LinearExpert",
     "LoraExpert",
     "ParallelAdapterExpert",
     "PromptExpert",
+    "SequentialAdapterExpert",
+    "VeraExpert",
     "expert_from_mapping",
     "expert_kinds",
     "register_expert",

@@ -6,7 +6,8 @@ A new kind is one file that registers a config (what the user writes) and a modu
     @dataclass(frozen=True, kw_only=True, slots=True)
     class MyExpert(ExpertConfig): ...       # kind, fields, site_names(), build()
 
-Sizes: B rows, T tokens of a row, D_in and D_out of a site, H heads of size D, L prompt vectors.
+Sizes: B rows, T tokens of a row, D_in and D_out of a site, H heads of size D, N copies of an expert at
+its site.
 """
 
 from collections.abc import Mapping
@@ -38,7 +39,7 @@ class LinearExpert(nn.Module):
         Args:
             x: Float, [B, T, D_in], the site's input.
             base: Float, [B, T, D_out], the frozen module's output (its own slice of a fused one).
-            gate: Float32, [B, T, 1].
+            gate: Float32, broadcastable to [B, T, N]: one for each of the expert's copies, of which there is mostly one.
 
         Returns:
             [B, T, D_out] in the dtype of ``base``.
@@ -59,7 +60,7 @@ class AttentionExpert(nn.Module):
             site: The block's attention, which projects vectors with the frozen weights.
             query: Float, [B, H, T, D], after rotary embedding.
             scaling: Factor of the attention scores, the model's own.
-            gate: Float32, [B, T, 1].
+            gate: Float32, broadcastable to [B, T, N]: one for each of the expert's copies, of which there is mostly one.
 
         Returns:
             [B, T, H, D] in the dtype of ``query``.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_peft.config import ExpertConfig
+from moa_peft.config import CopiedExpertConfig
 from moa_peft.experts.base import LinearExpert, register_expert
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 @register_expert
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LoraExpert(ExpertConfig):
-    """One LoRA on each of ``targets``, each an expert with a gate of its own."""
+class LoraExpert(CopiedExpertConfig):
+    """LoRA on each of ``targets``, each an expert with a gate of its own; one, or several copies under a router."""
 
     kind: ClassVar[str] = "lora"
 
@@ -37,11 +37,16 @@ class LoraExpert(ExpertConfig):
     dropout: float = 0.0
     """Share of the input's entries dropped while training, in [0, 1)."""
 
+    shared: bool = False
+    """Several copies: one A for all of them and a B for each (HydraLoRA), instead of a pair for each."""
+
     def problems(self) -> list[str]:
         """What is wrong with the fields, a sentence each."""
         if isinstance(self.targets, str):
             return [f"targets is the text {self.targets!r}: give a list, as in [{self.targets!r}]"]
-        wrong: list[str] = []
+        wrong = self.copy_problems()
+        if self.shared and self.num_experts == 1:
+            wrong.append("shared is true: a single LoRA shares nothing; give num_experts above 1")
         if not self.targets:
             wrong.append(f"targets is empty: give some of {', '.join(PROJECTIONS)}")
         if len(set(self.targets)) < len(self.targets):
@@ -64,22 +69,26 @@ class LoraExpert(ExpertConfig):
 
 
 class LowRankChange(LinearExpert):
-    """``gate * (alpha / rank) * B A x``: A [r, D_in] Kaiming-uniform, B [D_out, r] zero.
+    """``(alpha / rank) * sum_n gate_n B_n A_n x``: A [N * r, D_in] Kaiming-uniform, B [D_out, N * r] zero.
 
-    Source: LoRA, arXiv 2106.09685; MoA, arXiv 2506.05928.
+    The N copies are stacked, so that there are two products whatever N; with ``shared``, A is [r, D_in], one for all.
+
+    Source: LoRA, arXiv 2106.09685; MoA, arXiv 2506.05928; shared: HydraLoRA, arXiv 2404.19245.
     """
 
     def __init__(self, config: LoraExpert, in_features: int, out_features: int) -> None:
         super().__init__()
+        self.rank = config.rank
         self.scale = config.alpha / config.rank
         self.dropout = config.dropout
-        self.A = nn.Parameter(torch.empty(config.rank, in_features))
-        self.B = nn.Parameter(torch.zeros(out_features, config.rank))
+        rows = config.rank if config.shared else config.num_experts * config.rank
+        self.A = nn.Parameter(torch.empty(rows, in_features))
+        self.B = nn.Parameter(torch.zeros(out_features, config.num_experts * config.rank))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def change(self, x: Tensor, base: Tensor, gate: Tensor) -> Tensor:
         """Give ``B (gate * scale * A x)``; see `LinearExpert.change`."""
         x = F.dropout(x, self.dropout, self.training)
-        inner = F.linear(x, self.A.to(x.dtype))  # [B, T, r]
-        gated = inner * (self.scale * gate)
+        inner = F.linear(x, self.A.to(x.dtype)).unflatten(-1, (-1, self.rank))  # [B, T, N or 1, r]
+        gated = (inner * (self.scale * gate).unsqueeze(-1)).flatten(-2)  # [B, T, N * r]
         return F.linear(gated.to(base.dtype), self.B.to(base.dtype))

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from moa_peft.config import ExpertConfig
+from moa_peft.config import CopiedExpertConfig
 from moa_peft.experts.base import AttentionExpert, register_expert
+from moa_peft.products import at_least_float32
 
 if TYPE_CHECKING:
     from moa_peft.architecture import AttentionSite
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 @register_expert
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PromptExpert(ExpertConfig):
+class PromptExpert(CopiedExpertConfig):
     """Zero-initialised gated attention to a learned prompt."""
 
     kind: ClassVar[str] = "prompt"
@@ -25,7 +26,8 @@ class PromptExpert(ExpertConfig):
 
     def problems(self) -> list[str]:
         """What is wrong with the fields, a sentence each."""
-        return [] if self.length >= 1 else [f"length is {self.length}: it must be at least 1"]
+        wrong = self.copy_problems()
+        return wrong if self.length >= 1 else [*wrong, f"length is {self.length}: it must be at least 1"]
 
     def site_names(self) -> tuple[str, ...]:
         """One expert beside the attention."""
@@ -37,10 +39,10 @@ class PromptExpert(ExpertConfig):
 
 
 class PromptChange(AttentionExpert):
-    """``gate * c_h * softmax(Q_h K_P^T * scaling) V_P``: K_P, V_P are the frozen projections of L vectors.
+    """``c_h * sum_n gate_n softmax(Q_h K_P^T * scaling)_n V_P``: K_P, V_P are the frozen projections of N * L vectors.
 
-    The vectors are N(0, 1) at first, the scalar c_h of each head 0. The prompt has its own softmax and no rotary
-    embedding; keys pass the model's k-norm where it has one.
+    The vectors are N(0, 1) at first, the scalar c_h of each head 0. The prompt has its own softmax, one over the vectors
+    of all N copies, and no rotary embedding; keys pass the model's k-norm where it has one.
 
     Source: LLaMA-Adapter, arXiv 2303.16199; MoA, arXiv 2506.05928. Departures: the scaling is the model's own
     (1 / sqrt(head size) in Llama and Qwen3, where the official code runs; another in Gemma), and the logit soft cap
@@ -49,13 +51,15 @@ class PromptChange(AttentionExpert):
 
     def __init__(self, config: PromptExpert, hidden_size: int, num_heads: int) -> None:
         super().__init__()
-        self.vectors = nn.Parameter(torch.randn(config.length, hidden_size))
+        self.length = config.length
+        self.vectors = nn.Parameter(torch.randn(config.num_experts * config.length, hidden_size))
         self.head_scale = nn.Parameter(torch.zeros(num_heads))
 
     def change(self, site: "AttentionSite", query: Tensor, scaling: float, gate: Tensor) -> Tensor:
         """Give the gated change of the attention's output; see `AttentionExpert.change`."""
-        keys, values = site.project(self.vectors.to(query.dtype))  # each [H, L, D]
-        scores = (query @ keys.transpose(-1, -2) * scaling).float()  # [B, H, T, L]
-        weight = self.head_scale.float().view(-1, 1, 1) * gate.unsqueeze(1)  # [B, H, T, 1]
-        attended = (scores.softmax(dim=-1) * weight).to(query.dtype) @ values  # [B, H, T, D]
+        keys, values = site.project(self.vectors.to(query.dtype))  # each [H, N * L, D]
+        scores = at_least_float32(query @ keys.transpose(-1, -2) * scaling)  # [B, H, T, N * L]
+        weight = self.head_scale.to(scores.dtype).view(-1, 1, 1) * gate.unsqueeze(1)  # [B, H, T, N]
+        share = scores.softmax(dim=-1).unflatten(-1, (-1, self.length))  # [B, H, T, N, L]
+        attended = (share * weight.unsqueeze(-1)).flatten(-2).to(query.dtype) @ values  # [B, H, T, D]
         return attended.transpose(1, 2)

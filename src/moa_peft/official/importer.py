@@ -11,7 +11,7 @@ from torch import Tensor
 from moa_peft.config import ExpertConfig, RouterConfig, ThresholdConfig
 from moa_peft.errors import UsageError
 from moa_peft.experts import LoraExpert, ParallelAdapterExpert, PromptExpert
-from moa_peft.official.names import Destination, destinations, experts_of, layout_of
+from moa_peft.official.names import KIND_GATES, Destination, destinations, experts_of, layout_of
 from moa_peft.peft_config import MoAConfig
 from moa_peft.tuner import mixture_layers
 
@@ -36,6 +36,12 @@ class OfficialSettings:
     """Gamma_max of a Sparse MoA with a learned threshold."""
     constant_threshold: float | None = None
     """The threshold of a Sparse MoA with a constant one."""
+    keep: int | None = None
+    """Experts that a top-k router keeps."""
+    instance_level: bool = False
+    """Whether the block's gates come from the mean over all tokens, as in the official instance-level code."""
+    balance: float | None = None
+    """Coefficient of the balance loss; None is our own default."""
 
 
 def read_config(weights: Mapping[str, Tensor], settings: OfficialSettings) -> MoAConfig:
@@ -52,15 +58,19 @@ def read_config(weights: Mapping[str, Tensor], settings: OfficialSettings) -> Mo
         UsageError: If a weight belongs to nothing that a mixture has, or the settings contradict the weights.
     """
     placed = destinations(weights, settings.head_size)
-    sizes = {(one.block, one.parameter): weights[name].shape for name, one in placed.items()}
-    blocks = experts_of(placed)
-    order = [name for name in settings.expert_order if name in blocks]
-    if set(order) != set(blocks):
-        raise UsageError(f"expert_order {settings.expert_order} lacks {sorted(set(blocks) - set(order))}")
-    return MoAConfig(
-        experts=_experts(order, blocks, sizes, settings),
-        router=_router(sizes, settings, layout_of(weights)),
+    checkpoint = _Checkpoint(
+        blocks=experts_of(placed),
+        shapes={(one.block, one.parameter): tuple(weights[name].shape) for name, one in placed.items()},
+        parts={(one.block, one.parameter): one.parts for one in placed.values()},
     )
+    order = [name for name in settings.expert_order if name in checkpoint.blocks]
+    if set(order) != set(checkpoint.blocks):
+        lacking = sorted(set(checkpoint.blocks) - set(order))
+        raise UsageError(f"expert_order {settings.expert_order} lacks {lacking}")
+    router = _router(checkpoint, weights, settings, layout_of(weights))
+    if router is not None and router.gate_of == "kind":
+        order.sort(key=_kind_position)
+    return MoAConfig(experts=_experts(order, checkpoint, settings), router=router)
 
 
 def load_weights(model: PeftModel, weights: Mapping[str, Tensor], head_size: int) -> dict[str, Destination]:
@@ -87,7 +97,13 @@ def load_weights(model: PeftModel, weights: Mapping[str, Tensor], head_size: int
                 raise UsageError(
                     f"cannot place the weight {name!r}: block {one.block} has no {one.parameter}"
                 )
-            parameters[place].copy_(one.transform(weights[name]))
+            given, view = one.transform(weights[name]), one.view(parameters[place])
+            if given.shape != view.shape:
+                raise UsageError(
+                    f"the weight {name!r} is {list(given.shape)}, its place is {list(view.shape)}: the checkpoint was "
+                    "made on another base model"
+                )
+            view.copy_(given)
             empty.discard(place)
     if empty:
         raise UsageError(f"the checkpoint lacks weights for {sorted(empty)[:3]} ({len(empty)} in all)")
@@ -104,47 +120,129 @@ def parameters_by_place(model: PeftModel) -> dict[tuple[int, str], torch.nn.Para
     }
 
 
-def _experts(
-    order: Sequence[str],
-    blocks: Mapping[str, set[int]],
-    sizes: Mapping[tuple[int, str], Sequence[int]],
-    settings: OfficialSettings,
-) -> list[ExpertConfig]:
-    everywhere = set().union(*blocks.values())
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Checkpoint:
+    """What a checkpoint's names and sizes tell."""
 
-    def layers(name: str) -> tuple[int, ...] | None:
-        return None if blocks[name] == everywhere else tuple(sorted(blocks[name]))
+    blocks: Mapping[str, set[int]]
+    """The blocks that carry each expert."""
+    shapes: Mapping[tuple[int, str], tuple[int, ...]]
+    """By block and parameter, that of one copy."""
+    parts: Mapping[tuple[int, str], int]
+    """By block and parameter: its copies."""
 
-    def size(name: str, parameter: str) -> int:
-        return sizes[min(blocks[name]), f"experts.{name}.{parameter}"][0]
+    def layers(self, expert: str) -> tuple[int, ...] | None:
+        """The blocks that carry an expert; None where every block with any expert does."""
+        everywhere = set().union(*self.blocks.values())
+        return None if self.blocks[expert] == everywhere else tuple(sorted(self.blocks[expert]))
 
+    def shape(self, expert: str, parameter: str) -> tuple[int, ...] | None:
+        """The shape of one copy's parameter, as "experts.{}.A" has it with the expert's name; None if there is none."""
+        return self.shapes.get((min(self.blocks[expert]), parameter.format(expert)))
+
+    def copies(self, expert: str, parameter: str) -> int:
+        """The copies of a parameter."""
+        return self.parts[min(self.blocks[expert]), parameter.format(expert)]
+
+
+def _kind_position(expert: str) -> int:
+    kinds = list(KIND_GATES.values())
+    return next(place for place, kind in enumerate(kinds) if expert.startswith(kind))
+
+
+def _experts(order: Sequence[str], checkpoint: _Checkpoint, settings: OfficialSettings) -> list[ExpertConfig]:
     def sort_key(name: str) -> tuple[object, ...]:
         """Neighbours with equal keys can share one `LoraExpert`."""
-        is_lora = name.startswith("lora_")
-        return ("lora", size(name, "A"), layers(name)) if is_lora else (name, layers(name))
+        if not name.startswith("lora_"):
+            return (name,)
+        shape = checkpoint.shape(name, "experts.{}.A")
+        return ("lora", shape and shape[0], checkpoint.layers(name))
 
     experts: list[ExpertConfig] = []
     for key, group in groupby(order, key=sort_key):
         names = list(group)
+        first, layers = names[0], checkpoint.layers(names[0])
         if key[0] == "lora":
-            targets = tuple(name.removeprefix("lora_") for name in names)
-            rank = size(names[0], "A")
+            copies, router, shared = _copies(first, "A", "B", checkpoint, settings)
             experts.append(
-                LoraExpert(targets=targets, rank=rank, alpha=settings.alpha, layers=layers(names[0]))
+                LoraExpert(
+                    targets=tuple(name.removeprefix("lora_") for name in names),
+                    rank=_length(checkpoint, first, "A"),
+                    alpha=settings.alpha,
+                    layers=layers,
+                    num_experts=copies,
+                    router=router,
+                    shared=shared,
+                )
             )
         elif key[0] == "prompt":
-            experts.append(PromptExpert(length=size("prompt", "vectors"), layers=layers("prompt")))
+            bias = checkpoint.shape(first, "copy_routers.{}.logits.linear.bias")
+            copies = bias[0] if bias else 1
+            length = _length(checkpoint, first, "vectors") // copies
+            router = _copy_router(first, checkpoint, settings)
+            experts.append(PromptExpert(length=length, layers=layers, num_experts=copies, router=router))
         else:
-            inner = size("parallel_adapter", "down.weight")
-            experts.append(ParallelAdapterExpert(size=inner, layers=layers("parallel_adapter")))
+            copies, router, shared = _copies(first, "down.weight", "up.weight", checkpoint, settings)
+            size = _length(checkpoint, first, "down.weight")
+            experts.append(
+                ParallelAdapterExpert(
+                    size=size, layers=layers, num_experts=copies, router=router, shared=shared
+                )
+            )
     return experts
 
 
+def _length(checkpoint: _Checkpoint, expert: str, parameter: str) -> int:
+    shape = checkpoint.shape(expert, f"experts.{{}}.{parameter}")
+    if shape is None:
+        raise UsageError(f"the checkpoint has an expert {expert} without its {parameter}")
+    return shape[0]
+
+
+def _copies(
+    expert: str, down: str, up: str, checkpoint: _Checkpoint, settings: OfficialSettings
+) -> tuple[int, RouterConfig | None, bool]:
+    """How many copies an expert has, their router, and whether they share what reads the input."""
+    if checkpoint.shape(expert, f"experts.{{}}.{up}") is None:
+        raise UsageError(f"the checkpoint has an expert {expert} without its {up}")
+    copies = checkpoint.copies(expert, f"experts.{{}}.{up}")
+    shared = copies > 1 and checkpoint.copies(expert, f"experts.{{}}.{down}") == 1
+    return copies, _copy_router(expert, checkpoint, settings), shared
+
+
+def _copy_router(expert: str, checkpoint: _Checkpoint, settings: OfficialSettings) -> RouterConfig | None:
+    """The router of an expert's copies: AdaMoLE's has a threshold, top-k's needs ``keep``, the others are softmax."""
+    logits = "copy_routers.{}.logits.linear."
+    if checkpoint.shape(expert, f"{logits}weight") is None:
+        return None
+    bias = checkpoint.shape(expert, f"{logits}bias") is not None
+    if checkpoint.shape(expert, "copy_routers.{}.gate.threshold.weight") is not None:
+        return RouterConfig(kind="linear", gate="threshold", bias=bias, balance=settings.balance)
+    if settings.keep is not None and expert.startswith("lora_"):
+        noise = checkpoint.shape(expert, "copy_routers.{}.gate.noise.weight") is not None
+        return RouterConfig(
+            kind="linear", gate="top-k", keep=settings.keep, noise=noise, bias=bias, balance=settings.balance
+        )
+    return RouterConfig(kind="linear", gate="softmax", bias=bias)
+
+
 def _router(
-    sizes: Mapping[tuple[int, str], Sequence[int]], settings: OfficialSettings, layout: str
-) -> RouterConfig:
+    checkpoint: _Checkpoint, weights: Mapping[str, Tensor], settings: OfficialSettings, layout: str
+) -> RouterConfig | None:
+    """The block's router; None where the checkpoint has none."""
+    sizes = checkpoint.shapes
     block = min(index for index, _ in sizes)
-    learned = (block, "router.threshold.weight") in sizes
+    router_input = "block" if layout == "native" else "projection"
+    if any(name.rpartition(".")[0].endswith(tuple(f".{gate}" for gate in KIND_GATES)) for name in weights):
+        return RouterConfig(
+            kind="linear",
+            granularity="instance",
+            pooling="official",
+            gate_of="kind",
+            dead_adapter_gate=True,
+            router_input=router_input,
+        )
+    learned = (block, "router.gate.threshold.weight") in sizes
     threshold: ThresholdConfig | None = None
     if learned and settings.max_threshold is None:
         raise UsageError(
@@ -156,10 +254,18 @@ def _router(
         threshold = ThresholdConfig(constant=settings.constant_threshold, at_least_one=False)
     swiglu = sizes.get((block, "router.logits.w2.weight"))
     if swiglu is None and (block, "router.logits.linear.weight") not in sizes:
-        raise UsageError("the checkpoint has no adapter_type_router: this method is not a Soft or Sparse MoA")
+        kinds = {name.split("_")[0] for name in checkpoint.blocks}
+        if len(kinds) > 1 or threshold is not None:
+            raise UsageError(
+                f"the checkpoint has no adapter_type_router but {sorted(checkpoint.blocks)}: experts of several kinds, "
+                "or a threshold, need one"
+            )
+        return None
     return RouterConfig(
         kind="linear" if swiglu is None else "swiglu",
         hidden_per_expert=None if swiglu is None else swiglu[1] // swiglu[0],
         threshold=threshold,
-        router_input="block" if layout == "native" else "projection",
+        router_input=router_input,
+        granularity="instance" if settings.instance_level else "token",
+        pooling="official" if settings.instance_level else "prompt",
     )

@@ -2,12 +2,13 @@
 
 Two layouts: "native" (the official LLaMA code: ``layers.0.attention...``) and "fork" (the official transformers fork:
 ``model.layers.0.self_attn...``). The native code rotates interleaved pairs, transformers rotates halves, so the rows
-of B of its LoRA on q and k come in another order.
+of B of its LoRA on q and k come in another order. Where it keeps the copies of an expert apart, ours are stacked.
 
-Sizes: H heads of size D, r rank.
+Sizes: H heads of size D, r rank, N copies of an expert.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -21,25 +22,59 @@ Transform = Callable[[Tensor], Tensor]
 
 _PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 _MLP_PROJECTIONS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+KIND_GATES = {"lora_gate": "lora", "prompt_gate": "prompt", "p_adapter_gate": "parallel_adapter"}
+"""UniPEFT's three gates, in the order in which a mixture of the paper's experts has their kinds."""
+
 _BLOCK = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)")
-_RULES: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...] = (
+_LORA = re.compile(
+    r"(?:self_attn|attention)\.lora_(?P<attention>[QKVO])\.(?P<attention_part>.+)"
+    r"|(?:mlp|feed_forward)\.lora_(?P<mlp>gate|up|down|GATE|UP|DOWN)\.(?P<mlp_part>.+)"
+)
+# Within the module of one LoRA: what a weight is, and which copy's.
+_LORA_PARTS = (
+    (re.compile(r"lora_([AB])\.weight"), lambda m: ("experts.{}." + m[1], None)),
+    (re.compile(r"lora_([AB])_l\.(\d+)\.weight"), lambda m: ("experts.{}." + m[1], int(m[2]))),
+    (re.compile(r"experts\.(\d+)\.lora_([AB])\.weight"), lambda m: ("experts.{}." + m[2], int(m[1]))),
     (
-        re.compile(r"(?:self_attn|attention)\.lora_([QKVO])\.lora_([AB])\.weight"),
-        lambda m: f"experts.lora_{_PROJECTIONS[m[1].lower()]}.{m[2]}",
+        re.compile(r"router\.(?:topkroute_linear\.)?(weight|bias)"),
+        lambda m: ("copy_routers.{}.logits.linear." + m[1], None),
     ),
     (
-        re.compile(r"(?:mlp|feed_forward)\.lora_(gate|up|down|GATE|UP|DOWN)\.lora_([AB])\.weight"),
-        lambda m: f"experts.lora_{_MLP_PROJECTIONS[m[1].lower()]}.{m[2]}",
+        re.compile(r"router\.noise_linear\.(weight|bias)"),
+        lambda m: ("copy_routers.{}.gate.noise." + m[1], None),
     ),
+    (re.compile(r"threshold_fn\.(weight|bias)"), lambda m: ("copy_routers.{}.gate.threshold." + m[1], None)),
+)
+# Elsewhere in a block.
+_PARTS = (
     (
         re.compile(r"p_adapter\.(down|up)_proj\.(weight|bias)"),
-        lambda m: f"experts.parallel_adapter.{m[1]}.{m[2]}",
+        lambda m: (f"experts.parallel_adapter.{m[1]}.{m[2]}", None),
     ),
-    (re.compile(r"(?:self_attn|attention)\.prompt\.weight"), lambda _: "experts.prompt.vectors"),
-    (re.compile(r"(?:self_attn|attention)\.prompt_gate"), lambda _: "experts.prompt.head_scale"),
-    (re.compile(r"adapter_type_router\.(w[123])\.(weight|bias)"), lambda m: f"router.logits.{m[1]}.{m[2]}"),
-    (re.compile(r"adapter_type_router\.(weight|bias)"), lambda m: f"router.logits.linear.{m[1]}"),
-    (re.compile(r"adapter_threshold_fn\.(weight|bias)"), lambda m: f"router.threshold.{m[1]}"),
+    (
+        re.compile(r"p_adapter\.(down|up)_proj_l\.(\d+)\.(weight|bias)"),
+        lambda m: (f"experts.parallel_adapter.{m[1]}.{m[3]}", int(m[2])),
+    ),
+    (
+        re.compile(r"p_adapter\.router\.(weight|bias)"),
+        lambda m: (f"copy_routers.parallel_adapter.logits.linear.{m[1]}", None),
+    ),
+    (re.compile(r"(?:self_attn|attention)\.prompt\.weight"), lambda _: ("experts.prompt.vectors", None)),
+    (re.compile(r"(?:self_attn|attention)\.prompt_gate"), lambda _: ("experts.prompt.head_scale", None)),
+    (
+        re.compile(r"(?:self_attn|attention)\.prompt_router\.(weight|bias)"),
+        lambda m: (f"copy_routers.prompt.logits.linear.{m[1]}", None),
+    ),
+    (
+        re.compile(r"adapter_type_router\.(w[123])\.(weight|bias)"),
+        lambda m: (f"router.logits.{m[1]}.{m[2]}", None),
+    ),
+    (re.compile(r"adapter_type_router\.(weight|bias)"), lambda m: (f"router.logits.linear.{m[1]}", None)),
+    (re.compile(r"adapter_threshold_fn\.(weight|bias)"), lambda m: (f"router.gate.threshold.{m[1]}", None)),
+    (
+        re.compile(r"(lora_gate|prompt_gate|p_adapter_gate)\.(weight|bias)"),
+        lambda m: (f"router.logits.linear.{m[2]}", list(KIND_GATES).index(m[1])),
+    ),
 )
 
 
@@ -52,6 +87,20 @@ class Destination:
     """Its name in the block's `Mixture`."""
     transform: Transform
     """From the official layout to ours; gradients take the same way."""
+    inverse: Transform
+    """From ours back to the official layout."""
+    part: int = 0
+    """Which of ``parts`` of the parameter it is."""
+    parts: int = 1
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """Cut the weight's part out of a parameter of ours, or of its gradient."""
+        if self.parts == 1:
+            return parameter
+        if self.parameter.endswith(".up.bias"):
+            return parameter.unflatten(0, (-1, self.parts))[:, self.part]
+        stacked_columns = self.parameter.endswith((".B", ".up.weight"))
+        return parameter.chunk(self.parts, dim=1 if stacked_columns else 0)[self.part]
 
 
 def layout_of(names: Iterable[str]) -> Layout:
@@ -73,6 +122,12 @@ def half_split(rows: Tensor, head_size: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(rows.shape)
 
 
+def interleaved(rows: Tensor, head_size: int) -> Tensor:
+    """Undo `half_split`."""
+    halves = rows.reshape(-1, 2, head_size // 2, *rows.shape[1:])
+    return halves.transpose(1, 2).reshape(rows.shape)
+
+
 def destinations(names: Iterable[str], head_size: int) -> dict[str, Destination]:
     """Find the place of every official weight.
 
@@ -84,30 +139,59 @@ def destinations(names: Iterable[str], head_size: int) -> dict[str, Destination]
         A `Destination` for each name.
 
     Raises:
-        UsageError: If a name belongs to nothing that a mixture has.
+        UsageError: If a name belongs to nothing that a mixture has, or a copy of an expert is missing.
     """
     names = list(names)
     native = layout_of(names) == "native"
-    return {name: _destination(name, head_size, native) for name in names}
+    found = {name: _place(name) for name in names}
+    numbers: dict[tuple[int, str], set[int]] = defaultdict(set)
+    for block, parameter, part in found.values():
+        if part is not None:
+            numbers[block, parameter].add(part)
+    placed: dict[str, Destination] = {}
+    for name, (block, parameter, part) in found.items():
+        parts = sorted(numbers[block, parameter])
+        if not parameter.startswith("router.") and parts != list(range(len(parts))):
+            raise UsageError(
+                f"{name!r} is one of the copies {parts}: the checkpoint lacks some before the last"
+            )
+        transform, inverse = _transforms(parameter, head_size, native)
+        placed[name] = Destination(
+            block=block,
+            parameter=parameter,
+            transform=transform,
+            inverse=inverse,
+            part=0 if part is None else parts.index(part),
+            parts=max(len(parts), 1),
+        )
+    return placed
 
 
-def _destination(name: str, head_size: int, native: bool) -> Destination:
+def _place(name: str) -> tuple[int, str, int | None]:
+    """Find a weight's block, the name of the parameter it belongs to, and which copy's it is."""
     block = _BLOCK.fullmatch(name)
-    for pattern, target in _RULES if block else ():
-        found = pattern.fullmatch(block[2])  # type: ignore[index]  # not None where there are rules to try
-        if found:
-            parameter = target(found)
-            transform = _transform(parameter, head_size, native)
-            return Destination(block=int(block[1]), parameter=parameter, transform=transform)  # type: ignore[index]
+    rest = block[2] if block else ""
+    lora = _LORA.fullmatch(rest)
+    if lora:
+        letter, part = lora["attention"] or lora["mlp"], lora["attention_part"] or lora["mlp_part"]
+        expert = "lora_" + {**_PROJECTIONS, **_MLP_PROJECTIONS}[letter.lower()]
+        rules, rest = _LORA_PARTS, part
+    else:
+        rules, expert = _PARTS, ""
+    for pattern, target in rules:
+        found = pattern.fullmatch(rest)
+        if found and block:
+            parameter, copy = target(found)
+            return int(block[1]), parameter.format(expert), copy
     raise UsageError(f"cannot place the weight {name!r}: no part of a mixture goes by that name")
 
 
-def _transform(parameter: str, head_size: int, native: bool) -> Transform:
+def _transforms(parameter: str, head_size: int, native: bool) -> tuple[Transform, Transform]:
     if native and parameter in ("experts.lora_q_proj.B", "experts.lora_k_proj.B"):
-        return lambda rows: half_split(rows, head_size)
+        return lambda rows: half_split(rows, head_size), lambda rows: interleaved(rows, head_size)
     if parameter == "experts.prompt.head_scale":  # official: [1, H, 1, 1]
-        return lambda scale: scale.reshape(-1)
-    return lambda weight: weight
+        return lambda scale: scale.reshape(-1), lambda scale: scale.reshape(1, -1, 1, 1)
+    return lambda weight: weight, lambda weight: weight
 
 
 def experts_of(placed: Mapping[str, Destination]) -> dict[str, set[int]]:

@@ -5,6 +5,7 @@ A reference file is one safetensors file: ``base.*``, ``adapter.*`` and ``grad.*
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from moa_peft.errors import UsageError
-from moa_peft.official.importer import OfficialSettings, load_weights, parameters_by_place, read_config
+from moa_peft.official.importer import (
+    DEFAULT_ORDER,
+    OfficialSettings,
+    load_weights,
+    parameters_by_place,
+    read_config,
+)
 from moa_peft.official.names import Destination
+from moa_peft.tuner import GateRecord, mixture_layers
 
 LIMIT = 1e-4
 """Largest allowed error: absolute on logits and loss, relative to the largest entry on each gradient (float32)."""
@@ -31,6 +39,8 @@ class Comparison:
     name: str
     errors: dict[str, float]
     """Largest absolute error by quantity; for "gradient" relative to the largest entry of each."""
+    dtype: str = "float32"
+    """What we computed in."""
     failure: str = ""
     """Why nothing could be compared; empty where something was."""
 
@@ -42,7 +52,8 @@ class Comparison:
     def line(self) -> str:
         """One line for a person."""
         figures = "  ".join(f"{what} {error:.1e}" for what, error in self.errors.items())
-        return f"{self.name}  {self.failure or figures}  {'ok' if self.ok else 'FAIL'}"
+        precision = "" if self.dtype == "float32" else f"  ({self.dtype})"
+        return f"{self.name}  {self.failure or figures}{precision}  {'ok' if self.ok else 'FAIL'}"
 
 
 def compare(path: Path) -> Comparison:
@@ -69,16 +80,32 @@ def compare(path: Path) -> Comparison:
 
 
 def _compare(name: str, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Comparison:
+    """Compare in float32, and again in float64 where that fails.
+
+    Some references stand where rounding is magnified a thousandfold, at the edge of a threshold. There two right
+    computations in float32 differ by more than the limit, and float64 tells whether it is ours that went astray.
+    """
+    single = _compare_in(torch.float32, name, metadata, tensors)
+    if single.ok or single.failure:
+        return single
+    double = _compare_in(torch.float64, name, metadata, tensors)
+    return double if double.ok else single
+
+
+def _compare_in(
+    dtype: torch.dtype, name: str, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Comparison:
     try:
         model, placed = _rebuild(metadata, tensors)
     except UsageError as error:
         return Comparison(name=name, errors={}, failure=str(error))
+    model.to(dtype)
     errors = _forward_errors(model, tensors)
     if any(name.startswith("grad.") for name in tensors):
         errors["gradient"] = _gradient_error(model, metadata, tensors, placed)
     if "greedy" in tensors:
         errors["greedy"] = _greedy_error(model, tensors)
-    return Comparison(name=name, errors=errors)
+    return Comparison(name=name, errors=errors, dtype=str(dtype).removeprefix("torch."))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -134,26 +161,49 @@ def _settings(metadata: Mapping[str, Any], base: PreTrainedModel) -> OfficialSet
     config = base.config
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     order = metadata.get("expert_order")
-    if order is None:
-        raise UsageError(f"method {metadata.get('method')!r} has no expert_order: not a Soft or Sparse MoA")
+    names = (
+        DEFAULT_ORDER
+        if order is None
+        else tuple(f"lora_{one}" if one.endswith("_proj") else one for one in order)
+    )
     return OfficialSettings(
         alpha=float(metadata.get("lora_alpha") or native["lora_alpha"]),
         head_size=head_size,
-        expert_order=tuple(f"lora_{name}" if name.endswith("_proj") else name for name in order),
+        expert_order=names,
         max_threshold=metadata.get("max_threshold"),
         constant_threshold=metadata.get("constant_threshold"),
+        keep=metadata.get("top_k"),
+        instance_level="instance" in (metadata.get("method") or ""),
+        balance=_balance_coefficient(metadata.get("grad_of") or ""),
     )
+
+
+def _balance_coefficient(loss: str) -> float | None:
+    """Read the coefficient out of "loss + 0.001 * load_balancing_loss"; None where there is none."""
+    found = re.search(r"([0-9.e+-]+) \* load_balancing_loss", loss)
+    return None if found is None else float(found[1])
 
 
 def _forward_errors(model: PeftModel, tensors: Mapping[str, Tensor]) -> dict[str, float]:
     """Run forward and backward in training mode, as the references were made; gradients stay on the parameters."""
+    balance = torch.zeros(())
+
+    def add_up(record: GateRecord) -> None:
+        nonlocal balance
+        balance = balance if record.balance_loss is None else balance + record.balance_loss
+
+    for _, layer in mixture_layers(model):
+        layer.observer = add_up
     model.train()
     output = model(input_ids=tensors["input_ids"], labels=tensors["labels"])
     output.loss.backward()
-    return {
+    errors = {
         "logits": _largest(output.logits.detach() - tensors["logits"]),
         "loss": _largest(output.loss.detach() - tensors["loss"]),
     }
+    if "load_balancing_loss" in tensors:
+        errors["balance loss"] = _largest(balance - tensors["load_balancing_loss"])
+    return errors
 
 
 def _gradient_error(
@@ -167,7 +217,8 @@ def _gradient_error(
     none = set(metadata.get("no_gradient") or [])
     worst = 0.0
     for name, one in placed.items():
-        ours = parameters[one.block, one.parameter].grad
+        whole = parameters[one.block, one.parameter].grad
+        ours = None if whole is None else one.view(whole)
         if name in none:
             worst = max(worst, 0.0 if ours is None else _largest(ours))
         elif name not in gradients or ours is None:

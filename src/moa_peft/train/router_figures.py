@@ -1,6 +1,7 @@
 # ruff: noqa: ARG002  # a callback of the trainer is given more than it needs
 """What the routers do, as figures for the training log."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -12,11 +13,13 @@ from transformers.trainer_utils import IntervalStrategy
 
 
 class Gates(Protocol):
-    """The gates of one block in one forward pass, as `moa_peft.GateRecord` holds them."""
+    """What one router of a block said in one forward pass, as `moa_peft.GateRecord` holds it."""
 
+    router: str
     names: tuple[str, ...]
     gates: Tensor
     threshold: Tensor | None
+    balance_loss: Tensor | None
 
 
 class Observed(Protocol):
@@ -25,15 +28,30 @@ class Observed(Protocol):
     observer: Callable[[Any], None] | None
 
 
+Sums = dict[tuple[int, str], list[float]]
+"""Sums over tokens and passes by layer and by what they are of: an expert, or a router."""
+
+
 class RouterFigures(TrainerCallback):
     """Observes the routers in the forward passes of logging steps and averages over tokens and blocks.
 
-    For each expert ``router/gate_mean/NAME``. With a threshold ``router/active_rate/NAME``, the share of tokens with
-    a gate above 0, ``router/active_experts``, how many of them a token has, and ``router/threshold_mean``; without
-    one ``router/above_half_rate/NAME`` and ``router/above_half_experts``, for a gate above 0.5.
+    Of the blocks' routers, for each expert ``router/gate_mean/NAME``. With a threshold ``router/active_rate/NAME``, the
+    share of tokens with a gate above 0, ``router/active_experts``, how many of them a token has, and
+    ``router/threshold_mean``; without one ``router/above_half_rate/NAME`` and ``router/above_half_experts``, for a gate
+    above 0.5.
 
-    Padding does not count. The numbers of the training are not touched, and nothing waits for the device before the
-    figures are collected. With ``logging_strategy`` "epoch" there are no figures.
+    Of the routers that weigh the copies of an expert, three figures an expert (eight copies on five projections would
+    be forty numbers): ``router/active_copies/NAME``, how many copies a token gives a weight above 0;
+    ``router/largest_share/NAME``, the part of all weight that goes to the copy of a block that has most;
+    ``router/load_entropy/NAME``, the entropy of the copies' parts over its maximum, 1 where all have the same and 0
+    where one has everything.
+
+    With balance losses ``router/balance_loss``, the sum over all routers of all blocks before its coefficient, the
+    mean of the observed passes.
+
+    Padding does not count; gates of a whole instance count once a row. The numbers of the training are not touched,
+    and nothing waits for the device before the figures are collected. A mixture without a router gives no figures, nor
+    does ``logging_strategy`` "epoch".
 
     Args:
         model: The model that is trained; its forward is called with ``attention_mask``, unless rows are packed.
@@ -45,8 +63,7 @@ class RouterFigures(TrainerCallback):
         self._layers = layers
         self._mask: Tensor | None = None
         self._hook: Any = None
-        self._sums: dict[tuple[int, str], Tensor] = {}  # by layer and expert: gate, active, count
-        self._thresholds: dict[int, Tensor] = {}  # by layer: threshold, count
+        self._sums: dict[str, dict[tuple[int, str], Tensor]] = {}  # by kind of sum, then as in Sums
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -73,18 +90,24 @@ class RouterFigures(TrainerCallback):
 
     def collect(self) -> dict[str, float]:
         """Give the figures observed since the last call, and forget them. Waits for the device once."""
-        if not self._sums:
+        observed, self._sums = self._sums, {}
+        if not observed:
             return {}
-        rows = torch.stack([*self._sums.values()]).tolist()
-        by_place = dict(zip(self._sums, rows, strict=True))
-        sparse = bool(self._thresholds)
-        figures = _expert_figures(by_place, "active" if sparse else "above_half")
-        if sparse:
-            means = torch.stack([*self._thresholds.values()]).tolist()
-            figures["router/threshold_mean"] = sum(total / max(count, 1) for total, count in means) / len(
-                means
-            )
-        self._sums, self._thresholds = {}, {}
+        tensors = [one for sums in observed.values() for one in sums.values()]
+        numbers = iter(torch.cat(tensors).tolist())
+        read: dict[str, Sums] = {
+            kind: {key: [next(numbers) for _ in range(len(one))] for key, one in sums.items()}
+            for kind, sums in observed.items()
+        }
+        figures: dict[str, float] = {}
+        if "expert" in read:
+            figures |= _expert_figures(read["expert"], "active" if "threshold" in read else "above_half")
+        if "threshold" in read:
+            means = [total / max(count, 1) for total, count in read["threshold"].values()]
+            figures["router/threshold_mean"] = sum(means) / len(means)
+        figures |= _copy_figures(read.get("copies", {}))
+        if "balance" in read:
+            figures["router/balance_loss"] = sum(total / passes for total, passes in read["balance"].values())
         return figures
 
     def _note_mask(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -93,20 +116,34 @@ class RouterFigures(TrainerCallback):
 
     def _observe(self, layer: int, record: Gates) -> None:
         gates = record.gates.detach()  # [B, T, E]
-        real = gates.new_ones(gates.shape[:2]) if self._mask is None else self._mask.to(gates)  # [B, T]
-        active = (gates > (0.5 if record.threshold is None else 0.0)).to(gates)
+        real = gates.new_ones(gates.shape[:2])  # [B, T]
+        if self._mask is not None and gates.shape[1] > 1:  # a whole instance's gates have no padding
+            real = self._mask.to(gates)
+        on_copies = record.router != ""
+        active = (gates > (0.5 if record.threshold is None and not on_copies else 0.0)).to(gates)
         weight = real.unsqueeze(-1)
         count = real.sum()
         sums = torch.stack([(gates * weight).sum((0, 1)), (active * weight).sum((0, 1))])  # [2, E]
+        if record.balance_loss is not None:
+            loss = record.balance_loss.detach().float()
+            self._add("balance", layer, record.router, torch.stack([loss, torch.ones_like(loss)]))
+        if on_copies:
+            of_all = torch.stack([sums[1].sum(), count])
+            self._add("copies", layer, record.router, torch.cat([sums[0], of_all]))
+            return
         for place, name in enumerate(record.names):
-            key = (layer, name)
-            self._sums[key] = self._sums.get(key, 0) + torch.stack([*sums[:, place].unbind(), count])
+            self._add("expert", layer, name, torch.stack([*sums[:, place].unbind(), count]))
         if record.threshold is not None:
             total = (record.threshold.detach().float() * weight).sum()
-            self._thresholds[layer] = self._thresholds.get(layer, 0) + torch.stack([total, count])
+            self._add("threshold", layer, "", torch.stack([total, count]))
+
+    def _add(self, kind: str, layer: int, name: str, values: Tensor) -> None:
+        sums = self._sums.setdefault(kind, {})
+        sums[layer, name] = sums.get((layer, name), 0) + values
 
 
-def _expert_figures(by_place: Mapping[tuple[int, str], list[float]], word: str) -> dict[str, float]:
+def _expert_figures(by_place: Sums, word: str) -> dict[str, float]:
+    """Figures of the blocks' experts from their sums of gate, of active tokens, of tokens."""
     layers = {layer for layer, _ in by_place}
     figures: dict[str, float] = {}
     active = 0.0
@@ -118,3 +155,22 @@ def _expert_figures(by_place: Mapping[tuple[int, str], list[float]], word: str) 
         active += sum(rates)
     figures[f"router/{word}_experts"] = active / len(layers)
     return figures
+
+
+def _copy_figures(by_router: Sums) -> dict[str, float]:
+    """Figures of the copies of an expert from their sums of weights, and of active copies and tokens."""
+    figures: dict[str, float] = {}
+    for name in dict.fromkeys(name for _, name in by_router):
+        rows = [row for (_, one), row in by_router.items() if one == name]
+        shares = [[weight / (sum(weights) or 1) for weight in weights] for *weights, _, _ in rows]
+        entropies = [_entropy(block) / math.log(max(len(block), 2)) for block in shares]
+        figures[f"router/active_copies/{name}"] = sum(on / max(count, 1) for *_, on, count in rows) / len(
+            rows
+        )
+        figures[f"router/largest_share/{name}"] = sum(max(block) for block in shares) / len(rows)
+        figures[f"router/load_entropy/{name}"] = sum(entropies) / len(rows)
+    return figures
+
+
+def _entropy(shares: Sequence[float]) -> float:
+    return -sum(share * math.log(share) for share in shares if share > 0)

@@ -1,0 +1,37 @@
+"""The products that routers and gates are made of.
+
+Sizes: B rows, T tokens of a row, D inputs, H outputs.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Cast half precision up to float32; float64, which references are checked in, stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def low_precision_product(x: Tensor, linear: nn.Linear) -> Tensor:
+    """Multiply by a router's weight in the dtype of ``x``, then go on in float32.
+
+    The input is never cast upwards: that would copy the whole residual stream of a bfloat16 model.
+
+    Args:
+        x: Float, [B, T, D].
+        linear: Weight [H, D] and bias [H] of any float dtype.
+
+    Returns:
+        Float32 (float64 for a float64 input), [B, T, H].
+    """
+    product = at_least_float32(F.linear(x, linear.weight.to(x.dtype)))
+    return product if linear.bias is None else product + linear.bias.to(product.dtype)
+
+
+def zero_bias_linear(inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:
+    """Torch's default linear layer with its bias, if any, at zero."""
+    linear = nn.Linear(inputs, outputs, bias=bias)
+    if bias:
+        nn.init.zeros_(linear.bias)
+    return linear
