@@ -23,6 +23,8 @@ def register_verbs() -> None:
     from moa_peft.cli.chat import chat
     from moa_peft.cli.demo import demo
     from moa_peft.cli.evaluate import evaluate
+    from moa_peft.cli.export import export
+    from moa_peft.cli.import_ import import_
     from moa_peft.cli.methods import methods
     from moa_peft.cli.train import ANY_FIELD, train, train_help
     from moa_peft.cli.verify import verify
@@ -30,6 +32,8 @@ def register_verbs() -> None:
     app.command(context_settings=ANY_FIELD, help=train_help())(train)
     for verb in (evaluate, chat, demo, methods, verify):
         app.command()(verb)
+    app.command("import")(import_)
+    app.command()(export)
 
 
 def fail(message: str, code: int) -> None:

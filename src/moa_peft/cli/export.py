@@ -1,0 +1,191 @@
+"""`moa export`: an adapter as an official checkpoint, or its LoRA part as plain LoRA."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from moa_peft.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from moa_peft.official.exporter import ExportReport
+    from moa_peft.plain_lora import LoraReport
+
+FORMATS = ("official", "lora")
+
+
+def export(
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="Adapter folder of a mixture, or its name on the hub.")
+    ],
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="official: a checkpoint of the official code, without loss. lora: the LoRA part as plain LoRA, lossy.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="official: the file to write. lora: the folder.")],
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="official: native (adapter.pth) or fork (safetensors). Default: the one whose router reads what "
+            "this adapter's does."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="lora: rows whose tokens the mean gates are taken over; what moa train takes as data."
+        ),
+    ] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(help="lora: rows for the losses. Default: a fifth of --data, left out of the means."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="lora: only so many rows, from the start.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help='Base model: folder, hub name or "smollm2". Default: the adapter\'s own.'),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="lora: paper or chat. Default: the one the adapter was trained with, else paper."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="lora: most rows in a forward pass.")] = 16,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="lora: of the base model: float32, bfloat16, float16. Default: float32 on a CPU, the model's own on a GPU."
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file, or the adapter in the folder.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Write an adapter for other programs.
+
+    official: names and bits as the official code has them, so that an import and an export end where they began. What
+    that code has no name for is refused.
+
+    lora: for servers such as vLLM that know plain LoRA only. Each LoRA keeps its mean gate over --data, whatever the
+    input; prompts and adapters are dropped. What this loses is measured on held-out rows and printed.
+
+    \b
+    Examples:
+      moa export adapters/soft --format official --out adapter.pth
+      moa export runs/first --format lora --data train.json --out adapters/plain
+    """  # noqa: D301  # the backspace keeps the lines of the examples apart
+    if format_ not in FORMATS:
+        raise UsageError(unknown("format", format_, FORMATS))
+    lora_only = {
+        "--data": data, "--held-out": held_out, "--limit": limit, "--template": template, "--dtype": dtype,
+    }  # fmt: skip
+    if format_ == "official":
+        given = [flag for flag, value in lora_only.items() if value is not None]
+        if given:
+            raise UsageError(f"{', '.join(given)} belongs to --format lora: leave it out")
+        official = _official(adapter, out, layout, model, overwrite)
+        print(json.dumps(dataclasses.asdict(official))) if as_json else print_official(official)
+        return
+    if layout is not None:
+        raise UsageError("--layout belongs to --format official: leave it out")
+    if data is None:
+        raise UsageError(
+            "--format lora needs --data: rows of the kind the adapter will be used on, whose tokens the mean gates are "
+            "taken over, as in --data train.json"
+        )
+    options = {"template": template, "batch_size": batch_size, "dtype": dtype, "overwrite": overwrite}
+    lora = _lora(adapter, out, data, held_out, limit, model, options)
+    print(json.dumps(dataclasses.asdict(lora))) if as_json else print_lora(lora)
+
+
+def _official(
+    adapter: str, out: Path, layout: str | None, model: str | None, overwrite: bool
+) -> "ExportReport":
+    from moa_peft.evaluate.loading import read_adapter
+    from moa_peft.official.exporter import export_official
+    from moa_peft.quiet import quiet_libraries
+
+    with quiet_libraries():
+        return export_official(read_adapter(adapter), out, layout=layout, base=model, overwrite=overwrite)
+
+
+def _lora(
+    adapter: str,
+    out: Path,
+    data: str,
+    held_out: str | None,
+    limit: int | None,
+    model: str | None,
+    options: dict[str, Any],
+) -> "LoraReport":
+    from moa_peft.evaluate.loading import choose_template, read_adapter
+    from moa_peft.plain_lora import LoraOptions, export_lora
+    from moa_peft.quiet import quiet_libraries
+
+    found = read_adapter(adapter)
+    options["template"] = cast("Any", choose_template(options["template"], found, "paper"))
+    with quiet_libraries():
+        return export_lora(
+            found, out, data=data, held_out=held_out, limit=limit, model=model, options=LoraOptions(**options)
+        )
+
+
+def print_official(report: "ExportReport") -> None:
+    """Say what was written and what the official code has to be told."""
+    from moa_peft.official.exporter import fork_constants
+
+    print(f"method      {report.method}, {report.layout} layout")
+    print(f"written     {report.file}: {report.num_weights:,} weights, {report.num_parameters:,} parameters")
+    settings = ", ".join(f"{name} {value}" for name, value in report.settings.items())
+    print(f"settings    {settings or 'none'} (the official code has to be told; the weights do not say it)")
+    if report.layout == "fork":
+        for line in fork_constants(report.settings):
+            print(f"warning     {line}")
+    for line in report.differences:
+        print(f"warning     the official code computes something else: {line}")
+
+
+def print_lora(report: "LoraReport") -> None:
+    """Say what was kept and dropped, and what that loses."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    losses = report.losses
+    table = Table(
+        title=f"mean answer loss on {losses.rows:,} held-out rows ({losses.tokens:,} tokens)",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for name in ("model", "loss", "above the mixture"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for name in ("mixture", "export", "frozen"):
+        loss = getattr(losses, name)
+        table.add_row(name, f"{loss:.4f}", "" if name == "mixture" else f"{loss - losses.mixture:+.4f}")
+    console = Console()
+    console.print(table)
+    gates = Table(
+        title=f"gates over {report.rows:,} rows ({report.tokens:,} tokens)",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for name in ("expert", "in the export", "mean gate", "deviation", "blocks"):
+        gates.add_column(name, justify="left" if name in ("expert", "in the export") else "right")
+    for one in report.experts:
+        kept = "kept" if one.kept else "dropped"
+        gates.add_row(one.name, kept, f"{one.mean_gate:.3f}", f"{one.gate_deviation:.3f}", str(one.blocks))
+    console.print(gates)
+    print(
+        "This export is lossy: every gate is frozen at its mean, and what is marked as dropped is gone. The adapter "
+        "itself is unchanged."
+    )
+    print(f"written     {report.adapter}: rank {report.rank}, {report.num_parameters:,} parameters, on")
+    print(f"            {', '.join(report.target_modules)}")
+    print(f"next        moa evaluate --adapter {report.adapter} --tasks demo")

@@ -1,0 +1,135 @@
+"""`moa import`: official checkpoints in."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from moa_peft.official.importing import ImportReport
+
+
+def import_(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="The official adapter.pth, or the transformers fork's safetensors: a file, or the folder that holds it.",
+        ),
+    ],
+    base: Annotated[
+        str,
+        typer.Option(
+            help='Base model it was trained on: folder, hub name or "smollm2". Its config is enough.'
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Adapter folder to write.")],
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="LoRA's alpha. The native code's weights do not tell it; the fork hard-codes 8 (rank 8)."
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Experts that a top-k router keeps. Official: 2.", show_default=False)
+    ] = None,
+    max_threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Upper bound of a learned threshold (Sparse MoA). Official: 0.5; the fork hard-codes it."
+        ),
+    ] = None,
+    constant_threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Threshold of a Sparse MoA with a constant one, whose weights are Soft MoA's. Official: 0.5."
+        ),
+    ] = None,
+    instance_level: Annotated[
+        bool,
+        typer.Option("--instance-level", help="The gates are those of the official instance-level code."),
+    ] = False,
+    expert_order: Annotated[
+        str | None,
+        typer.Option(
+            help="Gate columns in order, with commas between. Default: q_proj, k_proj, v_proj, prompt, o_proj, up_proj, "
+            "gate_proj, down_proj, parallel_adapter, without those that the checkpoint lacks."
+        ),
+    ] = None,
+    balance: Annotated[
+        float | None,
+        typer.Option(help="Coefficient of the balance loss in further training. Default: the method's own."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the adapter in the folder.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Turn a checkpoint of the official code into an adapter of PEFT.
+
+    Method, sizes and blocks are read from the weights; what they do not tell is asked for. The result computes what
+    the official code computes, its oddities included: a Sparse MoA has a threshold that never learns and may switch
+    every expert of a token off (ThresholdConfig gradient "none", at_least_one false), and gates of a whole instance are
+    means over padding and answer as well.
+
+    \b
+    Examples:
+      moa import adapter.pth --base models/Llama-3.1-8B-Instruct --alpha 8 --out adapters/soft
+      moa import outputs/qwen3-8b-sparsemoa --base models/Qwen3-8B --out adapters/sparse
+    """  # noqa: D301  # the backspace keeps the lines of the examples apart
+    from moa_peft.official.importing import ImportFlags, import_checkpoint
+    from moa_peft.official.importing import expert_order as read_order
+    from moa_peft.quiet import quiet_libraries
+
+    flags = ImportFlags(
+        alpha=alpha,
+        top_k=top_k,
+        max_threshold=max_threshold,
+        constant_threshold=constant_threshold,
+        instance_level=instance_level,
+        expert_order=None if expert_order is None else read_order(expert_order),
+        balance=balance,
+    )
+    with quiet_libraries():
+        report = import_checkpoint(checkpoint, base, out, flags, overwrite=overwrite)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(report)))
+    else:
+        print_report(report)
+
+
+def print_report(report: "ImportReport") -> None:
+    """Say what was recognised and done, and what to type next."""
+    print(f"method      {report.method}, {report.layout} layout")
+    print(f"parameters  {report.num_parameters:,} in {report.num_weights:,} weights, {report.dtype}")
+    print(f"blocks      {_ranges(report.blocks)} of 0-{report.num_blocks - 1}")
+    rows = (
+        "none"
+        if not report.permuted
+        else f"rows of B of {', '.join(report.permuted)} (rotary pairs to halves)"
+    )
+    print(f"permuted    {rows}")
+    for name, value in report.defaults.items():
+        print(f"assumed     {name} = {value:g}, hard-coded in the official fork")
+    for doubt in report.doubts:
+        print(f"assumed     {doubt}")
+    if report.num_base_weights:
+        print(f"left out    {report.num_base_weights:,} weights of the base model")
+    if report.num_idle_weights:
+        print(f"left out    {report.num_idle_weights:,} weights of routers in blocks without an expert")
+    print(f"written     {report.adapter}")
+    print(f"next        moa evaluate --adapter {report.adapter} --tasks demo")
+    print(f"            moa chat --adapter {report.adapter}")
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """Whole numbers with runs joined, as "0-7, 24-31"."""
+    runs: list[list[int]] = []
+    for one in numbers:
+        if runs and one == runs[-1][-1] + 1:
+            runs[-1].append(one)
+        else:
+            runs.append([one])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
