@@ -1,6 +1,7 @@
 """The balance loss reaches the gradients, the right one, whatever the training loop does around the model."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,6 +249,16 @@ def test_padding_never_counts_and_packed_rows_count_as_padded_ones(where: str, f
     rows = ragged()
     inputs = packed(rows) if form == "packed" else padded(rows, form)
     assert_same(alone(model, **inputs), by_hand(model, rows))
+
+
+def test_a_packed_instance_counts_once_as_a_padded_one() -> None:
+    config = block_config(COEFFICIENT)
+    config.router = replace(top_k(COEFFICIENT), granularity="instance")
+    model = get_peft_model(base_model("llama"), config)
+    awaken(model)
+    model.double().train()
+    rows = ragged()
+    assert_same(alone(model, **packed(rows)), alone(model, **padded(rows, "right")))
 
 
 @everywhere

@@ -18,6 +18,7 @@ from moa_peft.experts import (
     VeraExpert,
     register_expert,
 )
+from moa_peft.gates import register_gate
 from moa_peft.model import MoAModel
 from moa_peft.peft_config import MoAConfig
 from moa_peft.presets import preset_names
@@ -48,6 +49,7 @@ __all__ = [
     "mixture_layers",
     "preset_names",
     "register_expert",
+    "register_gate",
 ]
 
 register(MoAConfig, MoAModel)

@@ -243,6 +243,7 @@ class SparsegenGate(Gate):
         if config.target is not None and config.target > num_experts:
             raise UsageError(f"target is {config.target}: there are {num_experts} experts")
         self.concentration = zero_bias_linear(inputs, 1)
+        nn.init.zeros_(self.concentration.weight)
 
     @classmethod
     def problems(cls, config: RouterConfig) -> list[str]:

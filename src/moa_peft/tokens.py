@@ -45,6 +45,12 @@ class CallTokens:
     found: dict[str, Tensor] = field(default_factory=dict)
     """Instance gates of this call, by block and adapter, detached; for the calls that follow on its cache."""
 
+    def starts(self) -> Tensor | None:
+        """Mark the first token of each packed sequence, bool [B, T]: one for each instance; None without packing."""
+        if self.sequences is None:
+            return None
+        return torch.nn.functional.pad(self.sequences[:, 1:] != self.sequences[:, :-1], (1, 0), value=True)
+
     def mean(self, x: Tensor, *, everything: bool) -> Tensor:
         """Take the mean token of each sequence.
 

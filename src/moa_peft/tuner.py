@@ -238,7 +238,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
             key = f"{self.block.path}.{adapter}"
             if call.earlier is not None and key in call.earlier:
                 return call.earlier[key].to(x.device)
-            routing = router(call.mean(x, everything=official))
+            routing = router(call.mean(x, everything=official), None if official else call.starts())
             if call.paged is not None:
                 routing = replace(routing, gates=call.paged.keep(key, routing.gates))
             elif not official:
