@@ -110,7 +110,8 @@ def remember_gates(past: Any, gates: dict[str, Tensor]) -> None:
         past: A cache of transformers.
         gates: Float32, [B, 1, C] each, by block and adapter.
     """
-    if not isinstance(past, _GateCache):
+    compiling = torch.compiler.is_compiling()  # a compiled graph cannot make a class
+    if not isinstance(past, _GateCache) and not compiling:
         past.__class__ = _with_gates(type(past))
     past.moa_instance_gates = gates
 
