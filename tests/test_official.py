@@ -236,3 +236,24 @@ def test_settings_that_contradict_the_weights_are_refused() -> None:
     routerless = {name: one for name, one in checkpoint.items() if "router" not in name}
     with pytest.raises(UsageError, match="has no adapter_type_router"):
         read_config(routerless, SETTINGS)
+
+
+def test_a_reference_whose_first_block_carries_nothing_is_rebuilt(tmp_path: Path) -> None:
+    """Its numbers are those of the mixture without that block's experts; the block's router gates nothing."""
+    with safe_open(golden("llama3-soft-moa"), "pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    empty = ("adapter.layers.0.", "grad.layers.0.")
+    kept = {n: t for n, t in tensors.items() if not n.startswith(empty) or ".adapter_type_router." in n}
+    save_file(kept, tmp_path / "second-block.safetensors", metadata)
+    result = compare(tmp_path / "second-block.safetensors")
+    assert not result.failure
+    assert not result.ok  # the file's numbers are those of both blocks
+    silent = dict(tensors)
+    for name in tensors:
+        if name.startswith("adapter.layers.0.") and name.endswith(
+            ("lora_B.weight", "prompt_gate", "up_proj.weight", "up_proj.bias")
+        ):
+            silent[name] = torch.zeros_like(tensors[name])
+    save_file(silent, tmp_path / "silent.safetensors", metadata)
+    both = compare(tmp_path / "silent.safetensors")
+    assert both.errors["logits"] == pytest.approx(result.errors["logits"], abs=1e-5)

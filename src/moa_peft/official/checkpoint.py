@@ -89,7 +89,7 @@ def read_checkpoint(path: Path, base_names: Collection[str]) -> OfficialCheckpoi
             f"{path} holds no adapter{left}; give the official adapter.pth, or the fork's safetensors"
         )
     layout, adapter = _normalised(adapter)
-    idle = _idle(adapter)
+    idle = idle_routers(adapter)
     return OfficialCheckpoint(
         files=tuple(files),
         layout=layout,
@@ -212,8 +212,8 @@ def _normalised(weights: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor
     return "fork" if is_fork else "native", {renamed(name): one for name, one in weights.items()}
 
 
-def _idle(weights: Mapping[str, Tensor]) -> set[str]:
-    """Routers of blocks that carry no expert: the native code makes them, and they gate nothing."""
+def idle_routers(weights: Mapping[str, Tensor]) -> set[str]:
+    """Name the router weights of blocks that carry no expert: the native code makes them, and they gate nothing."""
     blocks = {name: found[2] for name in weights if (found := _BLOCK.fullmatch(name))}
     carrying = {block for name, block in blocks.items() if not _ROUTER.match(name)}
     return {name for name, block in blocks.items() if _ROUTER.match(name) and block not in carrying}

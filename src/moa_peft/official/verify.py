@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from moa_peft.errors import UsageError
+from moa_peft.official.checkpoint import idle_routers
 from moa_peft.official.importer import (
     DEFAULT_ORDER,
     OfficialSettings,
@@ -25,7 +26,7 @@ from moa_peft.official.importer import (
     parameters_by_place,
     read_config,
 )
-from moa_peft.official.names import Destination
+from moa_peft.official.names import Destination, destinations
 from moa_peft.tuner import GateRecord, mixture_layers
 
 LIMIT = 1e-4
@@ -128,9 +129,15 @@ def _rebuild(
 ) -> tuple[PeftModel, dict[str, Destination]]:
     base = _base_model(metadata, _under("base.", tensors))
     weights = _under("adapter.", tensors)
+    idle = idle_routers(weights)
+    weights = {name: one for name, one in weights.items() if name not in idle}
     settings = _settings(metadata, base)
     torch.manual_seed(0)
-    model = get_peft_model(base, read_config(weights, settings))
+    config = read_config(weights, settings)
+    blocks = {one.block for one in destinations(weights, settings.head_size).values()}
+    if len(blocks) < base.config.num_hidden_layers:
+        config.layers_to_transform = sorted(blocks)
+    model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
     return model, load_weights(model, weights, settings.head_size)
 
