@@ -33,6 +33,8 @@ from moa_peft.train.balance import BalanceLossScale, give_to_trainers, set_loss_
 from tiny import awaken, base_model, tokens
 from tiny_lm import byte_tokenizer, tiny_llama
 
+pytestmark = pytest.mark.usefixtures("both_paths")
+
 COEFFICIENT = 3.0
 """Large, so that the balance loss is no small part of any gradient."""
 

@@ -23,6 +23,8 @@ from moa_peft.train.method import build_peft_config
 from moa_peft.train.recipe import Recipe
 from tiny import awaken, base_model, tokens
 
+pytestmark = pytest.mark.usefixtures("both_paths")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ToyExpert(ExpertConfig):
@@ -64,7 +66,7 @@ class ToyGate(Gate):
         super().__init__(inputs, num_experts, config)
         self.factor = nn.Parameter(torch.full((1,), float(config.keep or 1)))
 
-    def forward(self, x: Tensor, logits: Tensor) -> Weights:
+    def forward(self, x: Tensor, logits: Tensor, *read: Tensor) -> Weights:
         squares = logits.square() + 1e-3
         shares = squares / squares.sum(dim=-1, keepdim=True)
         load = (shares.detach() == shares.detach().amax(dim=-1, keepdim=True)).to(shares.dtype)
@@ -124,7 +126,8 @@ def test_a_toy_gate_makes_the_gates_of_blocks_and_of_copies_and_its_losses_are_t
     assert set(routers) == {"", "lora_q_proj"}
     x = torch.randn(2, 5, 32)
     for router in routers.values():
-        squares = router.logits(x).square() + 1e-3
+        products = [torch.nn.functional.linear(x, one.weight, one.bias) for one in router.logits.linears()]
+        squares = router.logits(*products).square() + 1e-3
         routing = router(x)
         expected = router.gate.factor * squares / squares.sum(dim=-1, keepdim=True)
         torch.testing.assert_close(routing.gates, expected)

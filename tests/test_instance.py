@@ -21,6 +21,8 @@ from moa_peft.evaluate.scoring import TokenQuestion, score_batch
 from tiny import awaken, base_model, mixture_model, tokens
 from tiny_lm import byte_tokenizer
 
+pytestmark = pytest.mark.usefixtures("both_paths")
+
 every_model = pytest.mark.parametrize(
     ("family", "method"),
     [

@@ -9,6 +9,8 @@ from moa_peft import MoAConfig, mixture_layers
 from moa_peft.presets import PROJECTIONS
 from tiny import base_model, tokens
 
+pytestmark = pytest.mark.usefixtures("both_paths")
+
 Weights = dict[tuple[int, str, str], nn.Parameter]
 
 

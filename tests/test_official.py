@@ -20,6 +20,8 @@ from moa_peft.official.names import destinations, half_split
 from moa_peft.official.verify import compare
 from tiny import base_model
 
+pytestmark = pytest.mark.usefixtures("both_paths")
+
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 METHODS_OF_OTHERS = (
     "lora", "parallel-adapter", "prompt-tuning", "molora", "hydralora", "topk-moe-lora", "adamole", "unipeft",

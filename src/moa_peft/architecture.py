@@ -93,6 +93,10 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+GATED_MLPS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "olmo3")
+"""Families whose MLP is ``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` and nothing else."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slot:
     """The columns of a fused layer's output that belong to one projection, the same in each of ``groups``."""
@@ -184,6 +188,10 @@ class Block:
     block_input: nn.Module | None
     """The module whose input is the block's input, read inside a checkpointed forward; None where none is known."""
     block_input_path: str
+    mlp_output_path: str | None
+    """The layer whose output the MLP returns as it is; None where that is not known."""
+    mlp_factors: tuple[nn.Module, ...]
+    """The two modules whose outputs' product is what down_proj reads; none where that is not known."""
     sites: Mapping[str, LinearSite | AttentionSite]
     refusals: Mapping[str, str]
     """Why a site cannot be had, by the site's name."""
@@ -299,7 +307,11 @@ def _block(model: nn.Module, path: str, index: int, module: nn.Module, family: F
         sites["attention"] = _attention_site(
             attention, f"{path}.{family.attention}", linear, hidden_size, text
         )
+    gate, up = (_child(mlp, "act_fn"), _child(mlp, "up_proj")) if mlp is not None else (None, None)
+    gated = text.model_type in GATED_MLPS and gate is not None and up is not None and "down_proj" in linear
     return Block(
+        mlp_output_path=linear["down_proj"].path if gated else None,
+        mlp_factors=(gate, up) if gated and gate is not None and up is not None else (),
         index=index,
         path=path,
         module=module,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from moa_peft.config import GATES, RouterConfig
 from moa_peft.errors import UsageError
-from moa_peft.products import low_precision_product, zero_bias_linear
+from moa_peft.products import zero_bias_linear
 from moa_peft.routing import (
     learned_threshold,
     sigmoid_gates,
@@ -78,12 +78,17 @@ class Gate(nn.Module):
             if name not in cls.options and getattr(config, name) not in (None, False)
         ]
 
-    def forward(self, x: Tensor, logits: Tensor) -> Weights:
+    def linears(self) -> tuple[nn.Linear, ...]:
+        """Layers of this gate that read what the router reads; `forward` is given their outputs."""
+        return ()
+
+    def forward(self, x: Tensor, logits: Tensor, *read: Tensor) -> Weights:
         """Weigh the experts.
 
         Args:
             x: Float, [B, T, D], what the router reads.
             logits: Float32, [B, T, E], what it makes of that.
+            *read: Float32, [B, T, ...] each, what each of `linears` makes of it.
         """
         raise NotImplementedError
 
@@ -124,11 +129,15 @@ class SigmoidGate(Gate):
         learned = config.threshold is not None and config.threshold.maximum is not None
         self.threshold = zero_bias_linear(inputs, 1) if learned else None
 
-    def forward(self, x: Tensor, logits: Tensor) -> Weights:
+    def linears(self) -> tuple[nn.Linear, ...]:
+        """The learned threshold's."""
+        return () if self.threshold is None else (self.threshold,)
+
+    def forward(self, x: Tensor, logits: Tensor, *read: Tensor) -> Weights:
         """Weigh each expert for itself; see `Gate.forward`."""
         scores = sigmoid_gates(logits)
         sparse = self.config.threshold
-        threshold = self._threshold(x)
+        threshold = self._threshold(x, *read)
         if sparse is None or threshold is None:
             return Weights(gates=scores)
         gates = sparse_gates(scores, threshold, bandwidth=sparse.bandwidth, at_least_one=sparse.at_least_one)
@@ -141,15 +150,14 @@ class SigmoidGate(Gate):
             return []
         return list(self.threshold.parameters())
 
-    def _threshold(self, x: Tensor) -> Tensor | None:
+    def _threshold(self, x: Tensor, *read: Tensor) -> Tensor | None:
         sparse = self.config.threshold
         if sparse is None:
             return None
         if sparse.constant is not None:
             return x.new_full((1, 1, 1), sparse.constant, dtype=torch.float32)
-        assert self.threshold is not None, "ThresholdConfig has either a constant or a maximum"
         assert sparse.maximum is not None, "ThresholdConfig has either a constant or a maximum"
-        threshold = learned_threshold(low_precision_product(x, self.threshold), sparse.maximum)
+        threshold = learned_threshold(read[0], sparse.maximum)
         return threshold.detach() if sparse.gradient == "none" else threshold
 
 
@@ -157,7 +165,7 @@ class SigmoidGate(Gate):
 class SoftmaxGate(Gate):
     """All experts, weights that sum to 1. Source: MoLoRA, arXiv 2309.05444; HydraLoRA, arXiv 2404.19245."""
 
-    def forward(self, x: Tensor, logits: Tensor) -> Weights:  # noqa: ARG002  # the base's signature
+    def forward(self, x: Tensor, logits: Tensor, *read: Tensor) -> Weights:  # noqa: ARG002  # the base's signature
         """Weigh by the softmax; see `Gate.forward`."""
         return Weights(gates=logits.softmax(dim=-1))
 
@@ -191,10 +199,14 @@ class TopKGate(Gate):
             )
         return wrong
 
-    def forward(self, x: Tensor, logits: Tensor) -> Weights:
+    def linears(self) -> tuple[nn.Linear, ...]:
+        """The noise's, while training."""
+        return () if self.noise is None or not self.training else (self.noise,)
+
+    def forward(self, x: Tensor, logits: Tensor, *read: Tensor) -> Weights:  # noqa: ARG002  # the base's signature
         """Weigh the best by the softmax over them; see `Gate.forward`."""
-        if self.noise is not None and self.training:
-            width = F.softplus(low_precision_product(x, self.noise))
+        if read:
+            width = F.softplus(read[0])
             logits = logits + torch.randn_like(logits) * width
         gates = top_k_gates(logits, self.keep)
         load = (gates.detach() > 0).to(gates.dtype)
@@ -215,9 +227,13 @@ class AdaptiveGate(Gate):
         super().__init__(inputs, num_experts, config)
         self.threshold = zero_bias_linear(inputs, 1)
 
-    def forward(self, x: Tensor, logits: Tensor) -> Weights:
+    def linears(self) -> tuple[nn.Linear, ...]:
+        """The threshold's."""
+        return (self.threshold,)
+
+    def forward(self, x: Tensor, logits: Tensor, *read: Tensor) -> Weights:  # noqa: ARG002  # the base's signature
         """Weigh by what lies above the threshold; see `Gate.forward`."""
-        threshold = learned_threshold(low_precision_product(x, self.threshold), 1 / logits.shape[-1])
+        threshold = learned_threshold(read[0], 1 / logits.shape[-1])
         margin = logits.softmax(dim=-1) - threshold
         load = (margin.detach() > 0).to(margin.dtype)
         return Weights(gates=threshold_gates(margin), threshold=threshold, load=load, probability=margin)
@@ -259,11 +275,15 @@ class SparsegenGate(Gate):
             wrong.append(f"sparsity is {config.sparsity}: it must be at least 0")
         return wrong
 
-    def forward(self, x: Tensor, logits: Tensor) -> Weights:
+    def linears(self) -> tuple[nn.Linear, ...]:
+        """The concentration's."""
+        return (self.concentration,)
+
+    def forward(self, x: Tensor, logits: Tensor, *read: Tensor) -> Weights:  # noqa: ARG002  # the base's signature
         """Weigh by the projection; see `Gate.forward`."""
         most = self.most_concentrated
         start = math.log(math.expm1(most))  # its softplus is ``most``, so that lambda starts at 0
-        concentration = most - F.softplus(low_precision_product(x, self.concentration) + start)
+        concentration = most - F.softplus(read[0] + start)
         gates = sparsegen_gates(logits, concentration)
         load = (gates.detach() > 0).to(gates.dtype)
         weights = Weights(gates=gates, load=load, probability=logits.softmax(dim=-1))

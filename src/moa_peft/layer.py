@@ -4,15 +4,16 @@ Sizes: B rows, T tokens of a row, C gates of a block, N copies of an expert at i
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
 
 from moa_peft.architecture import AttentionSite, LinearSite
 from moa_peft.config import ExpertConfig, RouterConfig
-from moa_peft.router import Router, Routing
+from moa_peft.kept_weights import KeptWeights
+from moa_peft.router import Router
 
 if TYPE_CHECKING:
     from moa_peft.experts.base import AttentionExpert, LinearExpert
@@ -37,10 +38,10 @@ class Mixture(nn.Module):
 
     Attributes:
         places: The experts in the order they were given.
-        by_path: The same by the path of the module they work at.
         gate_names: What the block's gates are called, in their order: experts, or kinds of experts.
         router: The block's router; None where every gate is 1.
         copy_routers: Routers of the experts that have several copies at their site, by the expert's name.
+        kept: Stacked weights for decoding.
     """
 
     def __init__(
@@ -60,12 +61,10 @@ class Mixture(nn.Module):
             if copy_router is not None:
                 inputs = site.in_features if isinstance(site, LinearSite) else site.hidden_size
                 self.copy_routers[name] = Router(inputs, copies, copy_router)
-        self.by_path: dict[str, list[Place]] = {}
-        for place in self.places:
-            self.by_path.setdefault(place.site.path, []).append(place)
         if router is not None and router.dead_adapter_gate:
             self._share_prompt_gate()
         self.router = None if router is None else Router(hidden_size, len(self.gate_names), router)
+        self.kept = KeptWeights()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,40 +81,16 @@ class Mixture(nn.Module):
         block = {} if self.router is None else {"": self.router}
         return {**block, **dict(self.copy_routers.items())}  # type: ignore[dict-item]  # ModuleDict is untyped
 
-    def route_copies(self, place: Place, x: Tensor, counted: Tensor | None) -> Routing | None:
-        """Weigh the copies of one expert.
+    def copy_router(self, place: Place) -> Router:
+        """The router of the copies of an expert that has several."""
+        return self.copy_routers[place.name]  # type: ignore[return-value]  # ModuleDict is untyped
 
-        Args:
-            place: One of this mixture's experts.
-            x: Float, [B, T, D_in], what its copies' router reads.
-            counted: Bool, [B, T]; tokens that count in the balance loss.
-
-        Returns:
-            Weights [B, T, N]; None where the expert has no router for copies.
-        """
-        if place.name not in self.copy_routers:
-            return None
-        return self.copy_routers[place.name](x, counted)
-
-    def gates_of(self, place: Place, gates: Tensor | None, copies: Tensor | None) -> Tensor:
-        """Join a block's gate for one expert with the weights of its copies.
-
-        Args:
-            place: One of this mixture's experts.
-            gates: Float32, [B, T, C] or [B, 1, C], the block's; None where it has no router.
-            copies: Float32, [B, T, N]; None where the expert is alone at its site.
-
-        Returns:
-            Float32, broadcastable to [B, T, N].
-        """
-        if gates is None and copies is None:
-            parameter = next(self.experts[place.name].parameters())
-            return torch.ones((1, 1, 1), dtype=torch.float32, device=parameter.device)
-        if gates is None:
-            assert copies is not None, "one of both is there"
-            return copies
-        gate = gates[..., place.column : place.column + 1]
-        return gate if copies is None else gate * copies
+    def gate_or_one(self, place: Place, gate: Tensor | None) -> Tensor:
+        """Give an expert's gate, or a 1 [1, 1, 1] in float32 where it has none."""
+        if gate is not None:
+            return gate
+        device = next(self.experts[place.name].parameters()).device
+        return torch.ones((1, 1, 1), dtype=torch.float32, device=device)
 
     def linear_change(self, place: Place, x: Tensor, output: Tensor, gate: Tensor) -> Tensor:
         """Give the gated change of one expert at a linear layer or MLP.
@@ -151,6 +126,11 @@ class Mixture(nn.Module):
         assert isinstance(place.site, AttentionSite)
         return expert.change(place.site, query, scaling, gate)
 
+    def train(self, mode: bool = True) -> Self:
+        """Switch as torch does, and forget what was kept for decoding."""
+        self.kept.clear()
+        return super().train(mode)
+
     def _column(self, name: str, kind: str, router: RouterConfig | None) -> int:
         gate_name = kind if router is not None and router.gate_of == "kind" else name
         if gate_name not in self.gate_names:
@@ -162,11 +142,9 @@ class Mixture(nn.Module):
         if "prompt" not in self.gate_names:
             return
         column = self.gate_names.index("prompt")
-        for path, places in self.by_path.items():
-            self.by_path[path] = [
-                Place(name=one.name, column=column, site=one.site) if one.name == "parallel_adapter" else one
-                for one in places
-            ]
+        self.places = [
+            replace(one, column=column) if one.name == "parallel_adapter" else one for one in self.places
+        ]
 
     def _free_name(self, kind: str, site_name: str) -> str:
         name = kind if site_name in ("mlp", "attention") else f"{kind}_{site_name}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Cast half precision up to float32; float64, which references are checked in, stays."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def low_precision_product(x: Tensor, linear: nn.Linear) -> Tensor:
@@ -25,8 +25,15 @@ def low_precision_product(x: Tensor, linear: nn.Linear) -> Tensor:
     Returns:
         Float32 (float64 for a float64 input), [B, T, H].
     """
-    product = at_least_float32(F.linear(x, linear.weight.to(x.dtype)))
-    return product if linear.bias is None else product + linear.bias.to(product.dtype)
+    if x.dtype == linear.weight.dtype and x.dtype in (torch.float32, torch.float64):
+        return F.linear(x, linear.weight, linear.bias)
+    return in_float32(F.linear(x, linear.weight.to(x.dtype)), linear.bias)
+
+
+def in_float32(product: Tensor, bias: Tensor | None) -> Tensor:
+    """Go on in float32 with a product made in the dtype of its input, and add the bias [H], if there is one."""
+    product = at_least_float32(product)
+    return product if bias is None else product + bias.to(product.dtype)
 
 
 def zero_bias_linear(inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:

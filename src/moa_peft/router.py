@@ -3,7 +3,10 @@
 Sizes: B rows, T tokens of a row, D inputs, E experts.
 """
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +15,14 @@ from torch import Tensor, nn
 from moa_peft.balance import attach_loss, scale_nobody_set
 from moa_peft.config import GATES, RouterConfig
 from moa_peft.gates import Gate, Weights
-from moa_peft.products import low_precision_product, zero_bias_linear
+from moa_peft.products import in_float32, low_precision_product, zero_bias_linear
 from moa_peft.routing import load_balancing_loss
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Switch autocast off, where it is on: to switch it costs more than to ask."""
+    on = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else nullcontext()
 
 
 class LinearRouter(nn.Module):
@@ -23,9 +32,13 @@ class LinearRouter(nn.Module):
         super().__init__()
         self.linear = zero_bias_linear(inputs, num_experts, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x [B, T, D] to float32 logits [B, T, E]."""
-        return low_precision_product(x, self.linear)
+    def linears(self) -> tuple[nn.Linear, ...]:
+        """What reads the router's input."""
+        return (self.linear,)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Give the float32 logits [B, T, E] as the layer made them."""
+        return logits
 
 
 class SwiGLURouter(nn.Module):
@@ -41,13 +54,16 @@ class SwiGLURouter(nn.Module):
         self.w2 = zero_bias_linear(hidden, num_experts, bias=config.bias)
         self.w3 = zero_bias_linear(inputs, hidden, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x [B, T, D] to float32 logits [B, T, E]."""
-        hidden = F.silu(low_precision_product(x, self.w1)) * low_precision_product(x, self.w3)
-        return low_precision_product(hidden, self.w2)
+    def linears(self) -> tuple[nn.Linear, ...]:
+        """What reads the router's input."""
+        return (self.w1, self.w3)
+
+    def forward(self, first: Tensor, third: Tensor) -> Tensor:
+        """Map what W1 and W3 made, float32 [B, T, hidden], to float32 logits [B, T, E]."""
+        return low_precision_product(F.silu(first) * third, self.w2)
 
 
-_LOGITS = {"linear": LinearRouter, "swiglu": SwiGLURouter}
+_LOGITS: dict[str, type[LinearRouter] | type[SwiGLURouter]] = {"linear": LinearRouter, "swiglu": SwiGLURouter}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +89,7 @@ class Router(nn.Module):
     def __init__(self, inputs: int, num_experts: int, config: RouterConfig) -> None:
         super().__init__()
         self.config = config
-        self.logits = _LOGITS[config.kind](inputs, num_experts, config)
+        self.logits: LinearRouter | SwiGLURouter = _LOGITS[config.kind](inputs, num_experts, config)
         kind = GATES[config.gate]
         assert issubclass(kind, Gate), "register_gate takes gates only"
         self.gate: Gate = kind(inputs, num_experts, config)
@@ -85,12 +101,19 @@ class Router(nn.Module):
         """Whether a loss of its own trains this router beside the model's."""
         return self.balance > 0 or bool(self.config.target and self.config.sparsity != 0)
 
-    def forward(self, x: Tensor, counted: Tensor | None = None) -> Routing:
+    def linears(self) -> tuple[nn.Linear, ...]:
+        """Every layer that reads the router's input: those of the logits, then those of the gate."""
+        return (*self.logits.linears(), *self.gate.linears())
+
+    def forward(
+        self, x: Tensor, counted: Tensor | None = None, products: Sequence[Tensor] | None = None
+    ) -> Routing:
         """Weigh the experts for each token.
 
         Args:
             x: Float, [B, T, D], what the router reads.
             counted: Bool, [B, T]; tokens that count in the balance loss. None counts all.
+            products: ``x`` times the weight of each of `linears`, without the biases; None to make them here.
 
         Returns:
             The gates; in training their gradient carries that of the losses.
@@ -99,11 +122,21 @@ class Router(nn.Module):
             UsageError: If the training loop scales its loss in a way that nobody has told; see `scale_nobody_set`.
         """
         scale = self._scale(x.device) if self.has_losses else None
-        with torch.autocast(x.device.type, enabled=False):  # autocast would round the float32 part again
-            weights = self.gate(x, self.logits(x))
+        linears = self.linears()
+        with without_autocast(x.device.type):  # it would round the float32 part again
+            if products is None:
+                products = [F.linear(x, linear.weight.to(x.dtype)) for linear in linears]
+            read = [in_float32(product, one.bias) for product, one in zip(products, linears, strict=True)]
+            first = len(self.logits.linears())
+            weights = self.gate(x, self.logits(*read[:first]), *read[first:])
             if not self.has_losses:
                 return Routing(gates=weights.gates, threshold=weights.threshold, balance_loss=None)
             return self._with_losses(weights, counted, scale)
+
+    @property
+    def reads_projection_input(self) -> bool:
+        """Whether, as a block's router, it reads token by token what q, k and v read."""
+        return self.config.granularity == "token" and self.config.router_input == "projection"
 
     def untrained(self) -> list[nn.Parameter]:
         """Parameters that the config declares untrained."""

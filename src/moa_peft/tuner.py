@@ -7,7 +7,7 @@ again in its recomputation.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,13 +15,17 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
 
-from moa_peft.architecture import AttentionSite, Block, LinearSite
+from moa_peft.architecture import Block
 from moa_peft.attention import add_prompts, remove_prompts
+from moa_peft.block_pass import BlockPass
 from moa_peft.config import RouterConfig
 from moa_peft.errors import RunError, UsageError
-from moa_peft.layer import Mixture, Place, PlacedExpert
-from moa_peft.router import Router, Routing
+from moa_peft.fused import Term, add_gated
+from moa_peft.layer import Mixture, PlacedExpert
+from moa_peft.plan import DOWN_INPUT, MLP_INPUT, Columns, Plan, Work, plan
+from moa_peft.router import Routing
 from moa_peft.tokens import ARGUMENT, CallTokens, TokenWatch
 
 MERGE_REFUSAL = (
@@ -49,21 +53,6 @@ class GateRecord:
     """Float32, a scalar, before its coefficient, detached; None where there is none."""
 
 
-@dataclass(kw_only=True, slots=True)
-class _Routed:
-    """What one adapter's routers said where a block's tokens came in; it waits until the block's last expert took it."""
-
-    adapter: str
-    mixture: Mixture
-    call: CallTokens
-    gates: Tensor | None = None
-    """Float32, [B, T, C], the block's; None without a block router."""
-    copies: dict[str, Tensor] = field(default_factory=dict)
-    """Weights of the copies of experts at the attention, which see no tokens themselves, by name."""
-    uses: int = 0
-    """Sites that have yet to take it."""
-
-
 class MoALayer(nn.Module, BaseTunerLayer):
     """The mixtures of one decoder block, by adapter name.
 
@@ -71,9 +60,12 @@ class MoALayer(nn.Module, BaseTunerLayer):
         observer: Called with a `GateRecord` for each router of each active adapter in each forward pass, not in
             recomputed or compiled ones; None for nobody. It must not change what it is given.
         watch: Knows the tokens of the model's calls; one for all blocks of a model.
+        fused: Whether experts that are bottlenecks are joined (`moa_peft.fused`); False computes each by its own ``change``,
+            the definition. A compiled pass always takes the plain path, for the compiler to join.
     """
 
     adapter_layer_names: tuple[str, ...] = ("moa_mixture",)
+    fused = True
 
     def __init__(self, block: Block, watch: TokenWatch) -> None:
         super().__init__()
@@ -84,9 +76,15 @@ class MoALayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self._active_adapter = []
         self._disable_adapters = False
-        self._waiting: dict[str, _Routed] = {}  # by adapter
+        self._plans: dict[bool, dict[str, Plan]] = {
+            False: {},
+            True: {},
+        }  # by whether they are fused, and adapter
+        self._waiting: dict[str, BlockPass] = {}  # by adapter
         self._call: CallTokens | None = None  # of the pass that has begun, until its tokens are routed
         self._block_input: Tensor | None = None  # likewise
+        self._factors: list[Tensor] = []  # of what down_proj is about to read
+        self._factor_hooks: list[tuple[nn.Module, int]] = []  # the hooks that note them, by their ids
         self._handles: list[RemovableHandle] = []
 
     def add_mixture(self, adapter: str, experts: list[PlacedExpert], router: RouterConfig | None) -> None:
@@ -104,6 +102,10 @@ class MoALayer(nn.Module, BaseTunerLayer):
     def connect(self) -> None:
         """Hook every site that has an expert."""
         self.disconnect()
+        self._plans = {
+            fused: {adapter: plan(one, self.block, fused=fused) for adapter, one in self.mixtures().items()}
+            for fused in (False, True)
+        }
         routed = [mixture for mixture in self.mixtures().values() if mixture.routers()]
         if any(_reads_block(mixture) for mixture in routed) and self.block.block_input is not None:
             self._hook_pre(self.block.block_input, self._note_block_input)
@@ -114,20 +116,34 @@ class MoALayer(nn.Module, BaseTunerLayer):
                 )
             self._hook_pre(self.block.module, self._send_tokens, with_kwargs=True)
             self._hook_pre(self.block.attention, self._receive_tokens, with_kwargs=True)
-        if routed:
-            self._hook_pre(self.block.projection_input, self._route)
-        for site in self._sites().values():
-            if isinstance(site, AttentionSite):
-                add_prompts(site.module, self)
+        self._hook_pre(self.block.projection_input, self._route)
+        attention = self.block.sites.get("attention")
+        for path, module in self._sites().items():
+            if attention is not None and path == attention.path:
+                add_prompts(module, self)
             else:
-                hook = partial(self._add_at, site.path)
-                self._handles.append(site.module.register_forward_hook(hook))
+                self._handles.append(module.register_forward_hook(partial(self._add_at, path)))
+        self._connect_mlp()
+
+    def _connect_mlp(self) -> None:
+        """See what the MLP and its last layer read, before any expert's change is added there."""
+        sites = {place.site.name: place.site for one in self.mixtures().values() for place in one.places}
+        if "mlp" in sites:
+            self._hook_pre(sites["mlp"].module, self._read_mlp)
+        if "down_proj" in sites:
+            for (
+                module
+            ) in self.block.mlp_factors:  # after the hooks that add, so that up_proj's changes are noted
+                handle = module.register_forward_hook(self._note_factor)
+                self._factor_hooks.append((module, handle.id))
+                self._handles.append(handle)
+            self._hook_pre(sites["down_proj"].module, self._read_down)
 
     def disconnect(self) -> None:
         """Take every hook off the block's modules."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._factor_hooks = [], []
         attention = self.block.sites.get("attention")
         if attention is not None:
             remove_prompts(attention.module)
@@ -135,10 +151,11 @@ class MoALayer(nn.Module, BaseTunerLayer):
     def attention_change(self, query: Tensor, scaling: float) -> Tensor | None:
         """Give the prompts' change of the attention's output [B, T, H, D]; None where there is none."""
         total: Tensor | None = None
-        for routed, place in self._at(self.block.sites["attention"].path):
-            gate = routed.mixture.gates_of(place, routed.gates, routed.copies.get(place.name))
-            change = routed.mixture.attention_change(place, query, scaling, gate)
-            total = change if total is None else total + change
+        for one, works in self._take(self.block.sites["attention"].path):
+            for work in works:
+                gate = one.mixture.gate_or_one(work.place, one.gate(work.place))
+                change = one.mixture.attention_change(work.place, query, scaling, gate)
+                total = change if total is None else total + change
         return total
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -177,6 +194,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
             "_waiting": {},
             "_call": None,
             "_block_input": None,
+            "_factors": [],
         }  # gates of a pass cut short are of no use to a copy
 
     def mixtures(self) -> dict[str, Mixture]:
@@ -212,48 +230,20 @@ class MoALayer(nn.Module, BaseTunerLayer):
         """Make the gates of the active adapters where q, k and v read their tokens; a forward pre-hook."""
         call, self._call = self._call or CallTokens(), None
         block_input, self._block_input = self._block_input, None
+        self._factors = []
+        plans = self._now()
         for adapter in self._active():
-            mixture: Mixture = self.moa_mixture[adapter]  # type: ignore[assignment]  # ModuleDict is untyped
-            if not mixture.routers():
-                continue
-            routed = _Routed(adapter=adapter, mixture=mixture, call=call, uses=len(mixture.by_path))
-            if mixture.router is not None:
-                x = block_input if _reads_block(mixture) else args[0]
-                assert x is not None, "a block's input is noted before its projections run"
-                routed.gates = self._block_gates(adapter, mixture, mixture.router, x, call)
-            for place in mixture.places:
-                weights = self._copy_weights(routed, place, args[0]) if _at_attention(place) else None
-                if weights is not None:
-                    routed.copies[place.name] = weights
-            self._waiting[adapter] = routed
-
-    def _block_gates(
-        self, adapter: str, mixture: Mixture, router: Router, x: Tensor, call: CallTokens
-    ) -> Tensor:
-        """The gates of a block's experts, [B, T, C] or [B, 1, C]."""
-        if router.config.granularity == "token":
-            routing = router(x, call.real)
-        else:
-            official = router.config.pooling == "official"
-            key = f"{self.block.path}.{adapter}"
-            if call.earlier is not None and key in call.earlier:
-                return call.earlier[key].to(x.device)
-            routing = router(call.mean(x, everything=official), None if official else call.starts())
-            if call.paged is not None:
-                routing = replace(routing, gates=call.paged.keep(key, routing.gates))
-            elif not official:
-                call.found[key] = routing.gates.detach()
-        self._tell(adapter, "", tuple(mixture.gate_names), routing)
-        return routing.gates
-
-    def _copy_weights(self, routed: _Routed, place: Place, x: Tensor) -> Tensor | None:
-        """The weights of the copies of one expert, [B, T, N]; None where it is alone."""
-        routing = routed.mixture.route_copies(place, x, routed.call.real)
-        if routing is None:
-            return None
-        names = tuple(str(number) for number in range(routing.gates.shape[-1]))
-        self._tell(routed.adapter, place.name, names, routing)
-        return routing.gates
+            one = BlockPass(
+                adapter,
+                self.moa_mixture[adapter],  # type: ignore[arg-type]  # ModuleDict is untyped
+                plans[adapter],
+                call,
+                f"{self.block.path}.{adapter}",
+                self._tell,
+                decoding=args[0].shape[-2] == 1,
+            )
+            one.route(args[0], block_input)
+            self._waiting[adapter] = one
 
     def _tell(self, adapter: str, router: str, names: tuple[str, ...], routing: Routing) -> None:
         if self.observer is None or torch.compiler.is_compiling():
@@ -272,51 +262,97 @@ class MoALayer(nn.Module, BaseTunerLayer):
             )
         )
 
-    def _at(self, path: str) -> list[tuple[_Routed, Place]]:
-        """The active experts at a site with what was routed for them, which leaves with the block's last site."""
-        found: list[tuple[_Routed, Place]] = []
+    def _take(self, path: str) -> list[tuple[BlockPass, tuple[Work, ...]]]:
+        """The passes that a module is a part of, with what they do there; each leaves with its last module."""
+        if self._disable_adapters:
+            return []
+        taken: list[tuple[BlockPass, tuple[Work, ...]]] = []
         for adapter in self._active():
-            mixture: Mixture = self.moa_mixture[adapter]  # type: ignore[assignment]  # ModuleDict is untyped
-            if path not in mixture.by_path:
+            one = self._waiting.get(adapter)
+            if one is None:
+                self._refuse_order(path, adapter)
                 continue
-            unrouted = not mixture.routers()
-            routed = (
-                _Routed(adapter=adapter, mixture=mixture, call=CallTokens())
-                if unrouted
-                else self._take(adapter, path)
-            )
-            found += [(routed, place) for place in mixture.by_path[path]]
-        return found
+            works = one.plan.work.get(path)
+            if works is None:
+                continue
+            one.uses -= 1
+            if one.uses == 0:
+                del self._waiting[adapter]
+            taken.append((one, works))
+        return taken
 
-    def _take(self, adapter: str, path: str) -> _Routed:
-        if adapter not in self._waiting:
+    def _now(self) -> dict[str, Plan]:
+        """The plans of a pass, by adapter."""
+        return self._plans[self.fused and not torch.compiler.is_compiling()]
+
+    def _refuse_order(self, path: str, adapter: str) -> None:
+        """Raise if an expert's module ran outside of a pass."""
+        if path in self._now()[adapter].work:
             raise RunError(
                 f"{path} ran before the router of its block: this model does not run its attention first; "
                 "name its parts in MoAConfig(architecture=ArchitectureConfig(...))"
             )
-        routed = self._waiting[adapter]
-        routed.uses -= 1
-        if routed.uses == 0:
-            del self._waiting[adapter]
-        return routed
 
-    def _add_at(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:  # noqa: ARG002
+    def _read_mlp(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
+        """Read the MLP's input for the experts beside it; a forward pre-hook."""
+        for one in self._waiting.values():
+            one.read(MLP_INPUT, args[0])
+
+    def _note_factor(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG002
+        """Note a factor of what down_proj is about to read; a forward hook."""
+        if not torch.compiler.is_compiling():
+            self._factors.append(output)
+
+    def _read_down(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
+        """Read what down_proj reads, by its factors where nobody can have changed them after us; a forward pre-hook."""
+        if torch.compiler.is_compiling():
+            return
+        factors, self._factors = self._factors, []
+        last = all(next(reversed(one._forward_hooks)) == number for one, number in self._factor_hooks)
+        for one in self._waiting.values():
+            one.read(DOWN_INPUT, args[0], (factors[0], factors[1]) if last and len(factors) == 2 else None)
+
+    def _add_at(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Add the experts' changes to a module's output; a forward hook, and the one place that adds."""
         first = (
             output[0] if isinstance(output, tuple) else output
         )  # some MLPs give their router's scores as well
         total = first
-        for routed, place in self._at(path):
-            copies = self._copy_weights(routed, place, args[0])
-            gate = routed.mixture.gates_of(place, routed.gates, copies)
-            total = total + routed.mixture.linear_change(place, args[0], first, gate)
+        for one, works in self._take(path):
+            terms: dict[Columns, list[Term]] = {}
+            for work in works:
+                if work.is_fused:
+                    terms.setdefault(work.columns, []).extend(one.terms(work, args[0]))
+                else:
+                    gate = one.mixture.gate_or_one(work.place, one.gate(work.place, args[0]))
+                    total = total + one.mixture.linear_change(work.place, args[0], first, gate)
+            for columns, several in terms.items():
+                total = total if writable(total, first, module) else total.clone()
+                joined = one.joined_ups(path, columns, several, total.dtype)
+                total = add_gated(total, several, columns=columns, joined=joined)
         return (total, *output[1:]) if isinstance(output, tuple) else total
 
-    def _sites(self) -> dict[str, LinearSite | AttentionSite]:
-        """The sites of all mixtures, one for each module."""
-        return {
-            place.site.path: place.site for mixture in self.mixtures().values() for place in mixture.places
-        }
+    def _sites(self) -> dict[str, nn.Module]:
+        """The modules to hook, by path: the experts' own, and the one that an MLP's output comes out of."""
+        sites = [place.site for mixture in self.mixtures().values() for place in mixture.places]
+        modules = {site.path: site.module for site in sites}
+        down = self.block.sites.get("down_proj")
+        if down is not None and any(down.path in one.work for one in self._plans[True].values()):
+            modules[down.path] = down.module
+        return modules
+
+
+def writable(total: Tensor, first: Tensor, module: nn.Module) -> bool:
+    """Whether a change may be added in place: to a sum of our own, or to what a linear layer has just made.
+
+    Args:
+        total: Float, what the change is added to.
+        first: Float, what the module gave.
+        module: The module.
+    """
+    if not total.is_contiguous():
+        return False
+    return total is not first or (type(module) in (nn.Linear, Conv1D) and not total._is_view())
 
 
 def mixture_layers(model: nn.Module) -> list[tuple[str, MoALayer]]:
@@ -333,10 +369,6 @@ def mixture_layers(model: nn.Module) -> list[tuple[str, MoALayer]]:
 
 def _reads_block(mixture: Mixture) -> bool:
     return mixture.router is not None and mixture.router.config.router_input == "block"
-
-
-def _at_attention(place: Place) -> bool:
-    return isinstance(place.site, AttentionSite)
 
 
 def needs_tokens(mixture: Mixture) -> bool:

@@ -20,6 +20,7 @@ app = typer.Typer(
 
 def register_verbs() -> None:
     """Add every verb to the application."""
+    from moa_peft.cli.bench import bench
     from moa_peft.cli.chat import chat
     from moa_peft.cli.demo import demo
     from moa_peft.cli.evaluate import evaluate
@@ -30,7 +31,7 @@ def register_verbs() -> None:
     from moa_peft.cli.verify import verify
 
     app.command(context_settings=ANY_FIELD, help=train_help())(train)
-    for verb in (evaluate, chat, demo, methods, verify):
+    for verb in (evaluate, chat, demo, methods, verify, bench):
         app.command()(verb)
     app.command("import")(import_)
     app.command()(export)

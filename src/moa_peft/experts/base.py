@@ -10,8 +10,8 @@ Sizes: B rows, T tokens of a row, D_in and D_out of a site, H heads of size D, N
 its site.
 """
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -23,6 +23,24 @@ if TYPE_CHECKING:
 
 Kind = TypeVar("Kind", bound=type[ExpertConfig])
 _KINDS: dict[str, type[ExpertConfig]] = {}
+
+
+class Bottleneck(NamedTuple):
+    """An expert as ``up (gate * scale * activation(down x + down_bias)) + gate * up_bias``, which the fused path joins with others.
+
+    Its N copies are stacked, r rows or columns each.
+    """
+
+    down: Tensor
+    """[N * r, D_in], or [r, D_in] where the copies share it."""
+    up: Tensor
+    """[D_out, N * r]."""
+    scale: float = 1.0
+    down_bias: Tensor | None = None
+    """[N * r] or [r]."""
+    up_bias: Tensor | None = None
+    """[D_out, N]."""
+    activation: Callable[[Tensor], Tensor] | None = None
 
 
 class LinearExpert(nn.Module):
@@ -44,6 +62,15 @@ class LinearExpert(nn.Module):
         Returns:
             [B, T, D_out] in the dtype of ``base``.
         """
+        raise NotImplementedError
+
+    @property
+    def is_bottleneck(self) -> bool:
+        """Whether `bottleneck` says what `change` computes, so that the fused path may join it with others."""
+        return False
+
+    def bottleneck(self) -> Bottleneck:
+        """The weights of an expert that is a bottleneck, as they are now."""
         raise NotImplementedError
 
 

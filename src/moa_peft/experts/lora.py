@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa_peft.config import CopiedExpertConfig
-from moa_peft.experts.base import LinearExpert, register_expert
+from moa_peft.experts.base import Bottleneck, LinearExpert, register_expert
 
 if TYPE_CHECKING:
     from moa_peft.architecture import LinearSite
@@ -92,3 +92,12 @@ class LowRankChange(LinearExpert):
         inner = F.linear(x, self.A.to(x.dtype)).unflatten(-1, (-1, self.rank))  # [B, T, N or 1, r]
         gated = (inner * (self.scale * gate).unsqueeze(-1)).flatten(-2)  # [B, T, N * r]
         return F.linear(gated.to(base.dtype), self.B.to(base.dtype))
+
+    @property
+    def is_bottleneck(self) -> bool:
+        """With dropout it is none: each LoRA then reads an input of its own."""
+        return self.dropout == 0
+
+    def bottleneck(self) -> Bottleneck:
+        """A and B."""
+        return Bottleneck(down=self.A, up=self.B, scale=self.scale)

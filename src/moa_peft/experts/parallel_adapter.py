@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa_peft.config import CopiedExpertConfig
-from moa_peft.experts.base import LinearExpert, register_expert
+from moa_peft.experts.base import Bottleneck, LinearExpert, register_expert
 
 if TYPE_CHECKING:
     from moa_peft.architecture import LinearSite
@@ -76,3 +76,18 @@ class BottleneckChange(LinearExpert):
         gated = torch.cat([gated, gate], dim=-1).to(base.dtype)
         up = torch.cat([self.up.weight, self.up.bias.unflatten(0, (-1, self.copies))], dim=1)
         return F.linear(gated, up.to(base.dtype))
+
+    @property
+    def is_bottleneck(self) -> bool:
+        """It is one."""
+        return True
+
+    def bottleneck(self) -> Bottleneck:
+        """The stacked networks."""
+        return Bottleneck(
+            down=self.down.weight,
+            up=self.up.weight,
+            down_bias=self.down.bias,
+            up_bias=self.up.bias.unflatten(0, (-1, self.copies)),
+            activation=F.silu,
+        )

@@ -1,0 +1,255 @@
+"""From settings to rows: every method on one piece of work, in turn with the baseline and the frozen model."""
+
+import gc
+import multiprocessing
+import resource
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moa_peft.bench import subjects, work
+from moa_peft.bench.paired import quartiles, ratios, take_turns
+from moa_peft.bench.rows import BenchRow, Kind
+from moa_peft.errors import UsageError, unknown
+from moa_peft.provenance import provenance
+from moa_peft.tuner import mixture_layers
+
+MIB = 2**20
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ERR_LIMITS = {"float32": 1e-3, "bfloat16": 0.25}
+"""Of logits, fused against plain path: rounding of a deep model with untrained experts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchOptions:
+    """What is measured.
+
+    Raises:
+        UsageError: If a value is wrong; the message lists every problem.
+    """
+
+    kind: Kind
+    """train, decode, memory or scaling."""
+    methods: tuple[str, ...]
+    """The methods; the frozen model and the baseline come along by themselves."""
+    baseline: str = subjects.LORA
+    """What each is taken in turn with."""
+    model: str = "smollm2-135m"
+    """A shape with random weights (smollm2-135m, llama-3.1-8b), smollm2, a folder, or a name on the hub."""
+    layers: int | None = None
+    """Only so many decoder blocks of a shape; None for all."""
+    batch_size: int = 4
+    """Rows of a batch."""
+    length: int = 128
+    """Tokens of a row; of the prompt, where tokens are decoded."""
+    new_tokens: int = 64
+    """Tokens decoded in each row."""
+    num_experts: tuple[int, ...] = ()
+    """Copies of each expert to try, for scaling."""
+    pairs: int = 15
+    """Times that each is taken, in turn."""
+    dtype: str = "float32"
+    """Of the base: float32 or bfloat16; adapters are float32."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            unknown("method", one, subjects.method_names())
+            for one in (*self.methods, self.baseline)
+            if one not in subjects.method_names()
+        ]
+        if self.dtype not in DTYPES:
+            problems.append(unknown("dtype", self.dtype, DTYPES))
+        if self.device not in ("cpu", "cuda"):
+            problems.append(unknown("device", self.device, ("cpu", "cuda")))
+        elif self.device == "cuda" and not torch.cuda.is_available():
+            problems.append("device is cuda: there is no CUDA device here; give --device cpu")
+        problems += [
+            f"{name} is {getattr(self, name)}: give at least 1"
+            for name in ("batch_size", "length", "new_tokens", "pairs")
+            if getattr(self, name) < 1
+        ]
+        if self.kind == "scaling" and (not self.num_experts or min(self.num_experts) < 1):
+            problems.append("num_experts is empty: give numbers of copies, as in --num-experts 8,64")
+        if problems:
+            raise UsageError("; ".join(problems))
+
+    @property
+    def said(self) -> str:
+        """The piece of work in words."""
+        shape = f"batch {self.batch_size} x {self.length}"
+        if self.kind == "decode":
+            return f"generate, {shape} prompt tokens, {self.new_tokens} new ones"
+        return f"forward and backward, {shape} tokens{', checkpointing' if self.checkpointing else ''}"
+
+
+def measure(options: BenchOptions, on_turn: Callable[[], None] = lambda: None) -> Iterator[BenchRow]:
+    """Measure every method.
+
+    Args:
+        options: What.
+        on_turn: Called after each round of the timing, for a progress bar.
+
+    Yields:
+        One row a method, the frozen model's first.
+    """
+    base = subjects.base_model(
+        options.model, layers=options.layers, dtype=DTYPES[options.dtype], device=options.device
+    )
+    names = dict.fromkeys((subjects.FROZEN, options.baseline, *options.methods))
+    variants = [(name, count) for name in names for count in _counts(name, options)]
+    models = {_label(*one): _prepared(base, *one, options) for one in variants}
+    ids = work.random_tokens(base, options.batch_size, options.length)
+    pieces = {name: partial(_piece, model, ids, options) for name, model in models.items()}
+    times = {} if options.kind == "memory" else take_turns(pieces, options.pairs, on_turn=on_turn)
+    counted = {name: _counted(model, ids, options) for name, model in models.items()}
+    made = provenance()
+    for name, count in variants:
+        label = _label(name, count)
+        model, own = models[label], counted[label]
+        layers = len(list(_blocks(model)))
+        error = _error(model, ids)
+        yield BenchRow(
+            kind=options.kind,
+            method=name,
+            baseline=options.baseline,
+            model=options.model,
+            num_layers=layers,
+            work=options.said,
+            batch_size=options.batch_size,
+            length=options.length,
+            new_tokens=options.new_tokens if options.kind == "decode" else None,
+            num_experts=count,
+            trainable_parameters=sum(one.numel() for one in subjects.trainable(model)),
+            step_ms=_milliseconds(times.get(label)),
+            over_baseline=_over(times, label, options.baseline),
+            over_frozen=_over(times, label, subjects.FROZEN),
+            pairs=options.pairs if times else 0,
+            saved_mib=_difference(own, counted[subjects.FROZEN], "saved", MIB),
+            peak_mib=_peak(options, name, count) if options.kind == "memory" else None,
+            flops=own.get("flops"),
+            operators=_difference(own, counted[subjects.FROZEN], "operators", layers) or 0.0,
+            kernels=_difference(own, counted[subjects.FROZEN], "kernels", layers) or 0.0,
+            max_abs_err=error,
+            err_limit=None if error is None else ERR_LIMITS[options.dtype],
+            dtype=options.dtype,
+            checkpointing=options.checkpointing,
+            provenance=made,
+        )
+
+
+def _counts(name: str, options: BenchOptions) -> Sequence[int | None]:
+    scaled = options.kind == "scaling" and name in options.methods
+    return options.num_experts if scaled else (None,)
+
+
+def _label(name: str, count: int | None) -> str:
+    return name if count is None else f"{name}/{count}"
+
+
+def _prepared(base: nn.Module, name: str, count: int | None, options: BenchOptions) -> nn.Module:
+    model = subjects.with_method(base, name, num_experts=count)
+    if options.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]  # a transformers model
+    return model.train(options.kind != "decode")
+
+
+def _piece(model: nn.Module, ids: Tensor, options: BenchOptions) -> None:
+    if options.kind == "decode":
+        work.decode(model, ids, options.new_tokens)
+    else:
+        work.training_step(model, ids)
+    work.synchronise(model)
+
+
+def _counted(model: nn.Module, ids: Tensor, options: BenchOptions) -> dict[str, float]:
+    """What is counted rather than timed."""
+    if options.kind == "decode":
+        return {}
+    few = ids[:1, : min(16, ids.shape[1])]
+    every, kernels = work.operators(model, few)
+    found: dict[str, float] = {"operators": every, "kernels": kernels}
+    if options.kind == "memory":
+        found["saved"] = work.saved_bytes(model, ids)
+    if options.kind == "scaling":
+        found["flops"] = work.flops(partial(work.training_step, model, ids))
+    return found
+
+
+def _difference(
+    own: Mapping[str, float], frozen: Mapping[str, float], name: str, unit: float
+) -> float | None:
+    return (own[name] - frozen[name]) / unit if name in own else None
+
+
+def _milliseconds(seconds: Sequence[float] | None) -> tuple[float, float, float]:
+    first, median, third = quartiles(seconds or [0.0])
+    return first * 1e3, median * 1e3, third * 1e3
+
+
+def _over(times: Mapping[str, Sequence[float]], label: str, other: str) -> tuple[float, float, float] | None:
+    return ratios(times[label], times[other]) if times and label != other else None
+
+
+def _error(model: nn.Module, ids: Tensor) -> float | None:
+    """How far the fused path is from the plain one; None without a mixture."""
+    if not mixture_layers(model):
+        return None
+    fused = work.logits(model, ids[:1])
+    subjects.use_path(model, fused=False)
+    plain = work.logits(model, ids[:1])
+    subjects.use_path(model, fused=True)
+    return (fused.float() - plain.float()).abs().max().item()
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    found = [one for one in model.modules() if isinstance(one, nn.ModuleList)]
+    yield from max(found, key=len)
+
+
+def _peak(options: BenchOptions, name: str, count: int | None) -> float:
+    """Peak memory of a few training steps above that before them, in a process of its own; MiB."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_peak_here, (options, name, count))
+
+
+def _peak_here(options: BenchOptions, name: str, count: int | None) -> float:
+    base = subjects.base_model(
+        options.model, layers=options.layers, dtype=DTYPES[options.dtype], device=options.device
+    )
+    model = _prepared(base, name, count, options)
+    ids = work.random_tokens(base, options.batch_size, options.length)
+    gc.collect()
+    cuda = options.device == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if cuda else _resident_bytes()
+    for _ in range(2):
+        _piece(model, ids, options)
+    peak = torch.cuda.max_memory_allocated() if cuda else _peak_bytes()
+    return (peak - before) / MIB
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _resident_bytes() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def as_dict(row: BenchRow) -> dict[str, Any]:
+    """A row as a file of results holds it, with its objections."""
+    import dataclasses
+
+    return {**dataclasses.asdict(row), "objections": row.objections()}

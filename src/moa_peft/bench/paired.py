@@ -1,0 +1,50 @@
+"""Timing in turn: A B C A B C ..., so that a machine whose speed drifts is as slow for each."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+Quartiles = tuple[float, float, float]
+"""First quartile, median, third quartile."""
+
+
+def take_turns(
+    work: Mapping[str, Callable[[], None]],
+    pairs: int,
+    *,
+    warm_up: int = 1,
+    on_turn: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Time several pieces of work in turn.
+
+    Args:
+        work: By name; each waits for its device before it returns.
+        pairs: How often each is timed.
+        warm_up: How often each runs untimed first.
+        on_turn: Called after each round, the warm-up's too.
+
+    Returns:
+        Seconds, by name, in the order they were taken.
+    """
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for turn in range(warm_up + pairs):
+        for name, one in work.items():
+            start = time.perf_counter()
+            one()
+            if turn >= warm_up:
+                times[name].append(time.perf_counter() - start)
+        on_turn()
+    return times
+
+
+def quartiles(values: Sequence[float]) -> Quartiles:
+    """First quartile, median and third quartile; of one value, the value three times."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, median, third
+
+
+def ratios(times: Sequence[float], others: Sequence[float]) -> Quartiles:
+    """Quartiles of the ratio of two timings, pair by pair."""
+    return quartiles([one / other for one, other in zip(times, others, strict=True)])

@@ -1,0 +1,118 @@
+"""What is measured: one base model, and copies of it with a method each that share its frozen weights."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moa_peft.data.base_model import resolve_model
+from moa_peft.errors import UsageError, unknown
+from moa_peft.peft_config import MoAConfig
+from moa_peft.presets import PRESETS, PROJECTIONS, promptless_experts
+from moa_peft.tuner import mixture_layers
+
+FROZEN, LORA, LORA_AGAIN, PROMPTLESS = "frozen", "peft-lora", "peft-lora-again", "soft-moa-no-prompt"
+"""The frozen model; PEFT's LoRA of rank 8 on the paper's projections, and once more to see the noise; Soft MoA on the
+experts that Sparse MoA has."""
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 8192,
+    },
+    "llama-3.1-8b": {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False, "max_position_embeddings": 8192,
+    },
+}  # fmt: skip
+"""Llama models by name, which are built with random weights: speed does not depend on their values."""
+
+
+def method_names() -> list[str]:
+    """Everything that can be measured."""
+    return [FROZEN, LORA, LORA_AGAIN, PROMPTLESS, *PRESETS]
+
+
+def base_model(name: str, *, layers: int | None, dtype: torch.dtype, device: str) -> nn.Module:
+    """Load or build the frozen model.
+
+    Args:
+        name: One of `SHAPES` (random weights), "smollm2", a folder, or a name on the hub.
+        layers: Only so many decoder blocks; None for all. For `SHAPES`.
+        dtype: Of the weights; rotary tables keep theirs.
+        device: As in "cuda".
+
+    Raises:
+        UsageError: If there is no such model.
+    """
+    if name in SHAPES:
+        shape = {**SHAPES[name], **({} if layers is None else {"num_hidden_layers": layers})}
+        config = AutoConfig.for_model("llama", **shape)
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    else:
+        if layers is not None:
+            raise UsageError(
+                f"layers is {layers}: only the shapes {', '.join(SHAPES)} can be cut to fewer blocks"
+            )
+        model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype)
+        model.to(device)  # type: ignore[arg-type]  # its stub takes only a device
+    return model.requires_grad_(False)
+
+
+def with_method(base: nn.Module, method: str, *, num_experts: int | None = None) -> nn.Module:
+    """Put a method on a copy of the base that shares its weights.
+
+    Args:
+        base: From `base_model`.
+        method: One of `method_names`.
+        num_experts: Copies of each expert, for methods that have copies.
+
+    Raises:
+        UsageError: If the method is unknown or has no copies.
+    """
+    if method not in method_names():
+        raise UsageError(unknown("method", method, method_names()))
+    model = copy.deepcopy(base, memo={id(one): one for one in base.parameters()})
+    torch.manual_seed(0)
+    if method == FROZEN:
+        return model
+    if method in (LORA, LORA_AGAIN):
+        lora = LoraConfig(r=8, lora_alpha=8, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM")
+        return get_peft_model(model, lora)
+    if method == PROMPTLESS:
+        config = MoAConfig.preset("soft-moa", experts=list(promptless_experts()))
+    else:
+        config = MoAConfig.preset(method, **_copies(method, num_experts))
+    tuned = get_peft_model(model, config)
+    for parameter in trainable(tuned):  # what is zero at first would hide every error
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return tuned
+
+
+def use_path(model: nn.Module, *, fused: bool) -> None:
+    """Choose the fused path or the plain one for every block."""
+    for _, layer in mixture_layers(model):
+        layer.fused = fused
+
+
+def _copies(method: str, num_experts: int | None) -> dict[str, Any]:
+    if num_experts is None:
+        return {}
+    experts: list[dict[str, Any]] = [dict(one.to_dict()) for one in PRESETS[method].experts()]
+    if not all(one.get("num_experts", 1) > 1 for one in experts):
+        raise UsageError(
+            f"{method!r} has no copies of its experts to scale: give molora, hydralora, topk-moe-lora or adamole"
+        )
+    return {"experts": [{**one, "num_experts": num_experts} for one in experts]}
+
+
+def trainable(model: nn.Module) -> Sequence[nn.Parameter]:
+    """The parameters that a method trains."""
+    return [one for one in model.parameters() if one.requires_grad]

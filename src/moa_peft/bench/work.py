@@ -1,0 +1,116 @@
+"""The pieces of work that are timed, and what is counted of them."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from moa_peft.bench.subjects import trainable
+
+
+def synchronise(model: nn.Module) -> None:
+    """Wait for the model's device."""
+    if next(model.parameters()).device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def random_tokens(model: nn.Module, batch_size: int, length: int) -> Tensor:
+    """The same random token ids for every method, [B, T]."""
+    vocabulary: int = model.config.vocab_size  # type: ignore[assignment, union-attr]  # every language model's
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, vocabulary, (batch_size, length), generator=generator)
+    return ids.to(next(model.parameters()).device)
+
+
+def training_step(model: nn.Module, ids: Tensor) -> None:
+    """Forward and backward, the embeddings' output with a gradient, for the frozen model too; no optimiser."""
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)  # type: ignore[operator]  # a language model's
+    model(inputs_embeds=embedded, labels=ids, use_cache=False).loss.backward()
+    for parameter in trainable(model):
+        parameter.grad = None
+
+
+@torch.inference_mode()
+def decode(model: nn.Module, ids: Tensor, new_tokens: int) -> None:
+    """Read prompts and continue each by so many greedy tokens with a cache."""
+    model.generate(  # type: ignore[operator]  # a language model's
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """The logits of a batch, in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    found = model(input_ids=ids, use_cache=False).logits
+    model.train(was_training)
+    return found
+
+
+def saved_bytes(model: nn.Module, ids: Tensor) -> int:
+    """Bytes that autograd keeps of a forward pass: each storage once, parameters and buffers excluded."""
+    own = {one.untyped_storage().data_ptr() for one in (*model.parameters(), *model.buffers())}
+    seen: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage  # kept alive, so that no address is used twice
+        return tensor
+
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)  # type: ignore[operator]  # a language model's
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(inputs_embeds=embedded, labels=ids, use_cache=False).loss
+    del loss
+    return sum(storage.nbytes() for storage in seen.values())
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.all = 0
+        self.kernels = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # torch's
+        self.all += 1
+        self.kernels += not (func.is_view or func in _VIEWS)
+        return func(*args, **(kwargs or {}))
+
+
+_VIEWS = (torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default)
+
+
+def operators(model: nn.Module, ids: Tensor) -> tuple[int, int]:
+    """Operators of a training forward pass, all and without views."""
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)  # type: ignore[operator]  # a language model's
+    with _Operators() as count:
+        model(inputs_embeds=embedded, labels=ids, use_cache=False)
+    return count.all, count.kernels
+
+
+def flops(work: Callable[[], None]) -> float:
+    """Floating-point operations of matrix products and attention in a piece of work."""
+    with FlopCounterMode(display=False) as count:
+        work()
+    return float(count.get_total_flops())
+
+
+@contextlib.contextmanager
+def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Set a model's mode for a while."""
+    was = model.training
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(was)

@@ -1,0 +1,157 @@
+"""`moa bench`: speed and memory, in pairs."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+
+import typer
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from moa_peft.bench.rows import BenchRow
+
+DEFAULT_METHODS = "peft-lora-again,soft-moa-no-prompt,soft-moa,sparse-moa"
+
+
+def bench(
+    kind: Annotated[str, typer.Argument(help="train, decode, memory or scaling.")],
+    methods: Annotated[
+        str,
+        typer.Option(
+            help='Methods with commas between, or "all". The frozen model and the baseline come along.'
+        ),
+    ] = DEFAULT_METHODS,
+    baseline: Annotated[str, typer.Option(help="What each method is taken in turn with.")] = "peft-lora",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="smollm2-135m or llama-3.1-8b (random weights), smollm2, a folder, or a name on the hub."
+        ),
+    ] = "smollm2-135m",
+    layers: Annotated[int | None, typer.Option(help="Only so many decoder blocks of a shape.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 4,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a row; of the prompt, for decode. Default: 128, decode 64.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded in each row.")] = 64,
+    num_experts: Annotated[
+        str, typer.Option(help="Copies of each expert to try, with commas between; for scaling.")
+    ] = "8,64",
+    pairs: Annotated[int, typer.Option(help="Times that each method is taken, in turn.")] = 15,
+    dtype: Annotated[
+        str, typer.Option(help="Of the base: float32 or bfloat16; adapters are float32.")
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations.")] = False,
+    out: Annotated[Path | None, typer.Option(help="File of JSON lines to append the rows to.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
+    ] = False,
+) -> None:
+    """Measure training steps, decoding, memory, or how cost grows with the number of experts.
+
+    Methods are taken in turn in one process; what counts is the ratio, pair by pair: its median and quartiles.
+
+    \b
+    Examples:
+      moa bench train
+      moa bench decode --batch-size 1 --methods soft-moa,sparse-moa
+      moa bench memory --dtype bfloat16 --out rows.jsonl
+      moa bench scaling --methods molora,adamole --num-experts 8,64
+    """  # noqa: D301  # the backspace keeps the lines of the examples apart
+    from moa_peft.bench.measure import BenchOptions, as_dict, measure
+    from moa_peft.bench.rows import Kind
+    from moa_peft.bench.subjects import FROZEN, method_names
+    from moa_peft.errors import UsageError, unknown
+    from moa_peft.json_lines import append_rows, drop_torn_line
+    from moa_peft.quiet import quiet_libraries
+
+    if kind not in get_args(Kind):
+        raise UsageError(unknown("kind of measurement", kind, get_args(Kind)))
+    every = [one for one in method_names() if one != FROZEN]
+    options = BenchOptions(
+        kind=cast("Any", kind),
+        methods=tuple(
+            every if methods == "all" else [one.strip() for one in methods.split(",") if one.strip()]
+        ),
+        baseline=baseline,
+        model=model,
+        layers=layers,
+        batch_size=batch_size,
+        length=length or (64 if kind == "decode" else 128),
+        new_tokens=new_tokens,
+        num_experts=_numbers(num_experts) if kind == "scaling" else (),
+        pairs=pairs,
+        dtype=dtype,
+        device=device,
+        checkpointing=checkpointing,
+    )
+    from tqdm import tqdm
+
+    with quiet_libraries(), tqdm(total=pairs + 1, desc=kind, unit="round", delay=2, file=sys.stderr) as bar:
+        rows = list(measure(options, on_turn=partial(_tick, bar)))
+    if out is not None:
+        drop_torn_line(out)
+        append_rows(out, [as_dict(row) for row in rows])
+    if as_json:
+        print(json.dumps({"rows": [as_dict(row) for row in rows]}))
+        return
+    print_table(rows)
+    if out is not None:
+        print(f"rows      {out} ({len(rows)} added)")
+
+
+def _tick(bar: "tqdm[Any]") -> None:
+    bar.update(1)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    from moa_peft.errors import UsageError
+
+    try:
+        return tuple(int(one) for one in text.split(",") if one.strip())
+    except ValueError:
+        raise UsageError(
+            f"--num-experts is {text!r}: give whole numbers with commas between, as in 8,64"
+        ) from None
+
+
+def print_table(rows: "list[BenchRow]") -> None:
+    """Print one line a method."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    first = rows[0]
+    heads = [
+        "method", "parameters", "ms", f"over {first.baseline}", "over frozen", "saved MiB", "peak MiB", "operators",
+        "kernels", "error",
+    ]  # fmt: skip
+    title = f"{first.work}; {first.model}, {first.num_layers} blocks, {first.dtype}; median (quartiles) of {first.pairs}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in heads:
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for row in rows:
+        table.add_row(
+            row.method if row.num_experts is None else f"{row.method}, {row.num_experts} copies",
+            f"{row.trainable_parameters:,}",
+            f"{row.step_ms[1]:,.1f}" if row.pairs else "-",
+            spread(row.over_baseline),
+            spread(row.over_frozen),
+            "-" if row.saved_mib is None else f"{row.saved_mib:,.1f}",
+            "-" if row.peak_mib is None else f"{row.peak_mib:,.0f}",
+            f"{row.operators:.0f}",
+            f"{row.kernels:.0f}",
+            "-" if row.max_abs_err is None else f"{row.max_abs_err:.1e}",
+        )
+    Console().print(table)
+    for reason in dict.fromkeys(reason for row in rows for reason in row.objections()):
+        print(f"not to be published: {reason}", file=sys.stderr)
+
+
+def spread(values: tuple[float, float, float] | None) -> str:
+    """Write a median with its quartiles."""
+    return "-" if values is None else f"{values[1]:.3f} ({values[0]:.3f}-{values[2]:.3f})"

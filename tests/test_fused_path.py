@@ -1,0 +1,210 @@
+"""The fused path's own arithmetic, and what it keeps; that it computes a mixture is for the tests that run both paths."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moa_peft import LoraExpert, MoAConfig, RouterConfig, mixture_layers
+from moa_peft.bench.work import saved_bytes
+from moa_peft.fused import FEW_ROWS, Term, add_gated, shared_product, thin_product
+from moa_peft.presets import PROJECTIONS
+from moa_peft.tuner import MoALayer
+from tiny import METHODS, awaken, base_model, mixture_model, tokens
+
+
+def plain(
+    output: Tensor, x: Tensor, down: Tensor, up: Tensor, gate: Tensor | None, scale: float, copies: int
+) -> Tensor:
+    """One expert, copy by copy."""
+    r = up.shape[1] // copies
+    for n in range(copies):
+        rows = slice(0, r) if len(down) == r else slice(n * r, (n + 1) * r)
+        change = scale * (x @ down[rows].T) @ up[:, n * r : (n + 1) * r].T
+        output = output + (change if gate is None else gate[..., n : n + 1] * change)
+    return output
+
+
+@pytest.mark.parametrize("gate_tokens", [5, 1, 0])  # a gate for each token, for an instance, none
+@pytest.mark.parametrize(("copies", "shared"), [(1, False), (3, False), (3, True)])
+@pytest.mark.parametrize("columns", [None, (2, 8)])
+def test_output_and_every_gradient_equal_those_of_single_experts(
+    gate_tokens: int, copies: int, shared: bool, columns: tuple[int, int] | None
+) -> None:
+    if gate_tokens == 0 and copies > 1:
+        pytest.skip("copies always have a router")
+    torch.manual_seed(0)
+    new = {"dtype": torch.float64, "requires_grad": True}
+    x, other = torch.randn(2, 5, 7, **new), torch.randn(4, 7, **new)
+    down = torch.randn(3 if shared else 3 * copies, 7, **new)
+    up, bias = torch.randn(6, 3 * copies, **new), torch.randn(6, copies, **new)
+    gate = torch.rand(2, gate_tokens, copies, **new) if gate_tokens else None
+    frozen = torch.randn(10 if columns else 6, 7, dtype=torch.float64)
+    start = columns[0] if columns else 0
+
+    def mean(output: Tensor, read: Tensor) -> Tensor:
+        return output.sin().sum() + read.cos().sum()
+
+    own = F.linear(x, frozen)
+    part = plain(own[..., start : start + 6], x, down, up, gate, 1.5, copies)
+    part = part if gate is None else part + gate.expand(2, 5, copies) @ bias.T
+    expected = torch.cat([own[..., :start], part, own[..., start + 6 :]], dim=-1)
+    wanted = [
+        one
+        for one in (x, other, down, up, gate, bias)
+        if one is not None and (one is not bias or gate is not None)
+    ]
+    expected_gradients = torch.autograd.grad(mean(expected, x @ other.T), wanted)
+
+    inner, read = shared_product(x, [down, other])
+    terms = [Term(inner, gate, up, 1.5), *([] if gate is None else [Term(None, gate, bias)])]
+    found = add_gated(F.linear(x, frozen), terms, columns=columns)
+    gradients = torch.autograd.grad(mean(found, read), wanted)
+    torch.testing.assert_close(found, expected)
+    for one, two in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_an_input_given_by_its_factors_gets_the_same_gradients_and_is_not_kept() -> None:
+    torch.manual_seed(0)
+    first, second = (torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    kept: list[list[Any]] = [[], []]
+    gradients: list[tuple[Tensor, ...]] = []
+    for place, by_factors in enumerate((False, True)):
+        x = first * second
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda one, n=place: kept[n].append(one) or one, lambda one: one
+        ):
+            (product,) = shared_product(x, [weight], factors=(first, second) if by_factors else None)
+        assert any(one is x for one in kept[place]) is not by_factors
+        gradients.append(torch.autograd.grad(product.sin().sum(), [first, second, weight]))
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("rows", [1, FEW_ROWS - 1, FEW_ROWS, FEW_ROWS + 1])
+def test_a_product_of_few_rows_is_the_product(rows: int) -> None:
+    x, weight = torch.randn(13, 7, dtype=torch.float64), torch.randn(rows, 7, dtype=torch.float64)
+    torch.testing.assert_close(thin_product(x, weight), x @ weight.T)
+
+
+def test_the_change_is_added_in_place_of_the_linear_layers_output() -> None:
+    model = mixture_model("llama", "sparse-moa")
+    made: dict[str, int] = {}
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    forward = layer.forward
+
+    def noting(x: Tensor) -> Tensor:
+        output = forward(x)
+        made["address"] = output.data_ptr()
+        return output
+
+    layer.forward = noting
+    layer.register_forward_hook(lambda module, args, output: made.update(after=output.data_ptr()))
+    model(tokens())
+    assert made["after"] == made["address"]
+
+
+def test_a_mixture_keeps_less_for_the_backward_pass_than_lora() -> None:
+    """What down_proj reads is made again from its factors, which the frozen model keeps anyway."""
+    ids = tokens(2, 16)
+    base = base_model("llama").requires_grad_(False)
+
+    def kept(model: nn.Module) -> int:
+        return saved_bytes(model.train(), ids)
+
+    frozen = kept(base)
+    lora = LoraConfig(r=2, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM")
+    config = MoAConfig(experts=[LoraExpert(targets=PROJECTIONS, rank=2)], router=RouterConfig(kind="linear"))
+    mixture = get_peft_model(base_model("llama"), config)
+    fused = kept(mixture) - frozen
+    for _, layer in mixture_layers(mixture):
+        layer.fused = False
+    assert fused < 0.8 * (kept(get_peft_model(base_model("llama"), lora)) - frozen)
+    assert fused < 0.6 * (kept(mixture) - frozen)
+
+
+def step(model: PeftModel, cache: Any, token: int) -> Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([[token]] * 3), past_key_values=cache, use_cache=True).logits
+
+
+@pytest.mark.parametrize("method", [one for one in METHODS if one != "extra-kinds"])
+def test_decoding_with_kept_weights_equals_the_plain_path(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = mixture_model("qwen3", method)
+    logits: list[Tensor] = []
+    for fused in (True, False):
+        monkeypatch.setattr(MoALayer, "fused", fused)
+        with torch.no_grad():
+            cache = model(tokens(), use_cache=True).past_key_values
+        logits.append(torch.cat([step(model, cache, token) for token in (5, 6, 7)], dim=1))
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+
+
+def test_kept_weights_are_made_anew_for_a_prompt_and_when_torch_sees_a_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Held against the plain path, which keeps nothing."""
+    model = mixture_model("llama", "soft-moa")
+    trained = [one for one in model.parameters() if one.requires_grad]
+    found: list[list[Tensor]] = []
+    for fused in (True, False):
+        monkeypatch.setattr(MoALayer, "fused", fused)
+        awaken(model)
+        steps: list[Tensor] = []
+        with torch.no_grad():
+            steps.append(step(model, model(tokens(), use_cache=True).past_key_values, 5))
+            for one in trained:
+                one.data.mul_(0.5)  # behind torch's back: no version is counted
+            cache = model(tokens(), use_cache=True).past_key_values
+            steps.append(step(model, cache, 5))
+            for one in trained:
+                one.mul_(1.5)
+            steps.append(step(model, cache, 6))
+        found.append(steps)
+    for kept, anew in zip(*found, strict=True):
+        torch.testing.assert_close(kept, anew, rtol=1e-4, atol=1e-4)
+
+
+def test_training_drops_what_was_kept() -> None:
+    model = mixture_model("llama", "soft-moa")
+    mixture = mixture_layers(model)[0][1].mixtures()["default"]
+    with torch.no_grad():
+        step(model, model(tokens(), use_cache=True).past_key_values, 5)
+    assert mixture.kept._kept
+    model.train()
+    assert not mixture.kept._kept
+    model(tokens()).logits.sum().backward()
+    assert not mixture.kept._kept
+
+
+def test_another_hook_on_a_factor_of_the_mlp_keeps_the_gradients_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Somebody's hook may replace what an MLP's module gave after it was noted; the product is then kept instead."""
+    found: list[dict[str, Tensor]] = []
+    for fused in (True, False):
+        monkeypatch.setattr(MoALayer, "fused", fused)
+        model = mixture_model("llama", "lora").train()
+        blocks: Any = model.base_model.model.model.layers
+        for layer in blocks:
+            layer.mlp.act_fn.register_forward_hook(lambda module, args, output: output * 3)
+        model(tokens()).logits.square().mean().backward()
+        found.append({name: one.grad for name, one in model.named_parameters() if one.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, one in found[0].items():
+        torch.testing.assert_close(one, found[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_module_that_runs_before_its_blocks_router_is_an_error() -> None:
+    from moa_peft.errors import RunError
+
+    model = mixture_model("llama", "soft-moa")
+    with pytest.raises(RunError, match="ran before the router of its block"):
+        model.base_model.model.model.layers[0].mlp.down_proj(torch.randn(1, 2, 44))
