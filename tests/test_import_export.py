@@ -25,7 +25,8 @@ from moa_peft import (
 )
 from moa_peft.cli import app, register_verbs
 from moa_peft.json_lines import read_rows
-from moa_peft.official.verify import _base_model, _read, _under
+from moa_peft.official.reference import read_file, read_reference, under
+from moa_peft.official.verify import base_model as reference_model
 from test_official import VERIFIED, golden
 from tiny import awaken, base_model
 from tiny_lm import choice_rows, write_rows
@@ -62,11 +63,11 @@ class Golden:
     """A reference file, laid out as the official code and transformers leave such things."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        self.metadata, self.tensors = _read(golden(name))
-        self.weights = _under("adapter.", self.tensors)
+        self.metadata, self.tensors = read_file(golden(name))
+        self.weights = under("adapter.", self.tensors)
         self.is_native = "settings" in self.metadata
         self.base = folder / "base"
-        model = _base_model(self.metadata, _under("base.", self.tensors))
+        model = reference_model(read_reference(golden(name)))
         model.config.eos_token_id = model.generation_config.eos_token_id = 96
         model.save_pretrained(self.base)
         character_tokenizer().save_pretrained(self.base)
@@ -79,7 +80,7 @@ class Golden:
     def _save_shards(self) -> None:
         """The whole model in two shards, base weights beside the adapter's, as the fork saves it."""
         self.checkpoint.mkdir()
-        whole = sorted((self.weights | _under("base.", self.tensors)).items())
+        whole = sorted((self.weights | under("base.", self.tensors)).items())
         index: dict[str, str] = {}
         for number, part in enumerate((whole[::2], whole[1::2]), start=1):
             name = f"model-{number:05d}-of-00002.safetensors"

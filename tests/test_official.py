@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from moa_peft import MoAConfig, UsageError
 from moa_peft.cli import app, register_verbs
 from moa_peft.official.importer import OfficialSettings, load_weights, read_config
 from moa_peft.official.names import destinations, half_split
-from moa_peft.official.verify import compare
+from moa_peft.official.reference import read_reference
+from moa_peft.official.verify import _forward, _gradients, _ours, _rebuild, compare
+from moa_peft.train.balance import set_loss_scale
 from tiny import base_model
 
 pytestmark = pytest.mark.usefixtures("both_paths")
@@ -92,20 +95,127 @@ def test_one_wrong_greedy_token_fails(tmp_path: Path) -> None:
     assert not result.ok
 
 
-def test_a_missing_gradient_fails(tmp_path: Path) -> None:
-    with safe_open(golden("transformers-llama-soft"), "pt") as file:
-        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    del tensors["grad.model.layers.0.self_attn.lora_Q.lora_A.weight"]
-    save_file(tensors, tmp_path / "lacking.safetensors", metadata)
-    assert not compare(tmp_path / "lacking.safetensors").ok
+def contents(name: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    with safe_open(golden(name), "pt") as file:
+        return dict(file.metadata()), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def test_greedy_text_goes_on_after_the_token_that_ends_texts_elsewhere(tmp_path: Path) -> None:
+    """Llama's config calls token 2 the end; generation stopped there and padded, and right files failed.
+
+    Two rows of the head change places, so that a token which is generated in the middle becomes number 2.
+    """
+    metadata, tensors = contents("transformers-llama-soft")
+    common = int(tensors["greedy"][0, 9])
+    order = torch.arange(97)
+    order[[2, common]] = order[[common, 2]]
+    for name in ("base.lm_head.weight", "base.model.embed_tokens.weight"):
+        tensors[name] = tensors[name][order].contiguous()
+    tensors["logits"] = tensors["logits"][..., order].contiguous()
+    for name in ("input_ids", "greedy"):
+        tensors[name] = order[tensors[name]]
+    tensors["labels"] = torch.where(
+        tensors["labels"] < 0, tensors["labels"], order[tensors["labels"].clamp(min=0)]
+    )
+    assert 2 in tensors["greedy"][0, 7:-1]
+    save_file(tensors, tmp_path / "end.safetensors", metadata)
+    result = compare(tmp_path / "end.safetensors")
+    assert result.errors["greedy"] == 0
+    assert result.ok
+
+
+@pytest.mark.parametrize("stated", ["loss", None, "loss + 0 * load_balancing_loss"])
+def test_a_balance_loss_outside_the_loss_has_no_gradient_and_is_compared_all_the_same(
+    tmp_path: Path, stated: str | None
+) -> None:
+    """Its coefficient was taken for our default, 0.001, where the file named none; with 0 nothing was compared."""
+    metadata, tensors = contents("llama3-topk-moe-lora")
+    reference = read_reference(golden("llama3-topk-moe-lora"))
+    model = _rebuild(reference)
+    set_loss_scale(model, 0.0)
+    _forward(model, reference)
+    plain = _gradients(model, reference)
+    placed = destinations(reference.adapter, reference.settings.head_size)
+    for (_, name), one in plain.items():
+        tensors[f"grad.{name}"] = placed[name].inverse(one).contiguous()
+    metadata.pop("grad_of")
+    if stated is not None:
+        metadata["grad_of"] = json.dumps(stated)
+    save_file(tensors, tmp_path / "plain.safetensors", metadata)
+    result = compare(tmp_path / "plain.safetensors")
+    assert result.ok, result.line()
+    assert "balance loss" in result.errors
+    router = "grad.layers.0.attention.lora_Q.router.topkroute_linear.weight"
+    given = contents("llama3-topk-moe-lora")[1][router]
+    assert (tensors[router] - given).abs().max() > 1e-3 * given.abs().max()  # the balance loss would show
+
+
+ILL = "llama3-adamole"
+"""A reference that stands where rounding is magnified: float32 alone does not tell it from a wrong one."""
+
+
+def shaken(tmp_path: Path, size: float) -> Path:
+    """That reference with an error in one gradient, of a share of its largest entry."""
+    return tampered(tmp_path, ILL, "grad.layers.0.attention.lora_Q.experts.0.lora_A.weight", size)
+
+
+def test_an_error_as_small_as_rounding_is_told_from_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where float32 moves our own numbers beyond the limit, the reference's own rounding may do so as well."""
+    rounding = _rounding_of(ILL)
+    assert rounding > 0
+    within, beyond = 2 * rounding, 20 * rounding
+    monkeypatch.setattr("moa_peft.official.verify.LIMIT", rounding / 100)
+    assert compare(golden(ILL)).rule == "rounding"
+    result = compare(shaken(tmp_path, within))
+    assert (result.ok, result.rule) == (True, "rounding")
+    assert "(rounding)" in result.line()
+    assert not compare(shaken(tmp_path, beyond)).ok
+    monkeypatch.setattr("moa_peft.official.verify.ROUNDING_LIMIT", rounding / 100)
+    monkeypatch.setattr("moa_peft.official.verify.VANISHING", 0.0)
+    assert not compare(shaken(tmp_path, within)).ok
+
+
+def _rounding_of(name: str) -> float:
+    """How far float32 moves the gradient of `shaken`, as a share of its largest entry."""
+    reference = read_reference(golden(name))
+    key = ("gradient", "layers.0.attention.lora_Q.experts.0.lora_A.weight")
+    single, double = (_ours(reference, dtype)[key] for dtype in (torch.float32, torch.float64))
+    return float((single - double).abs().max() / double.abs().max())
+
+
+def scaled(tensors: dict[str, Tensor]) -> None:
+    tensors["adapter.layers.1.attention.lora_V.experts.1.lora_B.weight"] *= 1.002
+
+
+def permuted(tensors: dict[str, Tensor]) -> None:
+    for part in "AB":
+        names = [f"adapter.layers.1.feed_forward.lora_DOWN.experts.{n}.lora_{part}.weight" for n in (0, 1)]
+        tensors[names[0]], tensors[names[1]] = tensors[names[1]].clone(), tensors[names[0]].clone()
+
+
+def without_bias(tensors: dict[str, Tensor]) -> None:
+    tensors["adapter.layers.0.attention.lora_Q.threshold_fn.bias"].zero_()
+
+
+@pytest.mark.parametrize("mistake", [scaled, permuted, without_bias])
+def test_a_mistake_is_not_taken_for_rounding_where_rounding_is_magnified(
+    tmp_path: Path, mistake: Callable[[dict[str, Tensor]], None]
+) -> None:
+    metadata, tensors = contents(ILL)
+    mistake(tensors)
+    save_file(tensors, tmp_path / "mistake.safetensors", metadata)
+    result = compare(tmp_path / "mistake.safetensors")
+    assert not result.ok, result.line()
+    assert result.line().endswith("FAIL")
 
 
 def verify(*files: Path, options: tuple[str, ...] = ()) -> tuple[int, str]:
     if not app.registered_commands:
         register_verbs()
     done = CliRunner().invoke(app, ["verify", *options, *map(str, files)])
-    if isinstance(done.exception, UsageError):
-        raise done.exception
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     return done.exit_code, done.stdout
 
 
@@ -127,7 +237,12 @@ def test_the_command_prints_one_line_a_file_and_fails_if_one_fails(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "is not a file"), (b"\x10\x00", "is not a reference file"), ("empty", "it lacks")],
+    [
+        (None, "is not a file"),
+        (b"\x10\x00", "damaged or cut off"),
+        ("cut", "damaged or cut off"),
+        ("empty", "it lacks"),
+    ],
 )
 def test_what_is_no_reference_file_is_refused(
     tmp_path: Path, content: bytes | str | None, message: str
@@ -135,10 +250,166 @@ def test_what_is_no_reference_file_is_refused(
     path = tmp_path / "x.safetensors"
     if isinstance(content, bytes):
         path.write_bytes(content)
+    elif content == "cut":
+        path.write_bytes(golden("llama3-lora").read_bytes()[:300_000])
     elif content is not None:
         save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(UsageError, match=message):
-        verify(path)
+        compare(path)
+
+
+def test_a_bad_file_is_an_error_line_and_the_others_are_compared(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
+    shutil.copy(golden("transformers-llama-soft"), good)
+    bad.write_text("no safetensors")
+    wrong = tampered(tmp_path, "transformers-llama-soft", "logits", 1e-2)
+    code, out = verify(bad, wrong, good)
+    assert code == 2
+    assert [line.split()[-1] for line in out.splitlines()] == ["ERROR", "FAIL", "ok"]
+    assert str(bad) in out
+    code, out = verify(bad, options=("--json",))
+    assert code == 2
+    assert "damaged or cut off" in json.loads(out)["failure"]
+
+
+SETTINGS_OF_BAD_FILES: dict[str, tuple[str, dict[str, object], str]] = {
+    "order": (
+        "llama3-sparse-moa",
+        {"expert_order": ["q_proj", "foo"]},
+        "'expert_order' is .* a list of q_proj",
+    ),
+    "short order": (
+        "llama3-sparse-moa",
+        {"expert_order": ["q_proj"]},
+        r"expert_order .* lacks \['lora_down_proj'",
+    ),
+    "no alpha": ("llama3-sparse-moa", {"settings": None}, "its LoRA need 'lora_alpha' in the metadata"),
+    "no maximum": ("llama3-sparse-moa", {"max_threshold": None}, "give max_threshold"),
+    "high": ("llama3-sparse-moa", {"max_threshold": 2.0}, r"maximum is 2\.0: it must lie in \(0, 1\]"),
+    "words": (
+        "llama3-sparse-moa",
+        {"max_threshold": "half"},
+        "'max_threshold' is 'half': it has to be a number",
+    ),
+    "both": (
+        "llama3-sparse-moa",
+        {"constant_threshold": 0.5},
+        "both 'max_threshold' and 'constant_threshold'",
+    ),
+    "architecture": (
+        "llama3-lora",
+        {"architecture": "bert"},
+        "'architecture' is 'bert': it has to be llama or",
+    ),
+    "config": ("llama3-lora", {"config": "x"}, "'config' is 'x': it has to be an object"),
+    "top-k": ("llama3-topk-moe-lora", {"top_k": 9}, r"keep is 9: there are 4 copies"),
+    "no top-k": ("llama3-topk-moe-lora", {"top_k": None}, "need the metadata 'top_k'"),
+    "half of one": ("llama3-topk-moe-lora", {"top_k": 1.5}, "'top_k' is 1.5: it has to be a whole number"),
+    "gradients of": (
+        "llama3-lora",
+        {"grad_of": "the loss"},
+        "'grad_of' is 'the loss': it has to be 'loss', or",
+    ),
+    "without": ("llama3-lora", {"no_gradient": "abc"}, "'no_gradient' is 'abc': it has to be a list"),
+    "unknown": (
+        "llama3-lora",
+        {"no_gradient": ["abc"]},
+        "'no_gradient' names 'abc', which is no weight in it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS_OF_BAD_FILES)
+def test_a_reference_with_settings_that_cannot_be_is_refused_by_its_name_and_key(
+    tmp_path: Path, case: str
+) -> None:
+    name, changes, message = SETTINGS_OF_BAD_FILES[case]
+    metadata, tensors = contents(name)
+    save_file(
+        tensors, tmp_path / "x.safetensors", metadata | {key: json.dumps(v) for key, v in changes.items()}
+    )
+    with pytest.raises(UsageError, match=rf"x\.safetensors .*{message}"):
+        compare(tmp_path / "x.safetensors")
+
+
+SIZES_OF_BAD_FILES: dict[str, tuple[dict[str, object], str]] = {
+    "zero": ({"num_attention_heads": 0}, "'num_attention_heads' of its metadata 'config' is 0"),
+    "heads": ({"num_attention_heads": 3}, "'hidden_size' 64 is no multiple of 'num_attention_heads' 3"),
+    "groups": ({"num_key_value_heads": 3}, "4 is no multiple of 'num_key_value_heads' 3"),
+    "odd": ({"head_dim": 5}, "a head has the size 5: rotary positions need an even one"),
+    "deep": ({"num_hidden_layers": 3}, r"'base\.model\.layers\.2\.input_layernorm\.weight' is missing"),
+    "shallow": ({"num_hidden_layers": 1}, "is no weight of the model"),
+    "wide": (
+        {"intermediate_size": 200},
+        r"down_proj\.weight' is \[64, 192\], the config makes it \[64, 200\]",
+    ),
+    "type": ({"rms_norm_eps": "small"}, "'config' makes no model of llama"),
+}
+
+
+@pytest.mark.parametrize("case", SIZES_OF_BAD_FILES)
+def test_a_reference_whose_model_cannot_be_built_is_refused(tmp_path: Path, case: str) -> None:
+    changes, message = SIZES_OF_BAD_FILES[case]
+    metadata, tensors = contents("llama3-lora")
+    metadata["config"] = json.dumps(json.loads(metadata["config"]) | changes)
+    save_file(tensors, tmp_path / "x.safetensors", metadata)
+    with pytest.raises(UsageError, match=rf"x\.safetensors .*{message}"):
+        compare(tmp_path / "x.safetensors")
+
+
+Change = Callable[[Tensor], Tensor | None]
+WEIGHT = "model.layers.0.self_attn.lora_Q.lora_A.weight"
+TENSORS_OF_BAD_FILES: dict[str, tuple[str, Change, str]] = {
+    "no gradient": (f"grad.{WEIGHT}", lambda _: None, f"'grad.{WEIGHT}' is missing, and 'no_gradient'"),
+    "narrow gradient": (
+        f"grad.{WEIGHT}",
+        lambda one: one[:3],
+        r"lora_A\.weight' is \[3, 64\], its weight \[8, 64\]",
+    ),
+    "foreign gradient": (
+        "grad.foo",
+        lambda _: torch.zeros(2),
+        "'grad.foo' is the gradient of no weight in it",
+    ),
+    "no numbers": ("logits", lambda one: one * float("nan"), "'logits' holds values that are not finite"),
+    "short": ("logits", lambda one: one[:, :5], r"'logits' is \[3, 5, 97\]: it has to be \[3, 17, 97\]"),
+    "losses": ("loss", lambda one: one.repeat(2), "'loss' has to be one number"),
+    "words": ("input_ids", lambda one: one + 90, r"'input_ids' has to be int64 \[B, T\] within 0\.\.96"),
+    "floats": ("input_ids", lambda one: one.float(), "'input_ids' has to be int64"),
+    "labels": ("labels", lambda one: one[:2], "'labels' has to be int64"),
+    "endless": ("adapter." + WEIGHT, lambda one: one / 0, "holds values that are not finite floats"),
+    "greedy rows": ("greedy", lambda one: one[:2], r"'greedy' has to be int64 \[3, T\]"),
+    "greedy prompt": (
+        "greedy",
+        lambda one: (one + 1) % 97,
+        "'greedy' has to begin with tokens of 'input_ids'",
+    ),
+    "greedy end": ("greedy", lambda one: one[:, :7], "'greedy' continues nothing"),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS_OF_BAD_FILES)
+def test_a_reference_with_tensors_that_do_not_fit_is_refused(tmp_path: Path, case: str) -> None:
+    name, change, message = TENSORS_OF_BAD_FILES[case]
+    metadata, tensors = contents("transformers-llama-soft")
+    made = change(tensors.pop(name, torch.zeros(1)))
+    if made is not None:
+        tensors[name] = made.contiguous()
+    save_file(tensors, tmp_path / "x.safetensors", metadata)
+    with pytest.raises(UsageError, match=rf"x\.safetensors .*{message}"):
+        read_reference(tmp_path / "x.safetensors")
+
+
+def test_a_reference_without_an_adapter_is_refused(tmp_path: Path) -> None:
+    metadata, tensors = contents("llama3-lora")
+    tensors = {name: one for name, one in tensors.items() if not name.startswith("adapter.")}
+    save_file(tensors, tmp_path / "x.safetensors", metadata)
+    with pytest.raises(UsageError, match=r"it has no weights 'adapter\.\*'"):
+        compare(tmp_path / "x.safetensors")
+    metadata["seed"] = "notjson{"
+    save_file(tensors, tmp_path / "x.safetensors", metadata)
+    with pytest.raises(UsageError, match=r"its metadata 'seed' is 'notjson\{', which is no JSON"):
+        compare(tmp_path / "x.safetensors")
 
 
 def test_half_split_puts_each_heads_even_rows_before_its_odd_ones() -> None:
@@ -230,9 +501,7 @@ def test_settings_that_contradict_the_weights_are_refused() -> None:
         read_config(
             checkpoint, OfficialSettings(alpha=5, head_size=8, expert_order=("prompt", "lora_q_proj"))
         )
-    threshold = {
-        f"layers.{i}.adapter_threshold_fn.{n}": torch.zeros(1) for i in (0, 1) for n in ("weight", "bias")
-    }
+    threshold = {f"layers.{i}.adapter_threshold_fn.weight": torch.zeros(1, 32) for i in (0, 1)}
     with pytest.raises(UsageError, match="has a learned threshold: give max_threshold"):
         read_config(checkpoint | threshold, SETTINGS)
     routerless = {name: one for name, one in checkpoint.items() if "router" not in name}
@@ -248,7 +517,6 @@ def test_a_reference_whose_first_block_carries_nothing_is_rebuilt(tmp_path: Path
     kept = {n: t for n, t in tensors.items() if not n.startswith(empty) or ".adapter_type_router." in n}
     save_file(kept, tmp_path / "second-block.safetensors", metadata)
     result = compare(tmp_path / "second-block.safetensors")
-    assert not result.failure
     assert not result.ok  # the file's numbers are those of both blocks
     silent = dict(tensors)
     for name in tensors:

@@ -26,7 +26,7 @@ def set_loss_scale(model: nn.Module, scale: float | Tensor | None) -> None:
     Args:
         model: Any model, wrapped or not; one without balance losses is left as it is.
         scale: Above 0, a number or a scalar of float32: 1 / (batches of the optimiser step), times the scale of
-            fp16's gradient scaler. None forgets it.
+            fp16's gradient scaler. 0 computes the balance losses without training by them. None forgets it.
     """
     for router in _routers(model):
         router.loss_scale = scale

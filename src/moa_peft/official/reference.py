@@ -1,0 +1,323 @@
+"""Reads reference files: what the official code computed on a tiny random model, in one safetensors file each.
+
+A file holds ``base.*``, ``adapter.*`` and ``grad.*`` weights, ``input_ids``, ``labels``, ``logits``, ``loss``, sometimes
+``load_balancing_loss`` and ``greedy``; its metadata holds every setting as JSON. Whatever contradicts that is refused
+here, all of it at once, so that what comes after can rely on it.
+
+Sizes: B rows, T tokens of a row, V words.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moa_peft.errors import UsageError
+from moa_peft.official.checkpoint import idle_routers
+from moa_peft.official.importer import DEFAULT_ORDER, OfficialSettings
+
+ARCHITECTURES = ("llama", "qwen3")
+"""The models that reference files are about."""
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_ORDER = {name.removeprefix("lora_"): name for name in DEFAULT_ORDER}
+_LOSS = re.compile(r"\s*loss\s*(?:\+\s*(?:([0-9.eE+-]+)\s*\*\s*)?load_balancing_loss\s*)?")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """A reference file, read and found sound."""
+
+    path: Path
+    architecture: str
+    """One of `ARCHITECTURES`."""
+    config: Mapping[str, Any]
+    """Arguments of the model's config in transformers."""
+    settings: OfficialSettings
+    """What the adapter's weights do not tell."""
+    coefficient: float
+    """Of the balance loss in the loss whose gradients are here; 0 where it is not part of it."""
+    base: Mapping[str, Tensor]
+    """The frozen weights by transformers' names."""
+    adapter: Mapping[str, Tensor]
+    """The adapter's weights by official names, without those that gate nothing."""
+    gradients: Mapping[str, Tensor]
+    """By official names, zeros for a weight that has none; empty where the file compares none."""
+    tensors: Mapping[str, Tensor]
+    """The file's other tensors."""
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of each row that the greedy continuation starts from."""
+        greedy, ids = self.tensors["greedy"], self.tensors["input_ids"]
+        width = min(greedy.shape[1], ids.shape[1])
+        same = (greedy[:, :width] == ids[:, :width]).all(dim=0)
+        return int(same.long().cumprod(dim=0).sum())
+
+
+def read_reference(path: Path) -> Reference:
+    """Read a reference file.
+
+    Args:
+        path: The safetensors file.
+
+    Returns:
+        What is in it.
+
+    Raises:
+        UsageError: If it is no reference file, or parts of it are missing, malformed or contradict each other; each of
+            them is named.
+    """
+    metadata, tensors = read_file(path)
+    wrong = _setting_problems(metadata)
+    if not wrong:
+        wrong = _weight_problems(metadata, tensors) + _batch_problems(metadata["config"], tensors)
+    if wrong:
+        raise UsageError(f"{path} is not a sound reference file: {'; '.join(wrong)}")
+    adapter = under("adapter.", tensors)
+    idle = idle_routers(adapter)
+    return Reference(
+        path=path,
+        architecture=metadata.get("architecture") or ARCHITECTURES[0],
+        config=_model_config(metadata),
+        settings=_settings(metadata, adapter),
+        coefficient=_coefficient(metadata.get("grad_of") or "loss") or 0.0,
+        base=under("base.", tensors),
+        adapter={name: one for name, one in adapter.items() if name not in idle},
+        gradients=_gradients(adapter, tensors),
+        tensors={name: one for name, one in tensors.items() if not name.startswith(_WEIGHTS)},
+    )
+
+
+_WEIGHTS = ("base.", "adapter.", "grad.")
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a reference file's settings and tensors as they are.
+
+    Raises:
+        UsageError: If it cannot be read, or lacks what every reference file has.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path} is not a file: give reference files (*.safetensors)")
+    try:
+        with safe_open(path, "pt") as file:
+            stored = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
+    except (SafetensorError, OSError) as error:
+        raise UsageError(
+            f"{path} is not a reference file, or it is damaged or cut off: {str(error).partition(chr(10))[0]}"
+        ) from error
+    lacking = {"input_ids", "labels", "logits", "loss"} - tensors.keys()
+    if lacking or "config" not in stored:
+        raise UsageError(f"{path} is not a reference file: it lacks {sorted(lacking) or 'its metadata'}")
+    metadata: dict[str, Any] = {}
+    for key, value in stored.items():
+        try:
+            metadata[key] = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise UsageError(
+                f"{path} is not a reference file: its metadata {key!r} is {value[:40]!r}, which is no JSON"
+            ) from error
+    return metadata, tensors
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _are_names(value: Any, known: Mapping[str, str] | None = None) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, str) and (known is None or one in known) for one in value
+    )
+
+
+_FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "config": (lambda value: isinstance(value, dict), "an object with the model's sizes"),
+    "architecture": (lambda value: value in ARCHITECTURES, " or ".join(ARCHITECTURES)),
+    "head_dim": (_is_count, "a whole number above 0"),
+    "settings": (lambda value: isinstance(value, dict), "an object with the native code's arguments"),
+    "lora_alpha": (lambda value: _is_number(value) and value > 0, "a number above 0"),
+    "expert_order": (lambda value: _are_names(value, _ORDER), f"a list of {', '.join(_ORDER)}"),
+    "max_threshold": (_is_number, "a number"),
+    "constant_threshold": (_is_number, "a number"),
+    "top_k": (_is_count, "a whole number above 0"),
+    "method": (lambda value: isinstance(value, str), "a name"),
+    "grad_of": (
+        lambda value: isinstance(value, str) and _coefficient(value) is not None,
+        "'loss', or 'loss + NUMBER * load_balancing_loss'",
+    ),
+    "no_gradient": (_are_names, "a list of names of weights"),
+}
+"""What each setting has to be, as a test and in words; null where it does not apply."""
+
+
+def _setting_problems(metadata: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the settings by themselves."""
+    wrong = [
+        f"its metadata {key!r} is {metadata.get(key)!r}: it has to be {words}"
+        for key, (fits, words) in _FORMS.items()
+        if (metadata.get(key) is not None or key == "config") and not fits(metadata[key])
+    ]
+    if wrong:
+        return wrong
+    config = metadata["config"]
+    wrong += [
+        f"{key!r} of its metadata 'config' is {config.get(key)!r}: it has to be a whole number above 0"
+        for key in (
+            *_SIZES,
+            *(one for one in ("num_key_value_heads", "head_dim") if config.get(one) is not None),
+        )
+        if not _is_count(config.get(key))
+    ]
+    if wrong:
+        return wrong
+    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
+    if config["hidden_size"] % heads and metadata.get("head_dim") is None and config.get("head_dim") is None:
+        wrong.append(f"'hidden_size' {config['hidden_size']} is no multiple of 'num_attention_heads' {heads}")
+    if heads % (groups or heads):
+        wrong.append(f"'num_attention_heads' {heads} is no multiple of 'num_key_value_heads' {groups}")
+    if _head_size(metadata) % 2:
+        wrong.append(f"a head has the size {_head_size(metadata)}: rotary positions need an even one")
+    if metadata.get("max_threshold") is not None and metadata.get("constant_threshold") is not None:
+        wrong.append("it has both 'max_threshold' and 'constant_threshold': one of them has to be null")
+    return wrong
+
+
+def _weight_problems(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with weights, gradients, and what the settings say of them."""
+    adapter, gradients = under("adapter.", tensors), under("grad.", tensors)
+    if not adapter:
+        return ["it has no weights 'adapter.*'"]
+    wrong = [
+        f"{name!r} holds values that are not finite floats"
+        for name, one in tensors.items()
+        if name.startswith(_WEIGHTS) and not _is_finite(one)
+    ]
+    if any(name.endswith("lora_alpha") or ".lora_A" in name for name in adapter) and _alpha(metadata) is None:
+        wrong.append("its LoRA need 'lora_alpha' in the metadata, or in its 'settings', a number above 0")
+    if any(".router.topkroute_linear." in name for name in adapter) and metadata.get("top_k") is None:
+        wrong.append("its top-k routers need the metadata 'top_k', a whole number above 0")
+    without = metadata.get("no_gradient") or []
+    wrong += [
+        f"'no_gradient' names {name!r}, which is no weight in it" for name in without if name not in adapter
+    ]
+    wrong += [
+        f"'grad.{name}' is the gradient of no weight in it" for name in gradients if name not in adapter
+    ]
+    lacking = adapter.keys() - gradients.keys() - set(without) if gradients else set()
+    wrong += [
+        f"'grad.{name}' is missing, and 'no_gradient' does not name it"
+        for name in sorted(lacking - idle_routers(adapter))
+    ]
+    return wrong + [
+        f"'grad.{name}' is {list(one.shape)}, its weight {list(adapter[name].shape)}"
+        for name, one in gradients.items()
+        if name in adapter and one.shape != adapter[name].shape
+    ]
+
+
+def _batch_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with the batch and with what came of it."""
+    ids, words = tensors["input_ids"], config["vocab_size"]
+    if ids.dtype != torch.int64 or ids.dim() != 2 or not _within(ids, 0, words):
+        return [f"'input_ids' has to be int64 [B, T] within 0..{words - 1}"]
+    wrong: list[str] = []
+    labels = tensors["labels"]
+    counting = labels[labels != -100]
+    if labels.dtype != torch.int64 or labels.shape != ids.shape or not _within(counting, 0, words):
+        wrong.append(f"'labels' has to be int64 {list(ids.shape)} of -100 or 0..{words - 1}")
+    if tensors["logits"].shape != (*ids.shape, words):
+        wrong.append(f"'logits' is {list(tensors['logits'].shape)}: it has to be {[*ids.shape, words]}")
+    losses = [name for name in ("loss", "load_balancing_loss") if name in tensors]
+    wrong += [f"{name!r} has to be one number" for name in losses if tensors[name].numel() != 1]
+    wrong += [
+        f"{name!r} holds values that are not finite floats"
+        for name in ("logits", *losses)
+        if not _is_finite(tensors[name])
+    ]
+    greedy = tensors.get("greedy")
+    if greedy is None:
+        return wrong
+    rows = greedy.shape[0] if greedy.dim() == 2 else 0
+    if greedy.dtype != torch.int64 or rows != ids.shape[0] or not _within(greedy, 0, words):
+        wrong.append(f"'greedy' has to be int64 [{ids.shape[0]}, T] within 0..{words - 1}")
+    elif not torch.equal(greedy[:, :1], ids[:, :1]):
+        wrong.append("'greedy' has to begin with tokens of 'input_ids', and does not")
+    elif greedy.shape[1] <= ids.shape[1] and torch.equal(greedy, ids[:, : greedy.shape[1]]):
+        wrong.append("'greedy' continues nothing: it has only tokens of 'input_ids'")
+    return wrong
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.isfinite().all())
+
+
+def _within(tensor: Tensor, low: int, high: int) -> bool:
+    return tensor.numel() == 0 or bool(low <= tensor.min() and tensor.max() < high)
+
+
+def _head_size(metadata: Mapping[str, Any]) -> int:
+    config = metadata["config"]
+    stated = metadata.get("head_dim") or config.get("head_dim")
+    return stated or config["hidden_size"] // config["num_attention_heads"]
+
+
+def _model_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's config; no token ends a text, for the reference goes on whatever the token."""
+    return {**metadata["config"], "head_dim": _head_size(metadata), "eos_token_id": None}
+
+
+def _alpha(metadata: Mapping[str, Any]) -> float | None:
+    stated = metadata.get("lora_alpha") or (metadata.get("settings") or {}).get("lora_alpha")
+    return float(stated) if _is_number(stated) and stated > 0 else None
+
+
+def _settings(metadata: Mapping[str, Any], adapter: Mapping[str, Tensor]) -> OfficialSettings:
+    order = metadata.get("expert_order")
+    has_top_k = any(".router.topkroute_linear." in name for name in adapter)
+    return OfficialSettings(
+        alpha=_alpha(metadata) or 1.0,
+        head_size=_head_size(metadata),
+        expert_order=DEFAULT_ORDER if order is None else tuple(_ORDER[one] for one in order),
+        max_threshold=metadata.get("max_threshold"),
+        constant_threshold=metadata.get("constant_threshold"),
+        keep=metadata.get("top_k") if has_top_k else None,
+        instance_level="instance" in (metadata.get("method") or ""),
+        # computed and compared always; where it is not part of the loss, its gradient is left out in training
+        balance=_coefficient(metadata.get("grad_of") or "loss") or 1.0,
+    )
+
+
+def _coefficient(loss: str) -> float | None:
+    """Read the balance loss's coefficient out of "loss + 0.001 * load_balancing_loss"; None if it is not of that form."""
+    found = _LOSS.fullmatch(loss)
+    if found is None:
+        return None
+    if "load_balancing_loss" not in loss:
+        return 0.0
+    try:
+        value = float(found[1] or 1.0)
+    except ValueError:
+        return None
+    return value if 0 <= value < float("inf") else None
+
+
+def _gradients(adapter: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    given = under("grad.", tensors)
+    return {name: given.get(name, torch.zeros_like(one)) for name, one in adapter.items()} if given else {}
