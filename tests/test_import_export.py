@@ -1,6 +1,7 @@
 """`moa import` and `moa export --format official`: checkpoints of the official code, there and back."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 from moa_peft import (
@@ -299,6 +300,17 @@ def without(flag: str) -> Callable[[list[str]], list[str]]:
         ("llama3-sparse-moa", lambda flags: [*flags, "--constant-threshold", "1"], "has a learned threshold"),
         ("llama3-prompt-tuning", lambda flags: ["--alpha", "8"], "the checkpoint has no LoRA"),
         ("llama3-lora", lambda flags: [*flags, "--instance-level"], "has no router of its blocks"),
+        ("llama3-unipeft", lambda flags: [*flags, "--instance-level"], "are of a whole instance already"),
+        (
+            "llama3-unipeft",
+            lambda flags: [*flags, "--constant-threshold", "0.5"],
+            "--constant-threshold is given: leave it out, UniPEFT's gates are .* without a threshold",
+        ),
+        (
+            "llama3-soft-moa",
+            lambda flags: [*flags, "--balance", "0.1"],
+            "--balance is given: leave it out, no router",
+        ),
         ("llama3-soft-moa", lambda flags: [*flags, "--expert-order", "q_prj"], "unknown expert 'q_prj'"),
         (
             "llama3-soft-moa",
@@ -359,6 +371,15 @@ def written(name: str, content: bytes) -> Callable[[Path], Path]:
     return write
 
 
+def cut_off(weights: dict[str, Tensor]) -> Callable[[Path], Path]:
+    def cut(folder: Path) -> Path:
+        file = saved(weights)(folder)
+        file.write_bytes(file.read_bytes()[:60_000])
+        return file
+
+    return cut
+
+
 def damages(weights: dict[str, Tensor]) -> dict[str, Callable[[Path], Path]]:
     """Checkpoints that cannot be imported, by what is wrong with them."""
     index = {"weight_map": {"x": "gone.safetensors"}}
@@ -367,12 +388,20 @@ def damages(weights: dict[str, Tensor]) -> dict[str, Callable[[Path], Path]]:
         "bias tuning": saved(weights | {"layers.0.attention.wq.bias": torch.zeros(1)}),
         "lacking": saved(without_key(weights, "layers.1.attention.lora_Q.lora_A.weight")),
         "too deep": saved({name.replace("layers.1.", "layers.7."): one for name, one in weights.items()}),
+        "0-d": saved(weights | {"layers.0.attention.lora_Q.lora_B.weight": torch.tensor(1.0)}),
+        "no rows": saved(weights | {"layers.0.adapter_type_router.w2.weight": torch.zeros(0, 28)}),
+        "whole numbers": saved(
+            weights | {"layers.0.p_adapter.up_proj.bias": torch.zeros(64, dtype=torch.int8)}
+        ),
+        "odd rows": saved(weights | {"layers.0.attention.lora_Q.lora_B.weight": torch.zeros(9, 8)}),
+        "ranks": saved(weights | {"layers.1.attention.lora_V.lora_A.weight": torch.zeros(3, 64)}),
         "both layouts": saved(weights | {"model.layers.0.mlp.lora_down.lora_A.weight": torch.zeros(8, 3)}),
         "objects": saved({"model": weights, "args": Opaque()}),
         "no weights": saved({"epoch": 3}),
         "a list": saved([torch.zeros(1)]),
         "base only": saved({"tok_embeddings.weight": torch.zeros(3, 2)}),
         "damaged": written("bad.pth", b"PK\x03\x04 and no more"),
+        "cut off": cut_off(weights),
         "damaged shard": written("bad.safetensors", b"\x10\x00"),
         "shard": lambda folder: (
             written("model.safetensors.index.json", json.dumps(index).encode())(folder).parent
@@ -395,12 +424,18 @@ def without_key(weights: dict[str, Tensor], key: str) -> dict[str, Tensor]:
         ("bias tuning", r"cannot place the weight 'layers\.0\.attention\.wq\.bias'"),
         ("lacking", r"lacks weights for \[\(1, 'experts\.lora_q_proj\.A'\)\]"),
         ("too deep", "has weights of block 7, the base model .* has blocks 0 to 1"),
+        ("0-d", r"lora_B\.weight' is float32 \[\]: it has to be floats of 2 dimensions"),
+        ("no rows", r"w2\.weight' is float32 \[0, 28\]: it has to be floats"),
+        ("whole numbers", r"up_proj\.bias' is int8 \[64\]: it has to be floats of 1 dim"),
+        ("odd rows", r"lora_Q\.lora_B\.weight' is \[9, 8\], its place is \[64, 8\]"),
+        ("ranks", r"lora_V\.lora_A\.weight' is \[3, 64\], its place is \[8, 64\]"),
         ("both layouts", "mixes two layouts"),
+        ("cut off", r"bad\.pth is damaged or cut off"),
         ("objects", "holds more than tensors, or is damaged, and is not loaded"),
         ("no weights", "holds 'epoch', which is no weight"),
         ("a list", "holds no weights by name"),
-        ("damaged", r"bad\.pth cannot be read|bad\.pth holds more than tensors, or is damaged"),
-        ("damaged shard", r"bad\.safetensors cannot be read"),
+        ("damaged", r"bad\.pth is damaged or cut off"),
+        ("damaged shard", r"bad\.safetensors is damaged or cut off"),
         ("base only", "holds no adapter: all of its 1 weights are those of a base model"),
         ("shard", r"lacks gone\.safetensors, which model\.safetensors\.index\.json names"),
         ("empty folder", r"holds no \.pth and no \.safetensors file"),
@@ -426,6 +461,79 @@ def test_a_checkpoint_of_another_base_is_refused(official: Callable[[str], Golde
     base_model("llama").save_pretrained(other)
     with pytest.raises(UsageError, match="the checkpoint was made on another base model"):
         call("import", one.checkpoint, "--base", other, "--out", tmp_path / "adapter", *one.flags)
+
+
+@pytest.mark.parametrize("width", [24, 72])
+def test_rows_that_are_no_heads_of_the_base_are_refused(
+    official: Callable[[str], Golden], tmp_path: Path, width: int
+) -> None:
+    """The rows were permuted first, by heads of a size that did not divide them, which ended in a traceback."""
+    one, other = official("llama3-soft-moa"), tmp_path / "other"
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=width * 2,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    config.save_pretrained(other)
+    with pytest.raises(UsageError, match="the checkpoint was made on another base model"):
+        call("import", one.checkpoint, "--base", other, "--out", tmp_path / "adapter", *one.flags)
+
+
+def test_copies_whose_number_differs_between_blocks_are_refused(
+    official: Callable[[str], Golden], tmp_path: Path
+) -> None:
+    one = official("llama3-molora")
+    weights = {
+        name: weight
+        for name, weight in one.weights.items()
+        if not re.search(r"layers\.1\..*_l\.3\.weight", name)
+    }
+    torch.save(weights, one.checkpoint)
+    with pytest.raises(UsageError, match=r"is one of 3 in block 1, other blocks have another number"):
+        call("import", one.checkpoint, "--base", one.base, "--out", tmp_path / "adapter", *one.flags)
+
+
+UNIPEFT_WITHOUT = {
+    "prompt": re.compile(r"layers\.0\.attention\.prompt"),
+    "adapter": re.compile(r"layers\.0\.p_adapter\."),
+    "lora": re.compile(r"layers\.0\..*\.lora_[A-Z]"),
+    "all but the adapter": re.compile(r"layers\.0\..*(\.lora_[A-Z]|attention\.prompt)"),
+    "all": re.compile(r"layers\.0\..*(\.lora_[A-Z]|attention\.prompt|p_adapter\.)"),
+}
+
+
+@pytest.mark.parametrize("lacking", UNIPEFT_WITHOUT)
+def test_unipeft_whose_blocks_carry_different_kinds_is_imported_and_exported(
+    official: Callable[[str], Golden], tmp_path: Path, lacking: str
+) -> None:
+    """The official code has all three gates in each block; the import met rows that no gate of the block takes.
+
+    An expert that changes nothing is as good as none: the golden model with that expert silenced is the oracle.
+    """
+    one, adapter = official("llama3-unipeft"), tmp_path / "adapter"
+    gone = UNIPEFT_WITHOUT[lacking]
+    silent = {
+        name: torch.zeros_like(weight) if gone.search(name) and not name.endswith("_gate.weight") else weight
+        for name, weight in one.weights.items()
+    }
+    torch.save(silent, one.checkpoint)
+    words = ["--base", one.base, *one.flags]
+    call("import", one.checkpoint, "--out", tmp_path / "silent", *words)
+    weights = {name: weight for name, weight in one.weights.items() if not gone.search(name)}
+    torch.save(weights, one.checkpoint)
+    report = json.loads(call("import", one.checkpoint, "--out", adapter, *words, "--json").stdout)
+    torch.testing.assert_close(one.logits(adapter), one.logits(tmp_path / "silent"), atol=1e-5, rtol=0)
+    call("export", adapter, "--format", "official", "--out", tmp_path / "back")
+    back = torch.load(tmp_path / "back", weights_only=True)
+    idle = {name for name in weights if name not in back or not torch.equal(back[name], weights[name])}
+    assert len(idle) == report["num_idle_weights"]
+    assert all(re.match(r"layers\.0\.\w+_gate\.", name) for name in idle)
+    if lacking != "all":
+        assert back.keys() == weights.keys()
+        assert not any(back[name].any() for name in idle)
 
 
 def test_only_an_adapter_is_overwritten_and_only_when_asked(

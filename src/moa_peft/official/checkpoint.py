@@ -6,6 +6,7 @@ The native code leaves ``adapter.pth``; the transformers fork leaves safetensors
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moa_peft.errors import UsageError
-from moa_peft.official.names import Layout
+from moa_peft.official.names import Layout, idle_kind_gates
 
 Value = TypeVar("Value")
 
@@ -30,7 +31,9 @@ _NATIVE_BASE = re.compile(
     r"(?:tok_embeddings|norm|output)\.weight|rope\.freqs"
     r"|layers\.\d+\.(?:attention\.w[qkvo]|feed_forward\.w[123]|attention_norm|ffn_norm)\.weight"
 )
-_ROUTER = re.compile(r"(?:model\.)?layers\.(\d+)\.adapter_(?:type_router|threshold_fn)\.")
+_ROUTER = re.compile(
+    r"(?:model\.)?layers\.(\d+)\.(?:adapter_(?:type_router|threshold_fn)|(?:lora|prompt|p_adapter)_gate)\."
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +49,7 @@ class OfficialCheckpoint:
     base_weights: tuple[str, ...]
     """Names of the base model's weights that lay beside them and were left out."""
     idle_weights: tuple[str, ...]
-    """Names of routers' weights that were left out: those of blocks without any expert, which gate nothing."""
+    """Names of routers' weights that were left out: they gate nothing, for their block lacks such experts."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -149,6 +152,10 @@ def _shards_of(index: Path) -> set[str]:
 
 def _read_pickled(file: Path, path: Path) -> dict[str, Tensor]:
     """Read a file of `torch.save`, tensors alone: nothing in it is executed."""
+    with file.open("rb") as opened:
+        is_archive = opened.read(2) == b"PK"
+    if is_archive and not zipfile.is_zipfile(file):
+        raise UsageError(f"{file} is damaged or cut off: copy it again")
     try:
         content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -157,7 +164,7 @@ def _read_pickled(file: Path, path: Path) -> dict[str, Tensor]:
             "from, as in torch.save(checkpoint['model'], 'adapter.pth')"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UsageError(f"{file} cannot be read: {_first_line(error)}") from error
+        raise UsageError(f"{file} is damaged or cut off: {_first_line(error)}") from error
     while isinstance(content, Mapping):
         inner = [key for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
         if not inner:
@@ -180,7 +187,7 @@ def _read_safetensors(file: Path, base_names: Collection[str]) -> dict[str, Tens
                 name: None if name in base_names else content.get_tensor(key) for name, key in stored.items()
             }
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{file} cannot be read: {_first_line(error)}") from error
+        raise UsageError(f"{file} is damaged or cut off: {_first_line(error)}") from error
 
 
 def _bare(named: Mapping[str, Value]) -> dict[str, Value]:
@@ -213,10 +220,14 @@ def _normalised(weights: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor
 
 
 def idle_routers(weights: Mapping[str, Tensor]) -> set[str]:
-    """Name the router weights of blocks that carry no expert: the native code makes them, and they gate nothing."""
+    """Name the router weights that gate nothing; the native code makes them all the same.
+
+    They are the routers of blocks that carry no expert, and UniPEFT's gates of kinds that their block lacks.
+    """
     blocks = {name: found[2] for name in weights if (found := _BLOCK.fullmatch(name))}
     carrying = {block for name, block in blocks.items() if not _ROUTER.match(name)}
-    return {name for name, block in blocks.items() if _ROUTER.match(name) and block not in carrying}
+    alone = {name for name, block in blocks.items() if _ROUTER.match(name) and block not in carrying}
+    return alone | idle_kind_gates(weights)
 
 
 def _first_line(error: BaseException) -> str:

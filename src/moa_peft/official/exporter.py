@@ -23,7 +23,7 @@ from moa_peft.evaluate.loading import AdapterFolder
 from moa_peft.experts import LoraExpert, ParallelAdapterExpert, PromptExpert
 from moa_peft.official.importer import DEFAULT_ORDER
 from moa_peft.official.importing import FORK_ALPHA, FORK_THRESHOLD, base_config, head_size, method_of
-from moa_peft.official.names import KIND_GATES, Destination, Layout, destinations
+from moa_peft.official.names import KIND_GATES, Destination, Layout, destinations, kind_gates
 from moa_peft.peft_config import MoAConfig
 
 FAMILIES: Mapping[Layout, tuple[str, ...]] = {"native": ("llama",), "fork": ("llama", "qwen3")}
@@ -169,22 +169,36 @@ def official_weights(
     weights = {place: _in_official_order(place, one, config, weights) for place, one in weights.items()}
     names: dict[str, tuple[int, str]] = {}
     for block, parameter in sorted(weights):
-        names |= dict.fromkeys(_names(block, parameter, config, layout), (block, parameter))
+        gates = kind_gates(_kinds_of_block(config, block, weights))
+        names |= dict.fromkeys(_names(block, parameter, config, layout, gates), (block, parameter))
     placed: dict[str, Destination] = destinations(names, size_of_heads)
     made: dict[str, Tensor] = {}
     for name, place in names.items():
         one = placed[name]
         assert (one.block, one.parameter) == place, f"{name} leads to {one.parameter}, not to {place}"
         made[name] = one.inverse(one.view(weights[place])).clone(memory_format=torch.contiguous_format)
-    return made
+    return made | _idle_kind_gates(made)
 
 
-def _names(block: int, parameter: str, config: MoAConfig, layout: Layout) -> list[str]:
+def _idle_kind_gates(made: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """UniPEFT's gates of kinds that a block lacks: the official code has them in each block, so they become zeros."""
+    idle: dict[str, Tensor] = {}
+    for name, one in made.items():
+        block, _, rest = name.partition("_gate.")
+        start, _, gate = block.rpartition(".")
+        if f"{gate}_gate" in KIND_GATES:
+            idle |= {f"{start}.{other}.{rest}": torch.zeros_like(one) for other in KIND_GATES}
+    return {name: one for name, one in idle.items() if name not in made}
+
+
+def _names(
+    block: int, parameter: str, config: MoAConfig, layout: Layout, gates_of_kinds: Sequence[str]
+) -> list[str]:
     """The official names of a parameter: one, or one for each copy of an expert, or for each kind's gate."""
     head, _, rest = parameter.partition(".")
     at_block = f"layers.{block}." if layout == "native" else f"model.layers.{block}."
     if head == "router":
-        found = _router_names(rest, config)
+        found = _router_names(rest, config, gates_of_kinds)
     else:
         expert, _, rest = rest.partition(".")
         own = _config_of(expert, block, config)
@@ -194,11 +208,11 @@ def _names(block: int, parameter: str, config: MoAConfig, layout: Layout) -> lis
     return [at_block + one for one in found]
 
 
-def _router_names(rest: str, config: MoAConfig) -> list[str] | None:
+def _router_names(rest: str, config: MoAConfig, gates_of_kinds: Sequence[str]) -> list[str] | None:
     router = config.parts().router
     part, _, leaf = rest.rpartition(".")
     if router is not None and router.gate_of == "kind" and part == "logits.linear":
-        return [f"{gate}.{leaf}" for gate in KIND_GATES]
+        return [f"{gate}.{leaf}" for gate in gates_of_kinds]
     if part == "gate.threshold":
         return [f"adapter_threshold_fn.{leaf}"]
     middle = {"logits.linear": "", "logits.w1": ".w1", "logits.w2": ".w2", "logits.w3": ".w3"}.get(part)
@@ -267,8 +281,8 @@ def _in_official_order(place: tuple[int, str], weight: Tensor, config: MoAConfig
         return weight
     names = _experts_of_block(config, block, weights)
     if router.gate_of == "kind":
-        names = list(dict.fromkeys(own.kind for own in config.parts().experts))
-        order = list(KIND_GATES.values())
+        names = _kinds_of_block(config, block, weights)
+        order = [one for one in KIND_GATES.values() if one in names]
     else:
         order = [one for one in DEFAULT_ORDER if one in names]
     return weight[[names.index(one) for one in order]]
@@ -278,6 +292,12 @@ def _experts_of_block(config: MoAConfig, block: int, weights: Weights) -> list[s
     """The experts of a block in the order of their gates."""
     there = {parameter.split(".")[1] for index, parameter in weights if index == block and "." in parameter}
     return [name for name, own in _experts(config) if name in there and _is_in(own, block)]
+
+
+def _kinds_of_block(config: MoAConfig, block: int, weights: Weights) -> list[str]:
+    """The kinds of experts of a block in the order of their gates."""
+    there = _experts_of_block(config, block, weights)
+    return list(dict.fromkeys(own.kind for name, own in _experts(config) if name in there))
 
 
 def _experts(config: MoAConfig) -> list[tuple[str, ExpertConfig]]:

@@ -57,7 +57,7 @@ def read_config(weights: Mapping[str, Tensor], settings: OfficialSettings) -> Mo
     Raises:
         UsageError: If a weight belongs to nothing that a mixture has, or the settings contradict the weights.
     """
-    placed = destinations(weights, settings.head_size)
+    placed = placed_weights(weights, settings.head_size)
     checkpoint = _Checkpoint(
         blocks=experts_of(placed),
         shapes={(one.block, one.parameter): tuple(weights[name].shape) for name, one in placed.items()},
@@ -71,6 +71,25 @@ def read_config(weights: Mapping[str, Tensor], settings: OfficialSettings) -> Mo
     if router is not None and router.gate_of == "kind":
         order.sort(key=_kind_position)
     return MoAConfig(experts=_experts(order, checkpoint, settings), router=router)
+
+
+def placed_weights(weights: Mapping[str, Tensor], head_size: int) -> dict[str, Destination]:
+    """Find the place of every weight of a checkpoint, as `destinations` does, and see that each can be one at all.
+
+    Raises:
+        UsageError: If a name belongs to nothing that a mixture has, or a weight is empty, has another number of
+            dimensions than every such weight, or holds no floats.
+    """
+    placed = destinations(weights, head_size)
+    for name, one in weights.items():
+        dimensions = 4 if name.endswith(".prompt_gate") else 1 if name.endswith(".bias") else 2
+        if one.dim() != dimensions or not one.numel() or not one.is_floating_point():
+            kind = str(one.dtype).removeprefix("torch.")
+            raise UsageError(
+                f"the weight {name!r} is {kind} {list(one.shape)}: it has to be floats of {dimensions} dimensions, none "
+                "of them 0; the checkpoint is damaged, or quantised, which is not supported"
+            )
+    return placed
 
 
 def load_weights(model: PeftModel, weights: Mapping[str, Tensor], head_size: int) -> dict[str, Destination]:
@@ -88,7 +107,7 @@ def load_weights(model: PeftModel, weights: Mapping[str, Tensor], head_size: int
         UsageError: If a weight has no place, or a place gets no weight.
     """
     parameters = parameters_by_place(model)
-    placed = destinations(weights, head_size)
+    placed = placed_weights(weights, head_size)
     empty = set(parameters)
     with torch.no_grad():
         for name, one in placed.items():
@@ -97,13 +116,17 @@ def load_weights(model: PeftModel, weights: Mapping[str, Tensor], head_size: int
                 raise UsageError(
                     f"cannot place the weight {name!r}: block {one.block} has no {one.parameter}"
                 )
-            given, view = one.transform(weights[name]), one.view(parameters[place])
-            if given.shape != view.shape:
+            given, shape = weights[name], one.official_shape(parameters[place])
+            if shape is None:
                 raise UsageError(
-                    f"the weight {name!r} is {list(given.shape)}, its place is {list(view.shape)}: the checkpoint was "
-                    "made on another base model"
+                    f"the weight {name!r} is one of {one.parts} in block {one.block}, other blocks have another number"
                 )
-            view.copy_(given)
+            if tuple(given.shape) != shape:
+                raise UsageError(
+                    f"the weight {name!r} is {list(given.shape)}, its place is {list(shape)}: the checkpoint was "
+                    "made on another base model, or its weights do not fit each other"
+                )
+            one.view(parameters[place]).copy_(one.transform(given))
             empty.discard(place)
     if empty:
         raise UsageError(f"the checkpoint lacks weights for {sorted(empty)[:3]} ({len(empty)} in all)")

@@ -16,8 +16,14 @@ from moa_peft.data.base_model import resolve_model
 from moa_peft.errors import UsageError, unknown
 from moa_peft.experts.lora import PROJECTIONS
 from moa_peft.official.checkpoint import OfficialCheckpoint, read_checkpoint
-from moa_peft.official.importer import DEFAULT_ORDER, OfficialSettings, load_weights, read_config
-from moa_peft.official.names import Destination, destinations
+from moa_peft.official.importer import (
+    DEFAULT_ORDER,
+    OfficialSettings,
+    load_weights,
+    placed_weights,
+    read_config,
+)
+from moa_peft.official.names import KIND_GATES, Destination
 from moa_peft.peft_config import MoAConfig
 from moa_peft.tuner import mixture_layers
 
@@ -108,7 +114,7 @@ def import_checkpoint(
     model = empty_model(path, base)
     found = read_checkpoint(checkpoint, frozenset(model.state_dict()))
     num_blocks = model.config.get_text_config().num_hidden_layers
-    placed = destinations(found.weights, head_size(model.config))
+    placed = placed_weights(found.weights, head_size(model.config))
     settings, defaults = _settings(found, flags, model, placed)
     blocks = _blocks(placed, num_blocks, base)
     config = read_config(found.weights, settings)
@@ -253,7 +259,16 @@ def _settings(
     ranks = {found.weights[name].shape[0] for name, one in placed.items() if one.parameter.endswith(".A")}
     needs_alpha, needs_k = bool(ranks), any(".router.topkroute_linear." in name for name in found.weights)
     learned = "router.gate.threshold.weight" in parameters
-    has_router = any(one.startswith("router.logits.") for one in parameters)
+    of_kinds = any(name.rpartition(".")[0].endswith(tuple(KIND_GATES)) for name in found.weights)
+    has_router = any(one.startswith("router.logits.") for one in parameters) and not of_kinds
+    has_balance = needs_k or any(
+        one.startswith("copy_routers.") and ".gate.threshold." in one for one in parameters
+    )
+    no_router = (
+        "UniPEFT's gates are of a whole instance already, without a threshold"
+        if of_kinds
+        else "the checkpoint has no router of its blocks"
+    )
     defaults: dict[str, float] = {}
     alpha, threshold = flags.alpha, flags.max_threshold
     if found.layout == "fork":
@@ -293,15 +308,14 @@ def _settings(
                 "--constant-threshold",
                 flags.constant_threshold is not None,
                 has_router and not learned,
-                "the checkpoint has a learned threshold"
-                if learned
-                else "the checkpoint has no router of its blocks",
+                "the checkpoint has a learned threshold" if learned else no_router,
             ),
+            ("--instance-level", flags.instance_level, has_router, no_router),
             (
-                "--instance-level",
-                flags.instance_level,
-                has_router,
-                "the checkpoint has no router of its blocks",
+                "--balance",
+                flags.balance is not None,
+                has_balance,
+                "no router of the checkpoint has a balance loss (those of top-k and AdaMoLE have)",
             ),
         )
         if given and not fits

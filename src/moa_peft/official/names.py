@@ -9,7 +9,7 @@ Sizes: H heads of size D, r rank, N copies of an expert.
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +30,7 @@ _LORA = re.compile(
     r"(?:self_attn|attention)\.lora_(?P<attention>[QKVO])\.(?P<attention_part>.+)"
     r"|(?:mlp|feed_forward)\.lora_(?P<mlp>gate|up|down|GATE|UP|DOWN)\.(?P<mlp_part>.+)"
 )
+_PROMPT = re.compile(r"(?:self_attn|attention)\.prompt")
 # Within the module of one LoRA: what a weight is, and which copy's.
 _LORA_PARTS = (
     (re.compile(r"lora_([AB])\.weight"), lambda m: ("experts.{}." + m[1], None)),
@@ -92,6 +93,13 @@ class Destination:
     part: int = 0
     """Which of ``parts`` of the parameter it is."""
     parts: int = 1
+
+    def official_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
+        """The shape that the official weight of a parameter of ours has; None where it cannot have so many parts."""
+        columns = self.parameter.endswith((".B", ".up.weight"))
+        if parameter.shape[1 if columns else 0] % self.parts:
+            return None
+        return tuple(self.inverse(self.view(parameter)).shape)
 
     def view(self, parameter: Tensor) -> Tensor:
         """Cut the weight's part out of a parameter of ours, or of its gradient."""
@@ -165,6 +173,40 @@ def destinations(names: Iterable[str], head_size: int) -> dict[str, Destination]
             parts=max(len(parts), 1),
         )
     return placed
+
+
+def kind_gates(kinds: Collection[str]) -> list[str]:
+    """Name UniPEFT's gates that gate something in a block, in the order of a mixture's columns.
+
+    The official code gives the prompt's gate to the parallel adapter too, whether the block has a prompt or not.
+
+    Args:
+        kinds: The kinds of experts in the block.
+    """
+    official = {kind: gate for gate, kind in KIND_GATES.items()}
+    if "prompt" not in kinds:
+        official["parallel_adapter"] = official["prompt"]
+    return [gate for kind, gate in official.items() if kind in kinds]
+
+
+def idle_kind_gates(names: Iterable[str]) -> set[str]:
+    """Name those of UniPEFT's gates in a checkpoint whose kind of expert their block lacks."""
+    gates: list[tuple[str, str, str]] = []
+    kinds: dict[str, set[str]] = defaultdict(set)
+    for name in names:
+        block = _BLOCK.fullmatch(name)
+        if block is None:
+            continue
+        gate = block[2].partition(".")[0]
+        if gate in KIND_GATES:
+            gates.append((name, block[1], gate))
+        elif _LORA.fullmatch(block[2]):
+            kinds[block[1]].add("lora")
+        elif gate == "p_adapter":
+            kinds[block[1]].add("parallel_adapter")
+        elif _PROMPT.match(block[2]):
+            kinds[block[1]].add("prompt")
+    return {name for name, block, gate in gates if gate not in kind_gates(kinds[block])}
 
 
 def _place(name: str) -> tuple[int, str, int | None]:
