@@ -3,7 +3,9 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from moa_peft import MoAConfig, UsageError, mixture_layers
 from moa_peft.evaluate.generation import generate_batch
 from moa_peft.evaluate.scoring import TokenQuestion, score_batch
+from moa_peft.paged import paged_requests
 from tiny import awaken, base_model, mixture_model, tokens
 from tiny_lm import byte_tokenizer
 
@@ -230,6 +233,61 @@ def test_gates_follow_the_rows_of_their_cache() -> None:
     assert torch.equal(cache.moa_instance_gates[key], before[[0, 2, 2, 0]])
     cache.reset()
     assert cache.moa_instance_gates is None
+
+
+@pytest.mark.parametrize("method", ["instance-moa", "unipeft"])
+@pytest.mark.parametrize("said", ["argument", "config", "model"])
+def test_a_prompt_in_chunks_is_refused_with_instance_gates(method: str, said: str) -> None:
+    """The gates were those of the first chunk, and the text another."""
+    model = mixture_model("llama", method)
+    given: dict[str, Any] = {"input_ids": tokens(1, 9), "max_new_tokens": 2, "do_sample": False}
+    if said == "argument":
+        given["prefill_chunk_size"] = 4
+    elif said == "config":
+        settings = GenerationConfig(max_new_tokens=2, prefill_chunk_size=4, pad_token_id=0)
+        given = {"input_ids": given["input_ids"], "generation_config": settings}
+    else:
+        model.generation_config.prefill_chunk_size = 4
+    with pytest.raises(UsageError, match="prefill_chunk_size reads the prompt in several calls"):
+        model.generate(**given)
+
+
+def test_a_prompt_in_chunks_gives_the_same_text_with_gates_for_each_token() -> None:
+    model, ids = mixture_model("llama", "soft-moa"), tokens(1, 9)
+    given: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 6}
+    given |= {"do_sample": False, "pad_token_id": 0, "eos_token_id": 96}
+    assert torch.equal(model.generate(**given), model.generate(**given, prefill_chunk_size=4))
+
+
+def paged_call(starts: list[int], lengths: list[int], whole: list[bool]) -> dict[str, Any]:
+    """The arguments of a call of continuous batching whose requests go on from ``starts``."""
+    ends = list(accumulate(lengths))
+    allocator = SimpleNamespace(block_physical_stride=4, index=0, cache_tensor=torch.zeros(64, 1))
+    cache = SimpleNamespace(cache_allocators={"full_attention": allocator}, use_prefix_sharing=False)
+    positions = [start + one for start, length in zip(starts, lengths, strict=True) for one in range(length)]
+    return {
+        "cache": cache,
+        "cu_seq_lens_q": torch.tensor([0, *ends, ends[-1]], dtype=torch.int32),  # one that is padding
+        "cu_seq_lens_k": {"full_attention": torch.tensor([0, *ends])},
+        "position_ids": torch.tensor([positions]),
+        "write_index": [torch.arange(len(positions))],
+        "read_index": [torch.zeros(0, dtype=torch.long)],
+        "logits_indices": torch.tensor([end - 1 for end, one in zip(ends, whole, strict=True) if one]),
+    }
+
+
+def test_a_prompt_split_over_calls_of_continuous_batching_is_refused() -> None:
+    """Its gates were those of its first part."""
+
+    def keep(starts: list[int], lengths: list[int], whole: list[bool]) -> Tensor:
+        found = paged_requests(paged_call(starts, lengths, whole))
+        assert found is not None
+        return found[1].keep("block", torch.ones(1, sum(lengths), 2))
+
+    assert keep([0, 7, 0], [3, 1, 5], [True, True, True]).shape == (1, 9, 2)
+    assert keep([0, 7], [3, 4], [True, False]).shape == (1, 7, 2)  # not its first call
+    with pytest.raises(UsageError, match="continuous batching splits a prompt over several calls"):
+        keep([0, 7, 0], [3, 1, 5], [True, True, False])
 
 
 def test_our_batched_generation_gives_each_row_what_it_gives_it_alone() -> None:

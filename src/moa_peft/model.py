@@ -41,7 +41,16 @@ class MoAModel(BaseTuner):
             )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as the model does; instance gates keep to the prompt also where no cache remembers it."""
+        """Generate as the model does; instance gates keep to the prompt also where no cache remembers it.
+
+        Raises:
+            UsageError: If the prompt would be read in chunks, and the gates of the mixture are those of whole prompts.
+        """
+        if _reads_in_chunks(self.model, args, kwargs) and _has_instance_gates(self.model):
+            raise UsageError(
+                "prefill_chunk_size reads the prompt in several calls, but instance gates are made of the whole prompt "
+                "in one: leave it out, or use a mixture with gates for each token (RouterConfig(granularity='token'))"
+            )
         given = [*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
         prompt = next((one for one in given if isinstance(one, Tensor)), None)
         layers = mixture_layers(self.model)
@@ -158,6 +167,28 @@ class MoAModel(BaseTuner):
         given = {key: tensor.shape for key, tensor in remapped.items() if f".{CHILD}.moa_mixture." in key}
         _check_fit(expected, given, adapter_name)
         return remapped
+
+
+def _has_instance_gates(model: nn.Module) -> bool:
+    """Whether an adapter that is at work gates whole instances."""
+    return any(
+        router.config.granularity == "instance"
+        for _, layer in mixture_layers(model)
+        if not layer.disable_adapters
+        for adapter, mixture in layer.mixtures().items()
+        if adapter in layer.active_adapters
+        for router in mixture.routers().values()
+    )
+
+
+def _reads_in_chunks(model: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the arguments of `generate`, or the model's own settings, split the prompt."""
+    configs = (*args[1:2], kwargs.get("generation_config"), getattr(model, "generation_config", None))
+    chunks = [
+        kwargs.get("prefill_chunk_size"),
+        *(getattr(one, "prefill_chunk_size", None) for one in configs),
+    ]
+    return any(one is not None for one in chunks)
 
 
 def _check_fit(

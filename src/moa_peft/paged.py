@@ -7,7 +7,7 @@ Sizes: T tokens of a call, C gates, S requests of a call.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,10 @@ class PagedRequests:
     """Int64, [T]: the name of each token's request."""
     is_first: Tensor
     """Bool, [T]: whether this is the first call of a token's request."""
+    is_split: Tensor
+    """Bool, a scalar: whether a request begins here whose prompt goes on in a later call."""
+    checked: list[str] = field(default_factory=list)
+    """Whoever has looked at ``is_split``; the first of a call is enough."""
 
     def keep(self, key: str, gates: Tensor) -> Tensor:
         """Keep the gates of new requests, and give running ones those of their first call.
@@ -39,13 +43,29 @@ class PagedRequests:
 
         Returns:
             Float32, [1, T, C].
+
+        Raises:
+            UsageError: If a prompt is split over calls.
         """
+        self._check_whole(key)
         if key not in self.kept:
             self.kept[key] = gates.new_zeros(self.num_blocks, gates.shape[-1])
         table = self.kept[key]
         chosen = torch.where(self.is_first.unsqueeze(-1), gates[0], table[self.first_block])
         table[self.first_block] = chosen
         return chosen.unsqueeze(0)
+
+    def _check_whole(self, key: str) -> None:
+        """Refuse a split prompt. The host waits for that value; a CUDA graph that is being captured cannot."""
+        if self.checked or (self.is_split.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        self.checked.append(key)
+        if bool(self.is_split):
+            raise UsageError(
+                "continuous batching splits a prompt over several calls, but instance gates are made of the whole "
+                "prompt in one: give ContinuousBatchingConfig(max_batch_tokens=...) more than the prompts that run at "
+                "once have together, and num_return_sequences 1"
+            )
 
 
 def paged_requests(kwargs: Mapping[str, Any]) -> tuple[Tensor, PagedRequests] | None:
@@ -88,6 +108,8 @@ def paged_requests(kwargs: Mapping[str, Any]) -> tuple[Tensor, PagedRequests] | 
     if read.numel():
         past = read[kwargs["cu_seq_lens_k"][LAYERS][:-1].long().clamp(max=len(read) - 1)]
         slots = torch.where(is_first, slots, past)
+    # a sequence whose last token gives no logits has more of its prompt to come
+    is_whole = torch.isin(ends - 1, kwargs["logits_indices"].long()) | (ends == starts)
     if not hasattr(cache, "moa_instance_gates"):
         cache.moa_instance_gates = {}
     found = PagedRequests(
@@ -95,5 +117,6 @@ def paged_requests(kwargs: Mapping[str, Any]) -> tuple[Tensor, PagedRequests] | 
         num_blocks=2 * allocator.cache_tensor.shape[0] // stride + 1,
         first_block=(slots // stride)[requests],
         is_first=is_first[requests],
+        is_split=(is_first & ~is_whole).any(),
     )
     return requests.unsqueeze(0), found
