@@ -173,8 +173,29 @@ def test_an_error_as_small_as_rounding_is_told_from_a_mistake(
     assert "(rounding)" in result.line()
     assert not compare(shaken(tmp_path, beyond)).ok
     monkeypatch.setattr("moa_peft.official.verify.ROUNDING_LIMIT", rounding / 100)
-    monkeypatch.setattr("moa_peft.official.verify.VANISHING", 0.0)
     assert not compare(shaken(tmp_path, within)).ok
+
+
+@pytest.mark.parametrize(("share", "ok"), [(1e-8, True), (1e-6, False)])
+def test_what_is_left_of_a_gradient_that_cancels_is_no_error(tmp_path: Path, share: float, ok: bool) -> None:
+    """The gates of a top-1 router are 1, so it has no gradient; the official division leaves rounding there."""
+    metadata, tensors = contents("llama3-topk-moe-lora")
+    metadata |= {"top_k": "1", "grad_of": json.dumps("loss")}
+    path = tmp_path / "top-1.safetensors"
+    save_file(tensors, path, metadata)
+    reference = read_reference(path)
+    placed = destinations(reference.adapter, reference.settings.head_size)
+    for (what, name), one in _ours(reference, torch.float64).items():
+        whole = what if what != "balance loss" else "load_balancing_loss"
+        value = placed[name].inverse(one) if what == "gradient" else one.view(tensors[whole].shape)
+        tensors[f"grad.{name}" if what == "gradient" else whole] = value.float().contiguous()
+    largest = max(float(one.abs().max()) for name, one in tensors.items() if name.startswith("grad."))
+    router = tensors["grad.layers.0.attention.lora_Q.router.topkroute_linear.weight"]
+    assert router.abs().max() < 1e-12
+    router[0, 0] += share * largest
+    save_file(tensors, path, metadata)
+    result = compare(path)
+    assert result.ok is ok, result.line()
 
 
 def _rounding_of(name: str) -> float:

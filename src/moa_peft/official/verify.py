@@ -23,8 +23,8 @@ ROUNDING = 4
 """How many times as far as rounding moves a tensor here the reference's own may have moved it."""
 ROUNDING_LIMIT = 2e-3
 """Largest error that rounding can excuse, in the terms of `LIMIT`."""
-VANISHING = 1e-6
-"""Share of the file's largest gradient below which a whole gradient may be made of rounding."""
+VANISHING = torch.finfo(torch.float32).eps
+"""Share of the file's largest gradient below which an error in a gradient is nothing: its terms may have cancelled."""
 
 Values = dict[tuple[str, str], Tensor]
 """What is compared, by quantity and name: "gradient" has one for each weight, the others are called ""."""
@@ -133,11 +133,8 @@ def _compare(reference: Reference) -> Comparison:
     floor = VANISHING * max((scale for (what, _), scale in scales.items() if what == "gradient"), default=0.0)
     excused = all(
         error <= LIMIT
-        or (
-            key[0] != "greedy"
-            and error <= ROUNDING * max(one[key] for one in rounding)
-            and error <= max(ROUNDING_LIMIT, floor / scales[key] if key[0] == "gradient" else 0.0)
-        )
+        or (key[0] != "greedy" and error <= min(ROUNDING * max(one[key] for one in rounding), ROUNDING_LIMIT))
+        or (key[0] == "gradient" and error <= floor / scales[key])
         for key, error in exact.items()
     )
     return _comparison(
