@@ -284,7 +284,7 @@ def _model_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _alpha(metadata: Mapping[str, Any]) -> float | None:
-    stated = metadata.get("lora_alpha") or (metadata.get("settings") or {}).get("lora_alpha")
+    stated: Any = metadata.get("lora_alpha") or (metadata.get("settings") or {}).get("lora_alpha")
     return float(stated) if _is_number(stated) and stated > 0 else None
 
 
