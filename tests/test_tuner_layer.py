@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from moa_peft import GateRecord, RunError, mixture_layers
+from moa_peft import ChangeRecord, GateRecord, RunError, mixture_layers
 from tiny import base_model, mixture_model, tokens
 
 
@@ -44,6 +44,60 @@ def test_soft_moa_has_no_threshold_to_tell() -> None:
     layer.observer = told.append
     model(tokens(1, 3))
     assert [record.threshold for record in told] == [None]
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_a_change_observer_is_told_once_a_pass_and_expert_also_with_checkpointing(
+    reentrant: bool | None,
+) -> None:
+    model = mixture_model("llama", "everything").train()
+    if reentrant is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    told: list[ChangeRecord] = []
+    for _, layer in mixture_layers(model):
+        layer.change_observer = told.append
+    ids = tokens(2, 6)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert not any(one.change.requires_grad or one.gate.requires_grad for one in told)
+    expected = [
+        (place.name, place.site.path)
+        for _, layer in mixture_layers(model)
+        for place in layer.mixtures()["default"].places
+    ]
+    assert sorted((one.expert, one.path) for one in told) == sorted(expected)
+
+
+def test_the_changes_told_are_what_is_added_and_each_copy_can_be_had_alone() -> None:
+    model = mixture_model("llama", "copies")
+    [(_, layer), _] = mixture_layers(model)
+    told: dict[str, ChangeRecord] = {}
+    alone: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def observe(record: ChangeRecord) -> None:
+        copies = record.gate.shape[-1]
+        each = [record.under(record.gate * torch.eye(copies)[number]) for number in range(copies)]
+        told[record.expert], alone[record.expert] = record, torch.stack(each).sum(0)
+
+    def keep(path: str, args: tuple[Tensor, ...], output: Tensor, module: torch.nn.Module) -> None:
+        outputs[path] = output - module.forward(args[0])  # past every hook: the frozen output
+
+    layer.change_observer = observe
+    for place in layer.mixtures()["default"].places:
+        if isinstance(place.site.module, torch.nn.Linear):
+            place.site.module.register_forward_hook(
+                lambda module, args, output, path=place.site.path: keep(path, args, output, module)
+            )
+    with torch.no_grad():
+        model(tokens(2, 6))
+    assert told.keys() == set(layer.mixtures()["default"].names)
+    assert sum(told[name].change.abs().max() > 0.1 for name in told if told[name].path in outputs) >= 2
+    for name, record in told.items():
+        assert record.gate.shape[-1] > 1
+        torch.testing.assert_close(alone[name], record.change)
+        if record.path in outputs:
+            torch.testing.assert_close(record.change, outputs[record.path], atol=1e-5, rtol=1e-5)
 
 
 def cut_off(model: PeftModel) -> None:

@@ -23,12 +23,13 @@ from moa_peft.model import MoAModel
 from moa_peft.peft_config import MoAConfig
 from moa_peft.presets import preset_names
 from moa_peft.registration import register
-from moa_peft.tuner import GateRecord, MoALayer, mixture_layers
+from moa_peft.tuner import ChangeRecord, GateRecord, MoALayer, mixture_layers
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ArchitectureConfig",
+    "ChangeRecord",
     "DoraExpert",
     "ExpertConfig",
     "GateRecord",

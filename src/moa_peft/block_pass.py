@@ -42,8 +42,8 @@ class BlockPass:
     """
 
     __slots__ = (
-        "_adapter", "_bottlenecks", "_call", "_copies", "_decoding", "_gates", "_inputs", "_key", "_products", "_routed",
-        "_tell", "mixture", "plan", "uses",
+        "_bottlenecks", "_call", "_copies", "_decoding", "_gates", "_inputs", "_key", "_products", "_routed",
+        "_tell", "adapter", "mixture", "plan", "uses",
     )  # fmt: skip
 
     def __init__(
@@ -58,7 +58,7 @@ class BlockPass:
         decoding: bool,
     ) -> None:
         self.mixture, self.plan, self.uses = mixture, plan, len(plan.work)
-        self._adapter, self._call, self._key, self._tell, self._decoding = adapter, call, key, tell, decoding
+        self.adapter, self._call, self._key, self._tell, self._decoding = adapter, call, key, tell, decoding
         self._gates: Sequence[Tensor] = ()  # [B, T, 1] or [B, 1, 1], one for each column
         self._copies: dict[str, Tensor] = {}
         self._inputs: dict[str, Tensor] = {}
@@ -184,12 +184,12 @@ class BlockPass:
                 routing = replace(routing, gates=call.paged.keep(self._key, routing.gates))
             elif not official:
                 call.found[self._key] = routing.gates.detach()
-        self._tell(self._adapter, "", tuple(self.mixture.gate_names), routing)
+        self._tell(self.adapter, "", tuple(self.mixture.gate_names), routing)
         return routing.gates
 
     def _copy_weights(self, place: Place, x: Tensor) -> Tensor:
         """The weights of the copies of one expert, [B, T, N]."""
         routing = self.mixture.copy_router(place)(x, self._call.real, self._routed.get(place.name))
         names = tuple(str(number) for number in range(routing.gates.shape[-1]))
-        self._tell(self._adapter, place.name, names, routing)
+        self._tell(self.adapter, place.name, names, routing)
         return routing.gates

@@ -23,7 +23,7 @@ from moa_peft.block_pass import BlockPass
 from moa_peft.config import RouterConfig
 from moa_peft.errors import RunError, UsageError
 from moa_peft.fused import Term, add_gated
-from moa_peft.layer import Mixture, PlacedExpert
+from moa_peft.layer import Mixture, Place, PlacedExpert
 from moa_peft.plan import DOWN_INPUT, MLP_INPUT, Columns, Plan, Work, plan
 from moa_peft.router import Routing
 from moa_peft.tokens import ARGUMENT, CallTokens, TokenWatch
@@ -53,15 +53,34 @@ class GateRecord:
     """Float32, a scalar, before its coefficient, detached; None where there is none."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChangeRecord:
+    """What one expert added at its site in one forward pass, as a change observer sees it."""
+
+    adapter: str
+    expert: str
+    """The expert's name in the mixture, as in "lora_q_proj"."""
+    path: str
+    """The module at whose output it was added; for a prompt the attention, before its output projection."""
+    gate: Tensor
+    """Float32, broadcastable to [B, T, N], detached: one for each of the expert's copies."""
+    change: Tensor
+    """What was added: [B, T, D_out], the whole of a fused layer's output; [B, T, H, D] at the attention; detached."""
+    under: Callable[[Tensor], Tensor]
+    """Gives the same change under another gate, such as one copy's alone. Call it only while the observer runs."""
+
+
 class MoALayer(nn.Module, BaseTunerLayer):
     """The mixtures of one decoder block, by adapter name.
 
     Attributes:
         observer: Called with a `GateRecord` for each router of each active adapter in each forward pass, not in
             recomputed or compiled ones; None for nobody. It must not change what it is given.
+        change_observer: Called likewise with a `ChangeRecord` for each expert, where it is added.
         watch: Knows the tokens of the model's calls; one for all blocks of a model.
         fused: Whether experts that are bottlenecks are joined (`moa_peft.fused`); False computes each by its own ``change``,
-            the definition. A compiled pass always takes the plain path, for the compiler to join.
+            the definition. A compiled pass always takes the plain path, for the compiler to join, and so does one whose changes
+            are observed.
     """
 
     adapter_layer_names: tuple[str, ...] = ("moa_mixture",)
@@ -73,6 +92,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
         self.block = block
         self.watch = watch
         self.observer: Callable[[GateRecord], None] | None = None
+        self.change_observer: Callable[[ChangeRecord], None] | None = None
         self.merged_adapters = []
         self._active_adapter = []
         self._disable_adapters = False
@@ -156,6 +176,9 @@ class MoALayer(nn.Module, BaseTunerLayer):
                 gate = one.mixture.gate_or_one(work.place, one.gate(work.place))
                 change = one.mixture.attention_change(work.place, query, scaling, gate)
                 total = change if total is None else total + change
+                if self.change_observer is not None:
+                    under = partial(one.mixture.attention_change, work.place, query, scaling)
+                    self._tell_change(one.adapter, work.place, gate, change, under)
         return total
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -246,10 +269,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
             self._waiting[adapter] = one
 
     def _tell(self, adapter: str, router: str, names: tuple[str, ...], routing: Routing) -> None:
-        if self.observer is None or torch.compiler.is_compiling():
-            return
-        recomputing = torch._C._current_graph_task_id() != -1
-        if recomputing:
+        if self.observer is None or _unobserved():
             return
         self.observer(
             GateRecord(
@@ -259,6 +279,22 @@ class MoALayer(nn.Module, BaseTunerLayer):
                 gates=routing.gates.detach(),
                 threshold=None if routing.threshold is None else routing.threshold.detach(),
                 balance_loss=routing.balance_loss,
+            )
+        )
+
+    def _tell_change(
+        self, adapter: str, place: Place, gate: Tensor, change: Tensor, under: Callable[[Tensor], Tensor]
+    ) -> None:
+        if self.change_observer is None or _unobserved():
+            return
+        self.change_observer(
+            ChangeRecord(
+                adapter=adapter,
+                expert=place.name,
+                path=place.site.path,
+                gate=gate.detach(),
+                change=change.detach(),
+                under=under,
             )
         )
 
@@ -283,7 +319,8 @@ class MoALayer(nn.Module, BaseTunerLayer):
 
     def _now(self) -> dict[str, Plan]:
         """The plans of a pass, by adapter."""
-        return self._plans[self.fused and not torch.compiler.is_compiling()]
+        fused = self.fused and self.change_observer is None and not torch.compiler.is_compiling()
+        return self._plans[fused]
 
     def _refuse_order(self, path: str, adapter: str) -> None:
         """Raise if an expert's module ran outside of a pass."""
@@ -318,19 +355,29 @@ class MoALayer(nn.Module, BaseTunerLayer):
             output[0] if isinstance(output, tuple) else output
         )  # some MLPs give their router's scores as well
         total = first
+        joint: list[tuple[BlockPass, Columns, list[Term]]] = []
         for one, works in self._take(path):
             terms: dict[Columns, list[Term]] = {}
             for work in works:
                 if work.is_fused:
                     terms.setdefault(work.columns, []).extend(one.terms(work, args[0]))
                 else:
-                    gate = one.mixture.gate_or_one(work.place, one.gate(work.place, args[0]))
-                    total = total + one.mixture.linear_change(work.place, args[0], first, gate)
-            for columns, several in terms.items():
-                total = total if writable(total, first, module) else total.clone()
-                joined = one.joined_ups(path, columns, several, total.dtype)
-                total = add_gated(total, several, columns=columns, joined=joined)
+                    total = total + self._change(one, work.place, args[0], first)
+            joint += [(one, columns, several) for columns, several in terms.items()]
+        for one, columns, several in joint:  # in place, so only when nobody needs the frozen output any more
+            total = total if writable(total, first, module) else total.clone()
+            joined = one.joined_ups(path, columns, several, total.dtype)
+            total = add_gated(total, several, columns=columns, joined=joined)
         return (total, *output[1:]) if isinstance(output, tuple) else total
+
+    def _change(self, one: BlockPass, place: Place, x: Tensor, first: Tensor) -> Tensor:
+        """The change of one expert by its own definition."""
+        gate = one.mixture.gate_or_one(place, one.gate(place, x))
+        change = one.mixture.linear_change(place, x, first, gate)
+        if self.change_observer is not None:
+            under = partial(one.mixture.linear_change, place, x, first)
+            self._tell_change(one.adapter, place, gate, change, under)
+        return change
 
     def _sites(self) -> dict[str, nn.Module]:
         """The modules to hook, by path: the experts' own, and the one that an MLP's output comes out of."""
@@ -365,6 +412,11 @@ def mixture_layers(model: nn.Module) -> list[tuple[str, MoALayer]]:
         Names and layers; empty when the model carries no mixture.
     """
     return [(name, module) for name, module in model.named_modules() if isinstance(module, MoALayer)]
+
+
+def _unobserved() -> bool:
+    """Whether the pass is a compiled one, or recomputes one that was observed."""
+    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1
 
 
 def _reads_block(mixture: Mixture) -> bool:
