@@ -1,0 +1,1 @@
+"""What the routers and the experts of a model do on given texts, in one streaming pass."""
