@@ -26,12 +26,13 @@ def register_verbs() -> None:
     from moa_peft.cli.evaluate import evaluate
     from moa_peft.cli.export import export
     from moa_peft.cli.import_ import import_
+    from moa_peft.cli.inspect import inspect
     from moa_peft.cli.methods import methods
     from moa_peft.cli.train import ANY_FIELD, train, train_help
     from moa_peft.cli.verify import verify
 
     app.command(context_settings=ANY_FIELD, help=train_help())(train)
-    for verb in (evaluate, chat, demo, methods, verify, bench):
+    for verb in (evaluate, chat, demo, methods, verify, bench, inspect):
         app.command()(verb)
     app.command("import")(import_)
     app.command()(export)
