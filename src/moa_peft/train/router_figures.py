@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from moa_peft.train.router_trouble import TroubleWatch, trouble_sums
+
 
 class Gates(Protocol):
     """What one router of a block said in one forward pass, as `moa_peft.GateRecord` holds it."""
@@ -49,6 +51,8 @@ class RouterFigures(TrainerCallback):
     With balance losses ``router/balance_loss``, the sum over all routers of all blocks before its coefficient, the
     mean of the observed passes.
 
+    It warns once when an expert is dead and once when a gate is saturated; see `moa_peft.train.router_trouble`.
+
     Padding does not count; gates of a whole instance count once a row. The numbers of the training are not touched,
     and nothing waits for the device before the figures are collected. A mixture without a router gives no figures, nor
     does ``logging_strategy`` "epoch".
@@ -64,12 +68,16 @@ class RouterFigures(TrainerCallback):
         self._mask: Tensor | None = None
         self._hook: Any = None
         self._sums: dict[str, dict[tuple[int, str], Tensor]] = {}  # by kind of sum, then as in Sums
+        self._names: dict[tuple[int, str], tuple[str, ...]] = {}
+        self._trouble = TroubleWatch()
+        self._step, self._warns = 0, True
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start to observe if the step that begins will be logged."""
         step = state.global_step + 1
+        self._step, self._warns = step, state.is_world_process_zero
         logged = step % max(state.logging_steps, 1) == 0 or (step == 1 and args.logging_first_step)
         if args.logging_strategy != IntervalStrategy.STEPS or not logged:
             return
@@ -99,6 +107,8 @@ class RouterFigures(TrainerCallback):
             kind: {key: [next(numbers) for _ in range(len(one))] for key, one in sums.items()}
             for kind, sums in observed.items()
         }
+        if self._warns:
+            self._trouble.look(read.pop("trouble", {}), self._names, self._step)
         figures: dict[str, float] = {}
         if "expert" in read:
             figures |= _expert_figures(read["expert"], "active" if "threshold" in read else "above_half")
@@ -119,6 +129,8 @@ class RouterFigures(TrainerCallback):
         real = gates.new_ones(gates.shape[:2])  # [B, T]
         if self._mask is not None and gates.shape[1] > 1:  # a whole instance's gates have no padding
             real = self._mask.to(gates)
+        self._names[layer, record.router] = record.names
+        self._add("trouble", layer, record.router, trouble_sums(gates, real))
         on_copies = record.router != ""
         active = (gates > (0.5 if record.threshold is None and not on_copies else 0.0)).to(gates)
         weight = real.unsqueeze(-1)
