@@ -70,6 +70,7 @@ def about_adapter(model: Any, name: str, folder: AdapterFolder, base_model: str)
             in_one.setdefault(part, number)
             in_all[part] += number
     config = json.loads((folder.path / "adapter_config.json").read_text(encoding="utf-8"))
+    config.pop("base_model_name_or_path", None)  # a folder of this machine; ``base_model`` is its name
     return {
         "adapter": folder.name,
         "method": folder.method,

@@ -54,7 +54,7 @@ def write_outputs(
 
     made = provenance()
     written = [("page", out)]
-    html, statistics = page(found, made), json.dumps(as_object(found, made), indent=1, allow_nan=False)
+    html, statistics = page(found, made), json.dumps(as_object(found, made), allow_nan=False)
     write_text(out, html)
     if json_file is not None:
         write_text(json_file, statistics + "\n")

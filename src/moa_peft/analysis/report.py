@@ -93,16 +93,19 @@ def page(inspection: Inspection, provenance: Mapping[str, Any]) -> str:
 
 
 def as_object(inspection: Inspection, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the statistics as one JSON object; its fields are those of the dataclasses in `moa_peft.analysis.results`."""
-    return {
+    """Give the statistics as one JSON object, seven digits a number.
+
+    Its fields are those of the dataclasses in `moa_peft.analysis.results`.
+    """
+    found = {
         "num_prompts": inspection.num_prompts,
         "num_tokens": inspection.num_tokens,
         "token_classes": list(CLASSES),
         "position_ranges": position_names(),
         "adapters": {name: dataclasses.asdict(one) for name, one in inspection.findings.items()},
         "agreement": [dataclasses.asdict(one) for one in inspection.agreement],
-        **provenance,
     }
+    return {**rounded(found, 7), **provenance}
 
 
 def position_names() -> list[str]:
@@ -208,13 +211,14 @@ def _hash(text: str) -> str:
 
 def _inert(data: Any) -> str:
     """Write data as JSON that no parser of markup can take for markup, with four digits a number."""
-    text = json.dumps(_rounded(data), ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(rounded(data, 4), ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any, digits: int) -> Any:
+    """Round every number in mappings and lists to so many digits."""
     if isinstance(value, float):
-        return float(f"{value:.4g}") if math.isfinite(value) else None
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _rounded(one) for key, one in value.items()}
-    return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value
+        return {key: rounded(one, digits) for key, one in value.items()}
+    return [rounded(one, digits) for one in value] if isinstance(value, list | tuple) else value
