@@ -82,7 +82,7 @@ def test_the_first_sentence_says_how_the_experts_are_used(
         (
             [],
             [group(0, 0.91), group(5, 0.97), group(6, 0.1)],
-            "Nearly the same is done by a and b in layer 5 (CKA 0.97) and 1 more pairs.",
+            "Nearly the same is done by a and b in layer 5 (CKA 0.97) and 1 more pair.",
         ),
         (
             [],

@@ -91,7 +91,8 @@ def _difference(routers: Sequence[RouterStatistics], groups: Sequence[GroupStati
     cka, layer, one, other = max(pairs)
     alike = [pair for pair in pairs if pair[0] > ALIKE]
     if alike:
-        more = f" and {len(alike) - 1} more pairs" if len(alike) > 1 else ""
+        rest = len(alike) - 1
+        more = f" and {rest} more pair{'s' if rest > 1 else ''}" if rest else ""
         return f"Nearly the same is done by {one} and {other} in layer {layer} (CKA {cka:.2f}){more}."
     mean = sum(pair[0] for pair in pairs) / len(pairs)
     return (

@@ -69,7 +69,7 @@ function heat(container, { caption, rows, columns, value, range, label, chosen, 
     cell.append(button);
     return cell;
   })));
-  const tall = columns.some((column) => String(column).length > 8);
+  const tall = columns.some((column) => String(column).length > 11);
   const table = make("table", { className: tall ? "tall" : "" }, make("caption", {}, caption), make("thead", {}, head), make("tbody", {}, ...body));
   if (choose) {
     if (!table.querySelector('button[tabindex="0"]')) table.querySelector("button")?.setAttribute("tabindex", "0");
