@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from command_reference import commands
+from inspected import inspected
 from method_reference import costs, method_table, methods, routing
 from writing import fenced, markdown, source_paragraph, summary, table
 
@@ -180,6 +181,7 @@ GENERATED: Mapping[str, Any] = {
     "recipe": recipe,
     "commands": commands,
     "api": api,
+    "inspected": inspected,
 }
 """What can stand in a page as ``<!-- generated: NAME -->``."""
 

@@ -145,3 +145,18 @@ def test_the_page_names_nothing_outside_itself_and_allows_nothing(report: tuple[
     assert data is not None
     assert not set("<>&") & set(data.group(1))
     assert json.loads(data.group(1))["prompts"][1]["start"].startswith("<img src=x")
+
+
+def test_the_page_and_the_numbers_in_the_documentation_are_of_one_inspection() -> None:
+    folder = Path(__file__).parents[2] / "docs" / "static" / "inspect"
+    numbers = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
+    text = (folder / "demo.html").read_text(encoding="utf-8")
+    found = re.search(r'id="data">(.*?)</script>', text)
+    assert found is not None
+    shown = json.loads(found.group(1))["adapters"][0]["routers"]
+    finding = numbers["adapters"]["default"]
+    assert len(shown) == len(finding["routers"]) == 30
+    for one, other in zip(shown, finding["routers"], strict=True):
+        assert one["mean_gate"] == pytest.approx(other["mean_gate"], rel=1e-3)
+    assert all(sentence in text for sentence in finding["sentences"])
+    assert numbers["dirty"] is False
