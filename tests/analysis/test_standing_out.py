@@ -77,6 +77,21 @@ def test_the_first_sentence_says_how_the_experts_are_used(
             [group(0, 0.99)],
             "The thresholds did not move in training in 1 of 2 routers: their bias is exactly 0, as at the start.",
         ),
+        (
+            [router(0, threshold=torch.tensor([0.1, 0.15]), trained=True)],
+            [group(0, 0.99)],
+            "The threshold switches no expert off, for any token.",
+        ),
+        (
+            [router(0, threshold=torch.tensor([0.1, 0.15]), trained=True), router(1, torch.tensor([[0.0, 0.6], [0.4, 0.9]]))],
+            [group(0, 0.2), group(1, 0.95)],
+            "Nearly the same is done by a and b in layer 1 (CKA 0.95).",
+        ),
+        (
+            [router(0, router="q"), router(0, router="k")],
+            [group(0, 0.99), group(0, 0.2, "q"), group(0, 0.4, "k")],
+            "No two experts do the same: the mean CKA of a pair is 0.30, the most alike are copy a of k and copy b of k in layer 0 (0.40).",
+        ),
         ([], [], "There are no two experts to compare, or they add nothing yet."),
         ([], [group(0, None)], "There are no two experts to compare, or they add nothing yet."),
         (

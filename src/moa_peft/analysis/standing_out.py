@@ -73,6 +73,9 @@ def _difference(routers: Sequence[RouterStatistics], groups: Sequence[GroupStati
             f"The thresholds did not move in training in {len(fixed)} of {len(thresholds)} routers: their bias is "
             "exactly 0, as at the start."
         )
+    if thresholds and all(rate == 1 for one in routers for rate in one.active_rate):
+        return "The threshold switches no expert off, for any token."
+    weighed = {(one.layer, one.router) for one in routers}
     pairs = [
         (
             cka,
@@ -81,6 +84,7 @@ def _difference(routers: Sequence[RouterStatistics], groups: Sequence[GroupStati
             expert_name(group.router, changes.names[b]),
         )
         for group in groups
+        if not weighed or (group.layer, group.router) in weighed  # what a router chooses between
         for changes in [group.changes]
         for a, b in combinations(range(len(changes.names)), 2)
         for cka in [changes.cka[a][b]]
