@@ -116,15 +116,19 @@ def test_every_method_has_its_page(tmp_path: Path, base: Path, prompts: Path, me
     awaken(model)
     model.save_pretrained(str(tmp_path / "run"))
     out, png = tmp_path / "report.html", tmp_path / "figures"
-    call("--adapter", tmp_path / "run", "--model", base, "--prompts", prompts, "--out", out, "--png", png)
+    drawn_too = (
+        ["--png", png] if method in ("soft-moa", "lora", "adamole") else []
+    )  # one of each kind; they take time
+    call("--adapter", tmp_path / "run", "--model", base, "--prompts", prompts, "--out", out, *drawn_too)
     data = page_data(out)
     assert {one["layer"] for one in data["adapters"][0]["groups"]} == {0, 1}
     routed = bool(data["adapters"][0]["routers"])
     assert routed == (method not in ("lora", "parallel-adapter", "prompt-tuning"))
-    drawn = {file.name for file in png.iterdir()}
-    assert any(name.endswith("gates.png") for name in drawn) == routed
-    assert any(name.endswith("changes.png") for name in drawn)
-    assert all(file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for file in png.iterdir())
+    if drawn_too:
+        drawn = {file.name for file in png.iterdir()}
+        assert any(name.endswith("gates.png") for name in drawn) == routed
+        assert any(name.endswith("changes.png") for name in drawn)
+        assert all(file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for file in png.iterdir())
 
 
 def test_two_adapters_stand_side_by_side_and_one_agrees_with_itself(
