@@ -11,12 +11,12 @@ import torch
 from moa_peft.data.rows import Row
 from moa_peft.errors import RunError, UsageError
 from moa_peft.evaluate import run as run_module
-from moa_peft.evaluate.examine import LikelihoodExaminer
+from moa_peft.evaluate.examine import GenerationExaminer, LikelihoodExaminer
 from moa_peft.evaluate.identity import identify
 from moa_peft.evaluate.options import EvaluationOptions
+from moa_peft.evaluate.questions import Task, as_question, question_of
 from moa_peft.evaluate.results import ResultRow, paired_difference
 from moa_peft.evaluate.run import TaskResult, evaluate
-from moa_peft.evaluate.tasks import Task, as_question
 from moa_peft.json_lines import read_rows
 from tiny_lm import byte_tokenizer, choice_rows, number_rows, tiny_llama, with_mixture
 
@@ -311,3 +311,91 @@ def test_batches_of_some_questions_are_those_questions() -> None:
 def test_a_result_kept_in_memory_names_no_file() -> None:
     result: TaskResult = evaluate(tiny_llama(), TOKENIZER, task(choice_rows(2)), options())
     assert (result.examples_file, result.results_file, result.reused) == (None, None, False)
+
+
+def code_task() -> Task:
+    """Two functions to write: one the model is right about, one not."""
+    records = [
+        {
+            "prompt": f'def f{place}(x):\n    """Same."""\n',
+            "canonical_solution": "    return x",
+            "entry_point": f"f{place}",
+            "test": f"def check(f):\n    assert f({place}) == {place}",
+        }
+        for place in range(3)
+    ]
+    return Task(
+        name="coded",
+        source="here",
+        split="test",
+        questions=tuple(question_of(one, f"row {place}") for place, one in enumerate(records, start=1)),
+    )
+
+
+def test_programs_are_run_only_when_that_is_allowed(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"task 'coded' runs the programs .*--allow-code-execution"):
+        evaluate(tiny_llama(), TOKENIZER, code_task(), options(tmp_path))
+    assert not files(tmp_path)
+    likely = evaluate(tiny_llama(), TOKENIZER, code_task(), options(mode="likelihood")).row
+    assert (likely.accuracy, likely.num_scored) == (None, 0)
+    assert likely.answer_loss is not None
+
+
+def test_a_program_is_right_when_it_passes_its_tests_in_the_sandbox(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    allowed = options(tmp_path, allow_code_execution=True)
+    try:
+        allowed.check_code(code_task())
+    except UsageError as error:
+        pytest.skip(str(error))
+    said = ["```python\ndef f0(x):\n    return x\n```", "    return x + 1", ""]
+    monkeypatch.setattr(
+        "moa_peft.evaluate.examine.generate_batch",
+        lambda model, prompts, **rest: [
+            [*next(said[n] for n in range(3) if f"f{n}(".encode() in bytes(one)).encode(), 256]
+            for one in prompts
+        ],
+    )
+    monkeypatch.setattr(TOKENIZER, "decode", lambda ids, **rest: bytes(ids).decode())
+    monkeypatch.setattr("moa_peft.evaluate.examine.prompt_ids", lambda text, *rest: [*text.encode()])
+    result = evaluate(tiny_llama(), TOKENIZER, code_task(), allowed)
+    assert (result.row.mode, result.row.max_new_tokens, result.row.num_scored) == ("generation", 512, 3)
+    assert [one["extracted"]["stated"] for one in result.examples] == [
+        "def f0(x):\n    return x",
+        "    return x + 1",
+        None,
+    ]
+    assert [one["correct"] for one in result.examples] == [
+        {"stated": True, "official": False},
+        {"stated": False, "official": False},
+        {"stated": False, "official": False},
+    ]
+    assert [one["outcome"]["stated"] for one in result.examples] == [
+        "passed",
+        "failed: AssertionError",
+        "no program",
+    ]
+    assert result.examples[0]["outcome"]["official"].startswith("failed: SyntaxError")
+    assert result.row.accuracy == pytest.approx(1 / 3)
+    assert evaluate(tiny_llama(), TOKENIZER, code_task(), allowed).reused
+    changed = dataclasses.replace(code_task().questions[0].code, tests="pass")  # type: ignore[type-var]  # not None
+    other = dataclasses.replace(code_task().questions[0], code=changed)
+    again = evaluate(
+        tiny_llama(),
+        TOKENIZER,
+        dataclasses.replace(code_task(), questions=(other, *code_task().questions[1:])),
+        allowed,
+    )
+    assert not again.reused, "other tests are another task"
+
+
+def test_generation_of_a_program_stops_when_its_fence_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+    examiner = GenerationExaminer(
+        tiny_llama(), TOKENIZER, code_task().questions, template="paper", batch_size=4, max_new_tokens=8
+    )
+    text = "```python\ndef f1(x):\n    return x\n```"
+    tokens = TOKENIZER(text)["input_ids"]
+    ended = [examiner._has_ended(1, tokens[:end]) for end in range(1, len(tokens) + 1)]
+    assert ended == [False] * (len(tokens) - 1) + [True]
+    assert not examiner._has_ended(0, tokens), "another function than the one that was asked for"

@@ -28,7 +28,8 @@ def evaluate(
     tasks: Annotated[
         str,
         typer.Option(
-            help='With commas between: "demo", "commonsense", "math", names of single tasks, files or folders of rows.'
+            help='With commas between: "demo", "commonsense", "math", "code", names of single tasks, files or folders '
+            "of rows."
         ),
     ] = "demo",
     mode: Annotated[
@@ -56,8 +57,17 @@ def evaluate(
     ] = 16,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(help="Most tokens of a generated answer. Default: 32 for a choice, else 256."),
+        typer.Option(
+            help="Most tokens of a generated answer. Default: 32 for a choice, 512 for a program, else 256."
+        ),
     ] = None,
+    allow_code_execution: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code-execution",
+            help="Run the programs that the model writes, in a sandbox; the code tasks need it. Linux only.",
+        ),
+    ] = False,
     data_root: Annotated[
         Path | None, typer.Option(help="Folder with a folder for each named task. Default: ../shared/data.")
     ] = None,
@@ -87,6 +97,7 @@ def evaluate(
       moa evaluate --adapter runs/first
       moa evaluate --tasks piqa,gsm8k --limit 100
       moa evaluate --adapter runs/first --tasks math --extraction official
+      moa evaluate --adapter runs/first --tasks code --allow-code-execution
     """  # noqa: D301  # the backspace keeps the lines of the examples apart
     from moa_peft.evaluate.loading import choose_template, load, read_adapter
     from moa_peft.evaluate.options import EvaluationOptions
@@ -99,11 +110,13 @@ def evaluate(
         template=cast("Any", choose_template(template, found, "paper")),
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        allow_code_execution=allow_code_execution,
         out=out or default_out(model, found),
     )
     chosen = load_tasks(tasks, data_root=data_root, split=split, limit=limit)
     for task in chosen:
         options.rule_for(options.mode_for(task))
+        options.check_code(task)
 
     from moa_peft.evaluate.identity import identify
     from moa_peft.evaluate.run import evaluate as evaluate_task

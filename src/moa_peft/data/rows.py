@@ -51,16 +51,38 @@ def load_rows(source: str, *, split: str = "train", limit: int | None = None) ->
     Raises:
         UsageError: If the source or the split does not exist, is empty, damaged or malformed, or a row lacks a field.
     """
-    if limit is not None and limit < 1:
-        raise UsageError(f"limit is {limit}: give at least 1, or leave it out to read all rows")
     if source == "demo":
         from moa_peft.data.demo import demo_rows
 
+        _check_limit(limit)
         return demo_rows(split)[:limit]
-    rows = [as_row(record, where) for where, record in islice(_records(source, split), limit)]
-    if not rows:
+    return [as_row(record, where) for where, record in load_records(source, split=split, limit=limit)]
+
+
+def load_records(source: str, *, split: str = "train", limit: int | None = None) -> list[tuple[str, Any]]:
+    """Read records of any form, each with the place it stands at, for errors.
+
+    Args:
+        source: As for `load_rows`, without "demo".
+        split: As for `load_rows`.
+        limit: As for `load_rows`.
+
+    Returns:
+        At least one record, in the order of the source, not yet looked at.
+
+    Raises:
+        UsageError: If the source or the split does not exist, is empty, damaged or malformed.
+    """
+    _check_limit(limit)
+    records = list(islice(_records(source, split), limit))
+    if not records:
         raise UsageError(f"data {source!r} holds no rows (split {split!r})")
-    return rows
+    return records
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit is {limit}: give at least 1, or leave it out to read all rows")
 
 
 def as_row(record: Any, where: str) -> Row:

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-AnswerKind = Literal["choice", "letter", "number", "text", "none"]
+AnswerKind = Literal["choice", "letter", "number", "text", "code", "none"]
 
 NUMBER_SLACK = 1e-3
 """Largest difference between two numbers that count as the same; that of the official evaluation."""
@@ -20,10 +20,13 @@ class AnswerForm:
     """The form of a question's answer."""
 
     kind: AnswerKind
-    """A word of a list, a letter of a list, a number, other text, or none: the data states no answer."""
+    """A word of a list, a letter of a list, a number, other text, a program, or none: the data states no answer."""
 
     choices: tuple[str, ...] = ()
     """The words or letters allowed, as the data writes them; empty for the other kinds."""
+
+    entry_point: str = ""
+    """The function that a program must define; "" for the other kinds."""
 
 
 def parse_number(text: str) -> float | None:

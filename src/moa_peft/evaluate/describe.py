@@ -10,13 +10,14 @@ from moa_peft.data.templates import render_completion, render_prompt
 from moa_peft.data.tokens import completion_ids, prompt_ids
 from moa_peft.evaluate.identity import ModelIdentity
 from moa_peft.evaluate.options import EvaluationOptions
-from moa_peft.evaluate.tasks import Task
+from moa_peft.evaluate.questions import Task
+from moa_peft.evaluate.sandbox import Limits
 from moa_peft.provenance import provenance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-METHOD_VERSION = 1
+METHOD_VERSION = 2
 """Goes up when scoring, generation or extraction changes, so that no old example is taken for a new one."""
 
 _TOKENISER_ROWS = 16
@@ -62,6 +63,11 @@ def evaluation_key(
         "adapter": identity.adapter_fingerprint,
         "tokens": tokens,
     }
+    if task.runs_code:
+        decisive["tests"] = [
+            None if one.code is None else dataclasses.asdict(one.code) for one in task.questions
+        ]
+        decisive["limits"] = dataclasses.asdict(Limits())
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 

@@ -9,8 +9,11 @@ from moa_peft.data.templates import Template, render_completion, render_prompt
 from moa_peft.data.tokens import prompt_ids
 from moa_peft.errors import RunError
 from moa_peft.evaluate.answers import same_answer
+from moa_peft.evaluate.code_answers import has_ended
 from moa_peft.evaluate.extraction import RULES
 from moa_peft.evaluate.generation import as_generation, end_ids, generate_batch, plan_prompts
+from moa_peft.evaluate.questions import Question
+from moa_peft.evaluate.sandbox import run_programs
 from moa_peft.evaluate.scoring import (
     ChoiceScores,
     TokenQuestion,
@@ -20,7 +23,6 @@ from moa_peft.evaluate.scoring import (
     score_batch,
     token_question,
 )
-from moa_peft.evaluate.tasks import Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -164,6 +166,7 @@ class GenerationExaminer:
             [self._prompts[place] for place in places],
             max_new_tokens=self._max_new_tokens,
             ends=self._ends,
+            has_ended=lambda row, tokens: self._has_ended(places[row], tokens),
         )
         found = dict(zip(places, replies, strict=True))
         records: list[Record] = []
@@ -171,16 +174,25 @@ class GenerationExaminer:
             records += [
                 one | self._reply(found[one["index"]], one["index"]) for one in self._losses.examine(part)
             ]
-        return records
+        return with_programs_run(records, self._questions)
+
+    def _has_ended(self, place: int, tokens: list[int]) -> bool:
+        """Whether a program is whole; looked at where the last tokens may have closed it."""
+        form = self._questions[place].form
+        if form.kind != "code":
+            return False
+        last = str(self._tokenizer.decode(tokens[-4:]))
+        return ("`" in last or "#" in last) and has_ended(str(self._tokenizer.decode(tokens)), form)
 
     def _reply(self, tokens: Sequence[int], place: int) -> Record:
         reply, question = as_generation(tokens, self._ends, self._tokenizer), self._questions[place]
         extracted = {name: rule(reply.text, question.form) for name, rule in RULES.items()}
         scored = question.form.kind != "none"
+        whole = question.code is not None and has_ended(reply.text, question.form)
         return {
             "output": reply.text,
             "num_tokens": reply.num_tokens,
-            "stopped": reply.stopped,
+            "stopped": "end" if whole else reply.stopped,
             "extracted": extracted if scored else {},
             "correct": {
                 name: same_answer(one, question.row.answer, question.form) for name, one in extracted.items()
@@ -188,6 +200,46 @@ class GenerationExaminer:
             if scored
             else {},
         }
+
+
+def with_programs_run(records: Sequence[Record], questions: Sequence[Question]) -> list[Record]:
+    """Score the records whose answers are programs by running these, each once.
+
+    Args:
+        records: Records of generated replies.
+        questions: The task's questions, by the records' indices.
+
+    Returns:
+        The records; those with a program say how it ended ("outcome") by each rule.
+    """
+    programs: dict[str, None] = {}
+    wanted: list[dict[str, str]] = []
+    for one in records:
+        check = questions[one["index"]].code
+        wanted.append(
+            {name: check.program(code) for name, code in one["extracted"].items() if code is not None}
+            if check
+            else {}
+        )
+        programs |= dict.fromkeys(wanted[-1].values())
+    ended = dict(zip(programs, run_programs(list(programs)), strict=True))
+    scored: list[Record] = []
+    for one, own in zip(records, wanted, strict=True):
+        if questions[one["index"]].code is not None:
+            outcomes = {name: ended[own[name]] if name in own else None for name in one["extracted"]}
+            one = one | {
+                "correct": {
+                    name: found is not None and found.verdict == "passed" for name, found in outcomes.items()
+                },
+                "outcome": {
+                    name: "no program"
+                    if found is None
+                    else ": ".join(filter(None, (found.verdict, found.detail)))
+                    for name, found in outcomes.items()
+                },
+            }
+        scored.append(one)
+    return scored
 
 
 def finite(value: float, place: int) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 
 from moa_peft.errors import UsageError, unknown
 from moa_peft.evaluate.answers import AnswerForm, AnswerKind
+from moa_peft.evaluate.code_answers import official_code, stated_code
 from moa_peft.evaluate.stated import stated_choice, stated_letter, stated_number, stated_text
 
 Rule = Callable[[str, AnswerForm], str | None]
@@ -15,6 +16,7 @@ _STATED: Mapping[AnswerKind, Rule] = {
     "letter": stated_letter,
     "number": stated_number,
     "text": stated_text,
+    "code": stated_code,
 }
 
 _OFFICIAL_WORDS = {"answer": 5, "ending": 4, "solution": 2, "option": 2}
@@ -22,7 +24,7 @@ _OFFICIAL_WORDS = {"answer": 5, "ending": 4, "solution": 2, "option": 2}
 
 
 def stated(text: str, form: AnswerForm) -> str | None:
-    """Give the answer that a text states; see `moa_peft.evaluate.stated`."""
+    """Give the answer that a text states; see `moa_peft.evaluate.stated` and `moa_peft.evaluate.code_answers`."""
     rule = _STATED.get(form.kind)
     return None if rule is None else rule(text, form)
 
@@ -31,7 +33,8 @@ def official(text: str, form: AnswerForm) -> str | None:
     """Give the answer as the official evaluation takes it, for comparison with published numbers.
 
     It takes the first of the allowed words anywhere in the text; the first capital A to E anywhere, which misreads
-    every reply that begins with a word like "Because"; the last number, commas taken out.
+    every reply that begins with a word like "Because"; the last number, commas taken out; of a program all of the
+    reply, fences and words around it included.
 
     Args:
         text: The reply.
@@ -40,7 +43,7 @@ def official(text: str, form: AnswerForm) -> str | None:
     Returns:
         The answer, or None.
 
-    Source: the evaluation scripts of arXiv 2506.05928; differs from them in "nothing" for these three kinds. Other
+    Source: the evaluation scripts of arXiv 2506.05928; differs from them in "nothing" for these four kinds. Other
     text, which they do not have, is taken as `stated` does.
     """
     if form.kind == "choice":
@@ -52,6 +55,8 @@ def official(text: str, form: AnswerForm) -> str | None:
     if form.kind == "number":
         numbers = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
         return numbers[-1] if numbers else None
+    if form.kind == "code":
+        return official_code(text)
     return stated(text, form)
 
 

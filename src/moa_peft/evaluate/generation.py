@@ -1,6 +1,6 @@
 """Greedy answers in batches: left padding, and an end for each row by itself."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -47,7 +47,12 @@ def plan_prompts(prompts: Sequence[Sequence[int]], batch_size: int, max_new_toke
 
 @torch.inference_mode()
 def generate_batch(
-    model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, ends: Collection[int]
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    ends: Collection[int],
+    has_ended: Callable[[int, list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt with the likeliest token until it ends; a row that has ended costs nothing more.
 
@@ -59,9 +64,10 @@ def generate_batch(
         prompts: Token ids of each prompt; at least one each.
         max_new_tokens: Most tokens to add to each.
         ends: Tokens that end an answer.
+        has_ended: Told a row's place and its new tokens, says whether it needs no more; None for never.
 
     Returns:
-        The new tokens of each prompt; the last is one of ``ends``, unless it was cut off.
+        The new tokens of each prompt; the last is one of ``ends``, unless it was cut off or needed no more.
     """
     ids, mask = pad_left(prompts, next(model.parameters()).device)
     replies: list[list[int]] = [[] for _ in prompts]
@@ -76,7 +82,9 @@ def generate_batch(
         going = [
             place
             for place, row in enumerate(running)
-            if replies[row][-1] not in ends and len(replies[row]) < max_new_tokens
+            if replies[row][-1] not in ends
+            and len(replies[row]) < max_new_tokens
+            and not (has_ended is not None and has_ended(row, replies[row]))
         ]
         if not going:
             return replies

@@ -7,8 +7,9 @@ from typing import Literal, get_args
 from moa_peft.data.templates import Template
 from moa_peft.errors import UsageError, unknown
 from moa_peft.evaluate.extraction import RULES
+from moa_peft.evaluate.questions import Task
+from moa_peft.evaluate.sandbox import check_isolation
 from moa_peft.evaluate.scoring import LIKELIHOOD_RULES
-from moa_peft.evaluate.tasks import Task
 
 Mode = Literal["likelihood", "generation"]
 
@@ -17,6 +18,9 @@ CHOICE_TOKENS = 32
 
 REPLY_TOKENS = 256
 """Most tokens of any other generated reply."""
+
+CODE_TOKENS = 512
+"""Most tokens of a generated program."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +45,10 @@ class EvaluationOptions:
     """Most questions in a forward pass."""
 
     max_new_tokens: int | None = None
-    """Most tokens of a generated reply; None for 32 where a choice is asked for, else 256."""
+    """Most tokens of a generated reply; None for 32 where a choice is asked for, 512 for a program, else 256."""
+
+    allow_code_execution: bool = False
+    """Whether programs that the model wrote may be run, in the sandbox of `moa_peft.evaluate.sandbox`."""
 
     out: Path | None = None
     """Folder for results.jsonl and the examples; None keeps everything in memory."""
@@ -91,4 +98,21 @@ class EvaluationOptions:
 
     def tokens_for(self, task: Task) -> int:
         """The longest reply asked for, or the one that suits a task."""
-        return self.max_new_tokens or (CHOICE_TOKENS if task.has_choices else REPLY_TOKENS)
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        return CODE_TOKENS if task.runs_code else CHOICE_TOKENS if task.has_choices else REPLY_TOKENS
+
+    def check_code(self, task: Task) -> None:
+        """See that programs may be run where a task needs it.
+
+        Raises:
+            UsageError: If it was not allowed, or they cannot be isolated on this machine.
+        """
+        if not task.runs_code or self.mode_for(task) == "likelihood":
+            return
+        if not self.allow_code_execution:
+            raise UsageError(
+                f"task {task.name!r} runs the programs that the model writes: add --allow-code-execution "
+                "(allow_code_execution=True) to run them in a sandbox, or leave the task out"
+            )
+        check_isolation()

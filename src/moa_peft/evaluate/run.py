@@ -16,6 +16,7 @@ from moa_peft.evaluate.examine import Examiner, GenerationExaminer, LikelihoodEx
 from moa_peft.evaluate.extraction import RULES
 from moa_peft.evaluate.identity import ModelIdentity, identify
 from moa_peft.evaluate.options import EvaluationOptions, Mode
+from moa_peft.evaluate.questions import Task
 from moa_peft.evaluate.results import (
     RESULTS_FILE,
     ResultRow,
@@ -23,7 +24,6 @@ from moa_peft.evaluate.results import (
     proportion_standard_error,
 )
 from moa_peft.evaluate.scoring import LIKELIHOOD_RULES
-from moa_peft.evaluate.tasks import Task
 from moa_peft.json_lines import append_rows, drop_torn_line, read_rows, replace_rows
 
 if TYPE_CHECKING:
@@ -83,12 +83,14 @@ def evaluate(
         The result.
 
     Raises:
-        UsageError: If a question is too long for the model, or a setting does not fit the task.
+        UsageError: If a question is too long for the model, a setting does not fit the task, or it runs programs and
+            may or can not.
         RunError: If a log-likelihood is not finite.
     """
     options = options or EvaluationOptions()
     mode = options.mode_for(task)
     rule = options.rule_for(mode)
+    options.check_code(task)
     identity = identity or identify(model)
     key = evaluation_key(tokenizer, task, options, identity)
     file = (

@@ -1,16 +1,26 @@
-"""Tasks: named sets of questions, each with the form of its answer and its choices."""
+"""Tasks by name: which there are, where their rows lie, and how they are read."""
 
 import gzip
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from moa_peft.data.row_files import is_row_file, split_name
-from moa_peft.data.rows import Row, load_rows
+from moa_peft.data.rows import load_records, load_rows
 from moa_peft.errors import UsageError, unknown
-from moa_peft.evaluate.answers import AnswerForm, parse_number
+from moa_peft.evaluate.questions import Question, Task, as_question, question_of
+
+__all__ = [
+    "ALIASES",
+    "DEFAULT_DATA_ROOT",
+    "GROUPS",
+    "Question",
+    "Task",
+    "as_question",
+    "load_task",
+    "load_tasks",
+]
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "commonsense": (
@@ -24,6 +34,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "openbookqa",
     ),
     "math": ("AddSub", "AQuA", "gsm8k", "MultiArith", "SingleEq", "SVAMP"),
+    "code": ("humaneval", "mbpp"),
 }
 """The paper's tasks by group; each is a folder under the data root."""
 
@@ -37,99 +48,6 @@ ALIASES: Mapping[str, str] = {
 
 DEFAULT_DATA_ROOT = Path("../shared/data")
 """Where the paper's tasks are looked for unless a data root is given."""
-
-DEFAULT_LEAD = "the correct answer is "
-"""How a reply to a question with choices begins, where the data does not say otherwise."""
-
-_FORMAT = re.compile(r"answer format:[ \t]*([^\s/]+(?:/[^\s/]+)+)", re.IGNORECASE)
-_LETTERS = re.compile(r"\(([A-Z])\)")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Question:
-    """One question of a task."""
-
-    row: Row
-    """The row it comes from."""
-
-    form: AnswerForm
-    """What kind of answer it wants."""
-
-    completions: tuple[str, ...] = ()
-    """The replies whose likelihoods are compared, one for each word of the form; empty for other kinds."""
-
-    @property
-    def wanted(self) -> int | None:
-        """The place of the right choice; None for other kinds."""
-        return self.form.choices.index(self.row.answer) if self.completions else None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Task:
-    """A named set of questions."""
-
-    name: str
-    """The task's name in tables and results."""
-
-    source: str
-    """Where the rows come from, as it was given."""
-
-    split: str
-    """Which split of the source."""
-
-    questions: tuple[Question, ...]
-    """At least one."""
-
-    limit: int | None = None
-    """Only so many rows from the start of the source were taken; None for all."""
-
-    file_md5: str | None = None
-    """MD5 of the file of rows, unzipped; None where the rows are not in one file."""
-
-    @property
-    def has_choices(self) -> bool:
-        """Whether every question has choices to compare by likelihood."""
-        return all(one.completions for one in self.questions)
-
-    @property
-    def has_answers(self) -> bool:
-        """Whether any question has an answer that a reply is scored on."""
-        return any(one.form.kind != "none" for one in self.questions)
-
-
-def as_question(row: Row, where: str = "row") -> Question:
-    """Find out what kind of answer a row wants.
-
-    Args:
-        row: The row. An instruction with a line "Answer format: a/b/c" has the choices a, b and c; one that lists
-            "(A) ... (B) ..." has letters, where the answer is one; otherwise the answer decides.
-        where: The place of the row, for errors.
-
-    Returns:
-        The question. Its completions are the row's own output with each choice in the place of the answer.
-
-    Raises:
-        UsageError: If the answer is not one of the choices.
-    """
-    stated = _FORMAT.findall(row.instruction)
-    if stated and row.answer:
-        choices = tuple(stated[-1].split("/"))
-        if row.answer not in choices:
-            raise UsageError(
-                f"{where}: the answer is {row.answer!r}, its answer format allows {', '.join(choices)}"
-            )
-        lead = row.output.removesuffix(row.answer) if row.output.endswith(row.answer) else DEFAULT_LEAD
-        return Question(
-            row=row,
-            form=AnswerForm(kind="choice", choices=choices),
-            completions=tuple(lead + one for one in choices),
-        )
-    letters = tuple(dict.fromkeys(_LETTERS.findall(row.instruction)))
-    if row.answer in letters and len(letters) > 1:
-        return Question(row=row, form=AnswerForm(kind="letter", choices=letters))
-    if not row.answer:
-        return Question(row=row, form=AnswerForm(kind="none"))
-    return Question(row=row, form=AnswerForm(kind="text" if parse_number(row.answer) is None else "number"))
 
 
 def load_task(
@@ -151,17 +69,22 @@ def load_task(
     """
     folder = Path(source).expanduser()
     chosen = split or _held_out_split(source, folder)
-    rows = load_rows(source, split=chosen, limit=limit)
     file = _file_of(folder, chosen)
-    questions = (as_question(row, f"{source}, row {place}") for place, row in enumerate(rows, start=1))
     return Task(
         name=name or _name_of(source, folder),
         source=source,
         split=chosen if file is None else split_name(file),
-        questions=tuple(questions),
+        questions=tuple(_questions(source, chosen, limit)),
         limit=limit,
         file_md5=None if file is None else _md5(file),
     )
+
+
+def _questions(source: str, split: str, limit: int | None) -> list[Question]:
+    if source == "demo":
+        rows = load_rows(source, split=split, limit=limit)
+        return [as_question(row, f"demo, row {place}") for place, row in enumerate(rows, start=1)]
+    return [question_of(record, where) for where, record in load_records(source, split=split, limit=limit)]
 
 
 def load_tasks(
