@@ -24,6 +24,7 @@ def register_verbs() -> None:
     from moa_peft.cli.chat import chat
     from moa_peft.cli.demo import demo
     from moa_peft.cli.evaluate import evaluate
+    from moa_peft.cli.exec_ import exec_
     from moa_peft.cli.export import export
     from moa_peft.cli.import_ import import_
     from moa_peft.cli.inspect import inspect
@@ -36,6 +37,9 @@ def register_verbs() -> None:
         app.command()(verb)
     app.command("import")(import_)
     app.command()(export)
+    app.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(
+        exec_
+    )
 
 
 def fail(message: str, code: int) -> None:

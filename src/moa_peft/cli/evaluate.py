@@ -4,10 +4,13 @@ import dataclasses
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+
+from moa_peft.errors import UsageError
 
 if TYPE_CHECKING:
     from moa_peft.evaluate.loading import AdapterFolder
@@ -26,12 +29,12 @@ def evaluate(
         ),
     ] = None,
     tasks: Annotated[
-        str,
+        str | None,
         typer.Option(
             help='With commas between: "demo", "commonsense", "math", "code", names of single tasks, files or folders '
-            "of rows."
+            "of rows. Default: demo."
         ),
-    ] = "demo",
+    ] = None,
     mode: Annotated[
         str | None,
         typer.Option(
@@ -84,6 +87,21 @@ def evaluate(
             help="Of the base model: float32, bfloat16, float16. Default: float32 on a CPU, the model's own on a GPU."
         ),
     ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            "--lm-eval",
+            help="Tasks of the LM Evaluation Harness in the place of moa's own, with commas between. Needs the extra "
+            "eval.",
+        ),
+    ] = None,
+    lm_eval_path: Annotated[
+        Path | None, typer.Option(help="With --lm-eval: a folder of more task files.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(help="With --lm-eval: worked examples before a question. Default: as each task says."),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of a table.")
     ] = False,
@@ -98,7 +116,24 @@ def evaluate(
       moa evaluate --tasks piqa,gsm8k --limit 100
       moa evaluate --adapter runs/first --tasks math --extraction official
       moa evaluate --adapter runs/first --tasks code --allow-code-execution
+      moa evaluate --adapter runs/first --lm-eval arc_easy,openbookqa
     """  # noqa: D301  # the backspace keeps the lines of the examples apart
+    if lm_eval is not None:
+        own = {"tasks": tasks, "mode": mode, "extraction": extraction, "split": split}
+        own |= {"max-new-tokens": max_new_tokens, "data-root": data_root}
+        own |= {"allow-code-execution": allow_code_execution or None}
+        refuse_given(own, "has no meaning with --lm-eval, whose tasks say this themselves: leave it out")
+        from moa_peft.cli.harness import evaluate_on_harness
+
+        evaluate_on_harness(
+            adapter, model, lm_eval, template=template, limit=limit, batch_size=batch_size, task_folder=lm_eval_path,
+            num_fewshot=num_fewshot, out=out, dtype=dtype, as_json=as_json,
+        )  # fmt: skip
+        return
+    refuse_given(
+        {"lm-eval-path": lm_eval_path, "num-fewshot": num_fewshot},
+        "has no meaning without --lm-eval TASKS: give both",
+    )
     from moa_peft.evaluate.loading import choose_template, load, read_adapter
     from moa_peft.evaluate.options import EvaluationOptions
     from moa_peft.evaluate.tasks import load_tasks
@@ -113,7 +148,7 @@ def evaluate(
         allow_code_execution=allow_code_execution,
         out=out or default_out(model, found),
     )
-    chosen = load_tasks(tasks, data_root=data_root, split=split, limit=limit)
+    chosen = load_tasks(tasks or "demo", data_root=data_root, split=split, limit=limit)
     for task in chosen:
         options.rule_for(options.mode_for(task))
         options.check_code(task)
@@ -139,6 +174,21 @@ def evaluate(
         return
     print_table(results)
     print_places(results)
+
+
+def refuse_given(options: Mapping[str, object], why: str) -> None:
+    """Refuse options that mean nothing where they are given.
+
+    Args:
+        options: Their values by name; None for one that was not given.
+        why: What is wrong with them, and what to do.
+
+    Raises:
+        UsageError: If any was given.
+    """
+    given = [f"--{name}" for name, value in options.items() if value is not None]
+    if given:
+        raise UsageError(f"{', '.join(given)} {why}")
 
 
 def default_out(model: str | None, adapter: "AdapterFolder | None") -> Path:
