@@ -1,11 +1,14 @@
 import json
 import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from moa_peft.errors import UsageError
 from moa_peft.evaluate.answers import AnswerForm, parse_number, same_answer
+from moa_peft.evaluate.expressions import expression_value
 from moa_peft.evaluate.extraction import RULES, find_rule, official, stated
 
 AQUA = Path(__file__).parents[2] / "../shared/data/AQuA/test.json"
@@ -101,6 +104,37 @@ def test_a_stated_letter_is_read_as_it_is_stated(text: str, expected: str | None
         ("The answer is 13 crackers and 15 cakes.", "13"),
         ("no number here", None),
         ("The answer is 8\n### Instruction: 9", "8"),
+        ("The answer is **12**.", "12"),
+        ("**Answer: 12 apples**", "12"),
+        ("The answer is: $\\boxed{18}$", "18"),
+        (r"\boxed{5\text{ apples}}", "5"),
+        (r"\boxed{\text{5 apples}}", "5"),
+        (r"\boxed{1,200}", "1,200"),
+        (r"The answer is \$18.", "$18"),
+        ("The answer is -$293.", "-$293"),
+        ("The answer is \u22125.", "-5"),
+        ("The answer is 2 1/2 hours.", "2 1/2"),
+        ("The answer is 1.5e3 m", "1.5e3"),
+        ("The answer is 20 mph.", "20"),
+        ("The answer is 12:30", "12"),
+        ("He has 12 and then 15. The answer is", "15"),
+        ("The answer is 5. The answer is 5. The answer is 5.", "5"),
+        ("The answer is 5. No: the answer is 6.", "6"),
+        ("It isn't 5, so the answer is not 5 but 6", "6"),
+        ("The answer is 1/0", None),
+        (r"The answer is $\frac{3}{4}$.", "3/4"),
+        (r"The answer is \(\dfrac{7}{2}\) cups.", "7/2"),
+        (r"thus \boxed{-\frac{1}{2}}", "-1/2"),
+        (r"The answer is 3\frac{1}{2} cups.", "7/2"),
+        (r"The answer is $\boxed{\frac{6}{3}}$, as 6 is twice 3.", "2"),
+        (r"The answer is $x = \sqrt{16}$.", "4"),
+        (r"The answer is $2 \times 10^3$ apples.", "2000"),
+        ("The answer is 10^3.", "1000"),
+        (r"So we get $3 \cdot 4 = 12$.", "12"),
+        (r"So he needs \[ \frac{9}{2} \]", "9/2"),
+        (r"So \(\frac{9}{2}\), which is 4.5", "4.5"),
+        (r"The answer is \frac{3}{", "3"),
+        ("The answer is 10^{10^{10}}.", "10"),
     ],
 )
 def test_a_stated_number_is_read_as_it_is_stated(text: str, expected: str | None) -> None:
@@ -158,6 +192,11 @@ def test_of_the_real_rationales_every_stated_letter_is_read_and_the_official_rul
         ("-1/2", -0.5),
         (".5", 0.5),
         ("576.", 576.0),
+        ("2 1/2", 2.5),
+        ("-2 1/2", -2.5),
+        ("2 1/0", None),
+        ("1.5e3", 1500.0),
+        ("\u22125", -5.0),
         ("1/0", None),
         (".", None),
         ("", None),
@@ -177,6 +216,58 @@ def test_numbers_are_compared_by_value_and_words_without_case() -> None:
     assert not same_answer("x", "15.0", NUMBER)
     assert same_answer("Paris ", "paris", AnswerForm(kind="text"))
     assert not same_answer("answer1", "answer2", WORDS)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (r"\frac{3}{4}\text{ cups}", "3/4"),
+        (r"\frac12", "1/2"),
+        (r"\(2\pi\)", "6.28318530718"),
+        (r"$\$2 \times 3$", "6"),
+        ("2^10 bytes", "1024"),
+        (r"12 \div 4", "3"),
+        (r"\frac{1}{0}", None),
+        (r"\sqrt{-1}", None),
+        ("x^2", None),
+        (r"5 \times", None),
+        ("9^999", None),
+        ("2^{3^{4^5}}", None),
+        (rf"\frac{{{'1' * 30}}}{{2}}", None),
+        ("1 + " * 90 + "2^3", None),
+    ],
+)
+def test_an_expression_is_worked_out_unless_it_is_none_or_too_large(text: str, value: str | None) -> None:
+    assert expression_value(text) == value
+
+
+def test_an_expression_is_read_outside_the_main_thread_too() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(expression_value, r"\frac{3}{4}").result() == "3/4"
+
+
+def test_reading_an_expression_needs_math_verify(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    assert stated("The answer is 3/4.", NUMBER) == "3/4"
+    with pytest.raises(UsageError, match=r"expression needs math_verify.*pip install 'moa-peft\[eval\]'"):
+        stated(r"The answer is \frac{3}{4}.", NUMBER)
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "MultiArith", "AddSub", "SingleEq", "SVAMP"])
+def test_of_the_real_replies_every_stated_number_is_read(name: str) -> None:
+    """Whoever wrote the replies ends all but a few with "The answer is N."; N is read here by hand."""
+    file = AQUA.parents[1] / name / "test.json"
+    if not file.is_file():
+        pytest.skip(f"the data folder with {name} is not beside the checkout")
+    rows = json.loads(file.read_text())
+    by_hand = [re.search(r"The answer is (-?)\$?(-?[\d,]*\.?\d+)%?[^\d]*$", row["output"]) for row in rows]
+    read = {row["output"]: stated(row["output"], NUMBER) for row in rows}
+    simple = [(row, one) for row, one in zip(rows, by_hand, strict=True) if one is not None]
+    assert len(simple) > 0.9 * len(rows)
+    for row, one in simple:
+        assert parse_number(read[row["output"]] or "") == float((one[1] + one[2]).replace(",", "")), row[
+            "output"
+        ]
 
 
 def test_an_unknown_rule_is_named_with_the_nearest_one() -> None:

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -346,7 +347,7 @@ def test_a_program_is_right_when_it_passes_its_tests_in_the_sandbox(
 ) -> None:
     allowed = options(tmp_path, allow_code_execution=True)
     try:
-        allowed.check_code(code_task())
+        allowed.check_needs(code_task())
     except UsageError as error:
         pytest.skip(str(error))
     said = ["```python\ndef f0(x):\n    return x\n```", "    return x + 1", ""]
@@ -399,3 +400,15 @@ def test_generation_of_a_program_stops_when_its_fence_closes(monkeypatch: pytest
     ended = [examiner._has_ended(1, tokens[:end]) for end in range(1, len(tokens) + 1)]
     assert ended == [False] * (len(tokens) - 1) + [True]
     assert not examiner._has_ended(0, tokens), "another function than the one that was asked for"
+
+
+def test_numbers_are_read_out_of_replies_only_where_math_verify_is_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Were it asked for only when an expression turns up, a score would depend on what is installed."""
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(UsageError, match=r"numbers of task 'mine' .* needs math_verify.*moa-peft\[eval\]"):
+        evaluate(tiny_llama(), TOKENIZER, task(number_rows(1)), options(tmp_path, max_new_tokens=2))
+    assert not files(tmp_path)
+    assert evaluate(tiny_llama(), TOKENIZER, task(number_rows(1)), options(mode="likelihood")).row.n == 1
+    assert evaluate(tiny_llama(), TOKENIZER, task(choice_rows(1)), options(mode="generation")).row.n == 1

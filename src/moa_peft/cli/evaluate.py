@@ -151,7 +151,7 @@ def evaluate(
     chosen = load_tasks(tasks or "demo", data_root=data_root, split=split, limit=limit)
     for task in chosen:
         options.rule_for(options.mode_for(task))
-        options.check_code(task)
+        options.check_needs(task)
 
     from moa_peft.evaluate.identity import identify
     from moa_peft.evaluate.run import evaluate as evaluate_task

@@ -11,8 +11,9 @@ NUMBER_SLACK = 1e-3
 """Largest difference between two numbers that count as the same; that of the official evaluation."""
 
 _NUMBER = re.compile(
-    r"[-+]?(?:\$\s?)?(\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(\.\d*)?(?:\s?/\s?(\d+(?:\.\d+)?))?\s?%?"
+    r"[-+]?(?:\$\s?)?(\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(\.\d*)?([eE][-+]?\d{1,2})?(?:\s?/\s?(\d+(?:\.\d+)?))?\s?%?"
 )
+_MIXED = re.compile(r"[-+]?(\d+) (\d+)/(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +31,7 @@ class AnswerForm:
 
 
 def parse_number(text: str) -> float | None:
-    """Read a text that is a number: sign, dollar, thousands commas, decimals, a fraction, percent.
+    """Read a text that is a number: sign, dollar, thousands commas, decimals, powers of ten, fractions, percent.
 
     Args:
         text: The whole text; a percent sign is taken off, so that "50%" is 50.
@@ -38,16 +39,21 @@ def parse_number(text: str) -> float | None:
     Returns:
         The number, or None where the text is not one.
     """
-    match = _NUMBER.fullmatch(text.strip())
+    bare = text.strip().replace("\u2212", "-")
+    sign = -1 if bare.startswith("-") else 1
+    if mixed := _MIXED.fullmatch(bare):
+        whole, above, below = (int(one) for one in mixed.groups())
+        return sign * (whole + above / below) if below else None
+    match = _NUMBER.fullmatch(bare)
     if match is None or not (match[1] or (match[2] or ".")[1:]):
         return None
-    value = float((match[1] or "0").replace(",", "") + (match[2] or ""))
-    if match[3]:
-        below = float(match[3])
+    value = float((match[1] or "0").replace(",", "") + (match[2] or "") + (match[3] or ""))
+    if match[4]:
+        below = float(match[4])
         if below == 0:
             return None
         value /= below
-    return -value if text.strip().startswith("-") else value
+    return sign * value
 
 
 def same_answer(given: str | None, wanted: str, form: AnswerForm) -> bool:

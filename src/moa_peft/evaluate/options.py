@@ -10,6 +10,7 @@ from moa_peft.evaluate.extraction import RULES
 from moa_peft.evaluate.questions import Task
 from moa_peft.evaluate.sandbox import check_isolation
 from moa_peft.evaluate.scoring import LIKELIHOOD_RULES
+from moa_peft.extras import require
 
 Mode = Literal["likelihood", "generation"]
 
@@ -102,13 +103,18 @@ class EvaluationOptions:
             return self.max_new_tokens
         return CODE_TOKENS if task.runs_code else CHOICE_TOKENS if task.has_choices else REPLY_TOKENS
 
-    def check_code(self, task: Task) -> None:
-        """See that programs may be run where a task needs it.
+    def check_needs(self, task: Task) -> None:
+        """See that what a task needs is there: a reader of numbers, leave to run programs and a place to do it.
 
         Raises:
-            UsageError: If it was not allowed, or they cannot be isolated on this machine.
+            UsageError: If math-verify is not installed, programs may not be run, or cannot be isolated here.
         """
-        if not task.runs_code or self.mode_for(task) == "likelihood":
+        if self.mode_for(task) == "likelihood":
+            return
+        if any(one.form.kind == "number" for one in task.questions):
+            # not only once an expression turns up: a score must not depend on what is installed
+            require("math_verify", f"reading the numbers of task {task.name!r} out of replies")
+        if not task.runs_code:
             return
         if not self.allow_code_execution:
             raise UsageError(

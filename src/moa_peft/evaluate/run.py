@@ -90,7 +90,7 @@ def evaluate(
     options = options or EvaluationOptions()
     mode = options.mode_for(task)
     rule = options.rule_for(mode)
-    options.check_code(task)
+    options.check_needs(task)
     identity = identity or identify(model)
     key = evaluation_key(tokenizer, task, options, identity)
     file = (

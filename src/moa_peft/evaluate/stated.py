@@ -7,6 +7,7 @@ answer1") is none. Where a text states several, the last one counts: it corrects
 import re
 
 from moa_peft.evaluate.answers import AnswerForm, parse_number
+from moa_peft.evaluate.expressions import braced, expression_value, is_expression, last_expression
 
 _NEXT_HEADING = re.compile(r"\n\s*(?:#{2,}\s*\w|(?:Question|Instruction|Input|Q)\s*:)")
 _MARKS = r"[\s\"'`*_()\[\]{}$:=]*"
@@ -19,7 +20,10 @@ _DENIAL = re.compile(
     r"(?:\bnot|n't|\bnever|\bneither|\bnor|\bincorrect|\bwrong|\bcannot be|\bisn\u2019t|\brather than|\binstead of)\W*(?:\w+\W+){0,2}$",
     re.IGNORECASE,
 )
-_VALUE = re.compile(r"[-+]?(?:\$\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?:\s?/\s?\d+(?:\.\d+)?)?%?")
+_VALUE = re.compile(
+    r"[-+]?\d{1,3} \d{1,2}/\d{1,2}(?!\d)|[-+]?(?:\$\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?"
+    r"(?:(?<=\d)[eE][-+]?\d{1,2}(?!\w))?(?:\s?/\s?\d+(?:\.\d+)?)?%?"
+)
 _DIGITS = re.compile(r"\d")
 
 
@@ -83,21 +87,34 @@ def stated_number(text: str, form: AnswerForm) -> str | None:  # noqa: ARG001  #
         form: Not looked at: a number has no choices.
 
     Returns:
-        The number as the text writes it: the one after the last "the answer is", "####" or "\boxed{"; where there
-        is none of these, the last number of the text; None where there is no number.
+        The number after the last "the answer is", "####" or "\boxed{"; where there is none of these, the last of the
+        text. A plain number is given as the text writes it, an expression (`\frac{3}{4}`, `2 \times 10^3`) by its
+        value. None where there is no number.
+
+    Raises:
+        UsageError: If there is an expression and math-verify, which reads it, is not installed.
     """
-    reply = own_reply(text)
+    reply = own_reply(text).replace("\u2212", "-")
     stated: list[str] = []
     for lead in _LEAD.finditer(reply):
         if _is_denied(reply, lead.start()):
             continue
-        line = re.split(r"\n|[.!?](?:\s|$)", reply[lead.end() :], maxsplit=1)[0]
+        rest = reply[lead.end() :]
+        boxed = lead[0].endswith("{")
+        line = braced(rest) if boxed else re.split(r"\n|[.!?](?:\s|$)", rest, maxsplit=1)[0]
         if re.match(rf"{_MARKS}(?:not|n't)\b", line):
+            continue
+        if is_expression(line) and (value := expression_value(line)) is not None:
+            stated.append(value)
             continue
         # "is 3 + 4 = 7": what stands after the last equals sign is the answer
         stated += (_numbers(line.rpartition("=")[2]) or _numbers(line))[:1]
     if stated:
         return stated[-1]
+    expression = last_expression(reply)
+    value = None if expression is None else expression_value(expression)
+    if value is not None:
+        return value
     values = _numbers(reply)
     return values[-1] if values else None
 
