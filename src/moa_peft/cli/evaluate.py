@@ -32,7 +32,7 @@ def evaluate(
         str | None,
         typer.Option(
             help='With commas between: "demo", "commonsense", "math", "code", names of single tasks, files or folders '
-            "of rows. Default: demo."
+            "of rows, names on the hub. Default: demo."
         ),
     ] = None,
     mode: Annotated[
@@ -72,7 +72,10 @@ def evaluate(
         ),
     ] = False,
     data_root: Annotated[
-        Path | None, typer.Option(help="Folder with a folder for each named task. Default: ../shared/data.")
+        Path | None,
+        typer.Option(
+            help="Folder with a folder for each named task. Default: ../shared/data, and the hub for what it lacks."
+        ),
     ] = None,
     out: Annotated[
         Path | None,

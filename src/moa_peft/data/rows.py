@@ -189,7 +189,7 @@ def _from_datasets(name: str, config: str | None, split: str) -> Iterator[tuple[
         }:
             found = datasets.load_from_disk(name)
         else:
-            found = datasets.load_dataset(name, config)
+            found = _load_dataset(name, config)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
@@ -203,6 +203,18 @@ def _from_datasets(name: str, config: str | None, split: str) -> Iterator[tuple[
         found = found[split]
     for number, record in enumerate(found, start=1):
         yield f"{name}, split {split}, row {number}", record
+
+
+def _load_dataset(name: str, config: str | None) -> Any:
+    """Load a data set; of one that comes as a program, which is not run, the tables that the hub keeps of it."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config)
+    except RuntimeError as error:
+        if "script" not in str(error):
+            raise
+        return datasets.load_dataset(name, config, revision="refs/convert/parquet")
 
 
 def rows_md5(rows: Sequence[Row]) -> str:

@@ -9,6 +9,7 @@ from moa_peft.errors import UsageError
 from moa_peft.evaluate.answers import AnswerForm, parse_number
 from moa_peft.evaluate.code_answers import CodeCheck
 from moa_peft.evaluate.code_tasks import code_question
+from moa_peft.evaluate.hub_rows import official_row
 
 DEFAULT_LEAD = "the correct answer is "
 """How a reply to a question with choices begins, where the data does not say otherwise."""
@@ -78,7 +79,7 @@ class Task:
 
 
 def question_of(record: Any, where: str) -> Question:
-    """Read a record of any form that is known: rows of instruction data, HumanEval, MBPP.
+    """Read a record of any form that is known: rows of instruction data, the paper's tasks as the hub has them.
 
     Args:
         record: One record of a file or of `datasets`.
@@ -92,7 +93,7 @@ def question_of(record: Any, where: str) -> Question:
     """
     found = code_question(record, where)
     if found is None:
-        return as_question(as_row(record, where), where)
+        return as_question(official_row(record, where) or as_row(record, where), where)
     row, name, check = found
     return Question(row=row, form=AnswerForm(kind="code", entry_point=name), code=check)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from moa_peft.data.row_files import is_row_file, split_name
 from moa_peft.data.rows import load_records, load_rows
 from moa_peft.errors import UsageError, unknown
+from moa_peft.evaluate.hub_rows import HUB
 from moa_peft.evaluate.questions import Question, Task, as_question, question_of
 
 __all__ = [
@@ -47,7 +48,7 @@ ALIASES: Mapping[str, str] = {
 """Short names of the paper's tasks, without dashes."""
 
 DEFAULT_DATA_ROOT = Path("../shared/data")
-"""Where the paper's tasks are looked for unless a data root is given."""
+"""Where the paper's tasks are looked for unless a data root is given; what is missing there comes from the hub."""
 
 
 def load_task(
@@ -94,7 +95,8 @@ def load_tasks(
 
     Args:
         names: Names of tasks and groups, files and folders, with commas between.
-        data_root: Folder with a folder for each of the paper's tasks; None for `DEFAULT_DATA_ROOT`.
+        data_root: Folder with a folder for each of the paper's tasks; None for `DEFAULT_DATA_ROOT`, and for the hub where
+            that lacks a task.
         split: As for `load_task`.
         limit: As for `load_task`, for each task.
 
@@ -121,12 +123,11 @@ def _resolve(given: str, data_root: Path | None) -> dict[str, str | None]:
     if given == "demo":
         return {"demo": "demo"}
     if given in GROUPS:
-        root = _root(given, data_root)
-        return {str(_task_folder(root, one)): one for one in GROUPS[given]}
+        return {_source_of(one, data_root): one for one in GROUPS[given]}
     known = {_bare(one): one for group in GROUPS.values() for one in group} | dict(ALIASES)
     if _bare(given) in known:
         name = known[_bare(given)]
-        return {str(_task_folder(_root(given, data_root), name)): name}
+        return {_source_of(name, data_root): name}
     if Path(given).expanduser().exists():
         return {given: None}
     root = data_root or DEFAULT_DATA_ROOT
@@ -134,18 +135,30 @@ def _resolve(given: str, data_root: Path | None) -> dict[str, str | None]:
         return {str(root / given): given}
     if is_row_file(given):
         raise UsageError(f"task file {given} does not exist: give a file, a folder or the name of a task")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", given):
+        return {given: None}
     names = {"demo", *GROUPS, *known.values(), *ALIASES}
-    raise UsageError(f"{unknown('task', given, names)}; or give a file or folder of rows")
+    raise UsageError(
+        f"{unknown('task', given, names)}; or give a file or folder of rows, or a name on the hub"
+    )
 
 
-def _root(name: str, data_root: Path | None) -> Path:
+def _source_of(name: str, data_root: Path | None) -> str:
+    """Where one of the paper's tasks is read: under the data root, or else on the hub."""
+    if data_root is None and not (DEFAULT_DATA_ROOT / name).is_dir():
+        if name in HUB:
+            return HUB[name].source
+        raise UsageError(
+            f"task {name!r} is neither under the data root {DEFAULT_DATA_ROOT} nor on the hub in a form that is known "
+            f"here, which has {', '.join(HUB)}: give --data-root FOLDER, a folder with a folder of rows for each task"
+        )
     root = data_root or DEFAULT_DATA_ROOT
     if not root.is_dir():
         raise UsageError(
             f"task {name!r}: the data root {root} is no folder: give --data-root FOLDER, a folder with a folder of rows "
-            "for each task; loading these tasks by their names on the hub is not supported yet"
+            "for each task, or leave it out to load from the hub"
         )
-    return root
+    return str(_task_folder(root, name))
 
 
 def _task_folder(root: Path, name: str) -> Path:
@@ -168,7 +181,7 @@ def _held_out_split(source: str, folder: Path) -> str:
     if folder.is_dir():
         splits = {split_name(one) for one in folder.iterdir() if is_row_file(one.name)}
         return "validation" if "test" not in splits and "validation" in splits else "test"
-    return "test"
+    return next((one.split for one in HUB.values() if one.source == source), "test")
 
 
 def _file_of(folder: Path, split: str) -> Path | None:
@@ -186,7 +199,7 @@ def _name_of(source: str, path: Path) -> str:
     if path.is_file():
         split = split_name(path)
         return path.resolve().parent.name if split in ("train", "validation", "test") else split
-    return source
+    return next((name for name, one in HUB.items() if one.source == source), source)
 
 
 def _md5(file: Path) -> str:
