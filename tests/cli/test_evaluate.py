@@ -129,3 +129,34 @@ def test_help_explains_and_shows_examples() -> None:
     assert "moa evaluate --adapter runs/first" in done.stdout
     for flag in ("--adapter", "--tasks", "--mode", "--extraction", "--limit", "--json"):
         assert flag in done.stdout
+
+
+def test_options_come_from_a_file_and_flags_go_before_it(tmp_path: Path, base: Path, rows: Path) -> None:
+    sums = write_rows(tmp_path / "sums.json", number_rows(4))
+    file = tmp_path / "evaluation.yaml"
+    settings = {"model": str(base), "tasks": [str(rows), str(sums)], "limit": 2, "max-new-tokens": 3}
+    file.write_text(json.dumps(settings | {"batch_size": 1, "out": str(tmp_path / "out"), "json": True}))
+    found = json.loads(call("--config", file, "--limit", 3).stdout)["results"]
+    assert [(one["task"], one["n"], one["batch_size"]) for one in found] == [("mine", 3, 1), ("sums", 3, 1)]
+    assert found[1]["max_new_tokens"] == 3
+    assert (tmp_path / "out/results.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("limits: 3", "unknown option 'limits': did you mean 'limit'"),
+        (
+            "allow_code_execution: true",
+            "allow_code_execution cannot stand in a file: give it on the command line",
+        ),
+        ("config: other.yaml", "config cannot stand in a file"),
+        ("limit: 3\nlimit: 4", "line 2: 'limit' is given twice"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UsageError, match=rf"mine\.yaml.*{message}"):
+        call("--config", tmp_path / "mine.yaml")
+    (tmp_path / "mine.yaml").write_text("limit: many")
+    assert call("--config", tmp_path / "mine.yaml").exit_code == 2

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from moa_peft.cli.config_file import options_from_file
 from moa_peft.errors import UsageError
 
 if TYPE_CHECKING:
@@ -104,6 +105,14 @@ def evaluate(
     num_fewshot: Annotated[
         int | None,
         typer.Option(help="With --lm-eval: worked examples before a question. Default: as each task says."),
+    ] = None,
+    config: Annotated[  # noqa: ARG001  # its callback has put what it says into the other options
+        Path | None,
+        typer.Option(
+            help="YAML file with any of these options; the command line goes before it.",
+            callback=options_from_file,
+            is_eager=True,
+        ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of a table.")
