@@ -14,7 +14,7 @@ from moa_peft.cli.exec_ import with_autoload
 from moa_peft.data.base_model import resolve_model
 from moa_peft.data.cache import cache_root
 from moa_peft.data.templates import render_prompt
-from moa_peft.errors import UsageError
+from moa_peft.errors import RunError, UsageError
 from moa_peft.evaluate.harness import HarnessOptions, check_harness_tasks, run_harness
 from moa_peft.evaluate.identity import identify
 from moa_peft.evaluate.loading import load
@@ -202,6 +202,19 @@ def test_a_task_whose_data_cannot_be_had_is_a_users_mistake(tmp_path: Path) -> N
     model = tiny_llama()
     with pytest.raises(UsageError, match=r"lm-eval: .*mine\.jsonl"):
         run_harness(model, byte_tokenizer(), options, identity=identify(model))
+
+
+def test_a_harness_that_gives_nothing_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "tasks", "mine", QUESTIONS)
+    monkeypatch.setattr("lm_eval.simple_evaluate", lambda *words, **options: None)
+    model = tiny_llama()
+    with pytest.raises(RunError, match="lm-eval gave no result for mine"):
+        run_harness(
+            model,
+            byte_tokenizer(),
+            HarnessOptions(tasks=("mine",), task_folder=folder),
+            identity=identify(model),
+        )
 
 
 def test_without_the_extra_the_error_names_the_command_that_installs_it(

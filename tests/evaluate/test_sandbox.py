@@ -1,8 +1,11 @@
 """Programs that do their worst, each in the sandbox: they score nothing and harm nothing."""
 
+import contextlib
 import os
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from socket import create_server
 
@@ -23,10 +26,13 @@ def isolated() -> None:
         pytest.skip(str(error))
 
 
-def processes() -> set[str]:
-    """The command lines of all processes of this machine that belong to a sandbox."""
-    lines = [one.read_bytes() for one in Path("/proc").glob("[0-9]*/cmdline") if one.exists()]
-    return {line.decode(errors="replace") for line in lines if b"sandbox_" in line}
+def running(limits: Limits) -> list[str]:
+    """The command lines of the processes that hold a program of these limits; give a test limits of its own."""
+    lines: list[str] = []
+    for one in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            lines.append(one.read_bytes().decode(errors="replace"))
+    return [one for one in lines if "sandbox_stage.py" in one and f'"disk_mib": {limits.disk_mib},' in one]
 
 
 def test_a_program_passes_only_when_it_runs_to_its_end() -> None:
@@ -75,11 +81,34 @@ def test_a_program_that_never_ends_is_stopped_by_its_cpu_time_even_when_it_catch
 
 
 def test_a_program_that_sleeps_is_stopped_by_the_clock_and_leaves_no_process() -> None:
-    start = time.monotonic()
-    outcome = run_program("import time\ntime.sleep(600)", Limits(wall_seconds=1.0))
+    start, limits = time.monotonic(), Limits(wall_seconds=1.0, disk_mib=11)
+    outcome = run_program("import time\ntime.sleep(600)", limits)
     assert outcome == Outcome(verdict="timed out", detail="1 s by the clock")
-    assert time.monotonic() - start < 10
-    assert not processes()
+    assert time.monotonic() - start < 8
+    until(lambda: not running(limits))
+
+
+def test_a_program_is_killed_with_the_process_that_started_it() -> None:
+    limits = Limits(disk_mib=12)
+    code = (
+        "from moa_peft.evaluate.sandbox import Limits, run_program\n"
+        "run_program('import time; time.sleep(600)', Limits(disk_mib=12))"
+    )
+    starter = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        until(lambda: len(running(limits)) == 2)  # the outer process and the first one of the namespace
+    finally:
+        starter.kill()
+        starter.wait()
+    until(lambda: not running(limits))
+
+
+def until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait for something to come true."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +135,9 @@ def test_a_program_can_start_no_other(start: str) -> None:
 
 def test_a_fork_bomb_makes_no_process_and_is_stopped() -> None:
     bomb = "import os\nwhile True:\n  try: os.fork()\n  except OSError: pass"
-    assert run_program(bomb, QUICK).verdict == "timed out"
-    assert not processes()
+    limits = Limits(cpu_seconds=1, wall_seconds=20, disk_mib=13)
+    assert run_program(bomb, limits).verdict == "timed out"
+    until(lambda: not running(limits))
 
 
 def test_a_program_that_deletes_or_overwrites_files_finds_none_of_ours(tmp_path: Path) -> None:
@@ -159,13 +189,16 @@ def test_a_program_sees_nothing_of_our_environment_and_our_processes(monkeypatch
     assert run_program("import os\nos.setuid(0)").verdict == "failed"
 
 
-def test_a_program_writes_small_files_in_an_empty_folder_that_is_thrown_away() -> None:
+def test_a_program_writes_small_files_in_an_empty_folder_that_is_thrown_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
     assert run_program("import os\nassert os.listdir() == []\nopen('a', 'w').write('x')").verdict == "passed"
     assert run_program("import os\nassert os.listdir() == []").verdict == "passed"
     assert "File too large" in run_program("open('a', 'wb').write(bytes(2**21))").detail
     fill = "for place in range(40): open(str(place), 'wb').write(bytes(2**20))"
     assert "No space left" in run_program(fill).detail
-    assert not list(Path(sandbox.tempfile.gettempdir()).glob("moa_sandbox_*"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_program_takes_sets_in_the_same_order_every_time() -> None:
