@@ -89,7 +89,7 @@ def test_a_reply_has_ended_when_the_fence_around_its_function_has_closed() -> No
     assert has_ended(f"{WHOLE}\n\n### Instruction:", FORM)
     closed = f"Well:\n```python\n{WHOLE}\n```"
     assert stated_code(closed, FORM) == stated_code(
-        f"{closed}\nOr: ```python\ndef twice(x): return 0\n```", FORM
+        f"{closed}\nOr:\n```python\ndef twice(x): return 0\n```", FORM
     )
 
 

@@ -62,3 +62,17 @@ def test_the_end_tokens_are_the_tokenizers_and_the_models_together() -> None:
     model.generation_config.eos_token_id = [7, 8]
     assert end_ids(model, TOKENIZER) == {7, 8, 256}
     assert end_ids(with_mixture(model), TOKENIZER) == {7, 8, 256}
+
+
+def test_a_row_that_needs_no_more_stops_and_leaves_the_others_as_they_are() -> None:
+    whole = generate_batch(tiny_llama(), PROMPTS, max_new_tokens=12, ends=())
+    asked: list[int] = []
+
+    def has_ended(row: int, tokens: list[int]) -> bool:
+        asked.append(row)
+        return row % 2 == 0 and len(tokens) == 3 + row
+
+    found = generate_batch(tiny_llama(), PROMPTS, max_new_tokens=12, ends=(), has_ended=has_ended)
+    assert [len(one) for one in found] == [3, 12, 5, 12, 7, 12, 9, 12, 11]
+    assert all(one == other[: len(one)] for one, other in zip(found, whole, strict=True))
+    assert set(asked) == set(range(9))
