@@ -22,6 +22,7 @@ def register_verbs() -> None:
     """Add every verb to the application."""
     from moa_peft.cli.bench import bench
     from moa_peft.cli.chat import chat
+    from moa_peft.cli.compare import compare, compare_help
     from moa_peft.cli.demo import demo
     from moa_peft.cli.evaluate import evaluate
     from moa_peft.cli.exec_ import exec_
@@ -33,6 +34,7 @@ def register_verbs() -> None:
     from moa_peft.cli.verify import verify
 
     app.command(context_settings=ANY_FIELD, help=train_help())(train)
+    app.command(context_settings=ANY_FIELD, help=compare_help())(compare)
     for verb in (evaluate, chat, demo, methods, verify, bench, inspect):
         app.command()(verb)
     app.command("import")(import_)

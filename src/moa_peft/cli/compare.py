@@ -1,0 +1,181 @@
+"""`moa compare`: a study of methods, seeds and tasks."""
+
+import dataclasses
+import json
+import sys
+import textwrap
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moa_peft.cli.overrides import load_yaml, parse_flags
+from moa_peft.compare.cells import percent, run_name
+from moa_peft.compare.config import Method, StudyConfig
+from moa_peft.compare.extras import REPORT_PACKAGES, has
+from moa_peft.train.field_docs import field_docs
+from moa_peft.train.merge import merge
+
+if TYPE_CHECKING:
+    from moa_peft.compare.run import Study
+    from moa_peft.compare.summary import StudySummary
+
+EXAMPLES = """\b
+Examples:
+  moa compare --config studies/cpu.yaml --dry-run
+  moa compare --config studies/cpu.yaml
+  moa compare --config studies/cpu.yaml --train_limit 200 --test_limit 25 --out runs/small
+  moa compare --config studies/cpu.yaml --report-only"""
+
+
+def compare_help() -> str:
+    """Write the help of the command; the keys and their meaning come from the config's own doc lines."""
+    return "\n\n".join(
+        [
+            "Compare methods on one base model: train, choose learning rates on validation rows, evaluate, report.",
+            "The same call goes on where it was cut off, and does nothing twice.",
+            "Settings come from a YAML file, from flags, or from both; a flag goes before the file.",
+            EXAMPLES,
+            "Keys of a study, each also a flag:",
+            "\n".join(["\b", *_keys(StudyConfig)]),
+            "Keys of an entry of methods:",
+            "\n".join(["\b", *_keys(Method)]),
+        ]
+    )
+
+
+def compare(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="YAML file with the study.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do runs again that failed.")] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Only write the report anew, from the rows.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
+) -> None:
+    """Compare methods."""
+    settings = load_yaml(config) if config is not None else {}
+    study_config = StudyConfig.from_mapping(merge(settings, parse_flags(context.args)))
+    say = partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+    from moa_peft.compare.report import write_report
+
+    if not report_only:
+        run_all(study_config, say, dry_run=dry_run, retry_failed=retry_failed, as_json=as_json)
+    if dry_run:
+        return
+    if not report_only and not all(map(has, REPORT_PACKAGES)):  # a machine that computes needs no plots
+        say(f"rows      {study_config.out}/results.jsonl\nno report: it needs pip install 'moa-peft[report]'")
+        return
+    summary = write_report(study_config)
+    say(outcome_text(summary))
+    if as_json:
+        print(json.dumps(as_object(summary)))
+    if summary.failures:
+        raise typer.Exit(1)
+
+
+def run_all(
+    config: StudyConfig, say: Callable[[str], None], *, dry_run: bool, retry_failed: bool, as_json: bool
+) -> None:
+    """Check a study, say what it will do, and do it."""
+    from moa_peft.compare.rows import read_results
+    from moa_peft.compare.run import open_study, planned, run_study
+
+    say(f"checking {len(config.methods)} methods and the rows of {config.data} ...")
+    study = open_study(config)
+    left = planned(study, read_results(study.folder), retry_failed=retry_failed)
+    say(plan_text(study, left))
+    if dry_run:
+        if as_json:
+            print(json.dumps({"out": config.out, **left}))
+        return
+    try:
+        run_study(study, say=say, retry_failed=retry_failed)
+    except KeyboardInterrupt:
+        say("\ninterrupted: the same call goes on from here")
+        raise
+
+
+def outcome_text(summary: "StudySummary") -> str:
+    """Write what a study has found and where it lies, for a person."""
+    folder = Path(summary.config.out)
+    lines = [f"  {one.label}: {percent(one.mean)} %" for one in summary.methods]
+    lines += [f"failed    {run_name(row)}: {row.failure}" for row in summary.failures]
+    lines += [f"missing   {one}" for one in summary.missing]
+    lines += [
+        f"report    {folder / 'report.md'}, {folder / 'report.html'}",
+        f"rows      {folder / 'results.jsonl'}",
+    ]
+    return "\n".join(["mean accuracy over tests, ± standard error over seeds:", *lines])
+
+
+def as_object(summary: "StudySummary") -> dict[str, Any]:
+    """What a study has found, as one JSON object."""
+    return {
+        "out": summary.config.out,
+        "rows": len(summary.rows),
+        "chosen": dict(summary.chosen),
+        "accuracy": {
+            one.label: None if one.mean is None else dataclasses.asdict(one.mean) for one in summary.methods
+        },
+        "versus_baseline": {
+            one.label: dataclasses.asdict(one.versus) for one in summary.methods if one.versus is not None
+        },
+        "failures": [f"{run_name(row)}: {row.failure}" for row in summary.failures],
+        "missing": list(summary.missing),
+    }
+
+
+def plan_text(study: "Study", left: dict[str, int]) -> str:
+    """Write what a study will do, for a person."""
+    config, data = study.config, study.data
+    rates = ", ".join(f"{one:g}" for one in config.learning_rates)
+    tuning_seeds = ", ".join(map(str, config.tuning_seeds))
+    chosen = f"tried on seed {tuning_seeds}, chosen by {config.choose_by}"
+    if len(config.learning_rates) == 1:
+        chosen = "the only one"
+    questions = sum(len(one.questions) for one in data.tests)
+    trainer = config.trainer_of(config.methods[0])
+    length = (
+        f"{trainer['max_steps']:,} steps"
+        if trainer.get("max_steps", -1) > 0
+        else f"epochs {trainer['num_train_epochs']:g}"
+    )
+    return "\n".join(
+        [
+            f"  methods     {', '.join(config.labels())}, and the frozen model; baseline {config.baseline}",
+            f"  rates       {rates}, {chosen}",
+            f"  seeds       {', '.join(map(str, config.seeds))}",
+            f"  training    {data.train.rows:,} rows, {length}",
+            f"  validation  {len(data.validation.questions):,} rows",
+            f"  tests       {len(data.tests)}, {questions:,} questions in all",
+            f"  left        {left['train']} runs to train, {left['score']} more to score only",
+            f"  out         {config.out}",
+        ]
+    )
+
+
+def _keys(config_class: Any) -> list[str]:
+    docs = field_docs(config_class)
+    return [
+        textwrap.fill(
+            f"--{one.name}  {docs[one.name]}{_default(one)}",
+            width=92,
+            subsequent_indent=" " * 6,
+            break_on_hyphens=False,
+        )
+        for one in dataclasses.fields(config_class)
+    ]
+
+
+def _default(one: Any) -> str:
+    if one.default is dataclasses.MISSING:
+        return "" if one.default_factory is not dataclasses.MISSING else " (required)"
+    return "" if one.default in (None, "", False) else f" (default: {one.default})"
+
+
+compare.__doc__ = compare_help()

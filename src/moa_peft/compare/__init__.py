@@ -1,0 +1,1 @@
+"""Studies: methods, seeds and tasks on one base model, each method tuned with the same budget."""

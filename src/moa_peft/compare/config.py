@@ -1,0 +1,238 @@
+"""The config of a study: what is compared on what, in one frozen value."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, get_args
+
+from moa_peft.config import from_mapping
+from moa_peft.data.templates import Template
+from moa_peft.errors import UsageError, unknown
+from moa_peft.train.recipe import REFUSED, TRAINER_DEFAULTS
+
+FROZEN = "frozen"
+"""Label of the base model without an adapter, which every study evaluates."""
+
+EQUAL = ("num_train_epochs", "max_steps", "learning_rate")
+"""Fields of the trainer that no method may have for itself; the batch is compared as a product."""
+
+ChooseBy = Literal["answer_loss", "accuracy"]
+
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method:
+    """One of the methods that are compared: a preset of the family with changes, as in a recipe."""
+
+    method: str
+    """The method of the family to start from; `moa methods` lists them."""
+
+    label: str = ""
+    """What tables and folders call it; the method's name unless given. Each label stands once."""
+
+    mixture: Mapping[str, Any] = field(default_factory=dict)
+    """Changes to the method, as in a recipe: router.kind, experts.0.rank ..."""
+
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `trl.SFTConfig` for this method alone; not its epochs, steps, learning rate or batch."""
+
+    def __post_init__(self) -> None:
+        if not self.label:
+            object.__setattr__(self, "label", self.method)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudyConfig:
+    """What a study compares, and on what.
+
+    Raises:
+        UsageError: If a value is wrong; the message lists every problem.
+    """
+
+    out: str
+    """Folder of the study: results.jsonl, the report, and a folder for each run."""
+
+    data: str
+    """Training rows: a folder under data_root, or what a recipe's data takes; its split "train"."""
+
+    methods: Sequence[Method]
+    """The methods; each an entry with method, and where wanted label, mixture and trainer."""
+
+    baseline: str
+    """Label of the method that the others are compared with, question by question."""
+
+    tasks: str | Sequence[str] = "commonsense"
+    """The tests, as `moa evaluate --tasks` names them: a list, or names with commas between."""
+
+    model: str = "smollm2"
+    """Base model: a folder, a name on the hub, or "smollm2"."""
+
+    validation: str | None = None
+    """Rows to choose the learning rate on, given like data; its split "validation". None for those of data."""
+
+    data_root: str = "../shared/data"
+    """Folder with a folder of rows for each task."""
+
+    data_md5: Mapping[str, str] = field(default_factory=dict)
+    """MD5 of the unzipped file of rows for each task, and for "train" and "validation"; other files are refused."""
+
+    seeds: Sequence[int] = (0, 125, 1225)
+    """Seeds of the adapter's initial weights, the order of the rows and dropout; a run for each."""
+
+    learning_rates: Sequence[float] = (7.5e-4,)
+    """Learning rates, the same for every method; the best on the validation rows is chosen for each method."""
+
+    tuning_seeds: Sequence[int] = (0,)
+    """Seeds that the learning rates are tried with."""
+
+    choose_by: ChooseBy = "answer_loss"
+    """What chooses: the lowest "answer_loss" or the highest "accuracy" on the validation rows, mean over tuning_seeds."""
+
+    train_limit: int | None = None
+    """Use only so many training rows, from the start of the file; None for all."""
+
+    validation_limit: int | None = None
+    """Use only so many validation rows, drawn with draw_seed; None for all."""
+
+    test_limit: int | None = None
+    """Use only so many rows of each test, drawn with draw_seed, the same for every run; None for all."""
+
+    draw_seed: int = 0
+    """Seed of these draws. A smaller draw is part of a larger one."""
+
+    template: Template = "paper"
+    """How a row becomes text."""
+
+    max_length: int = 512
+    """Tokens kept of a training example."""
+
+    batch_size: int = 16
+    """Most questions in a forward pass of the evaluation; no result depends on it."""
+
+    router_prompts: int = 32
+    """Validation prompts that the figures of the router are taken on; 0 for none."""
+
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `trl.SFTConfig` for every run: num_train_epochs, per_device_train_batch_size, save_steps ..."""
+
+    def __post_init__(self) -> None:
+        problems = [*_number_problems(self), *_method_problems(self), *_trainer_problems(self)]
+        for name, given, known in (
+            ("template", self.template, get_args(Template)),
+            ("choose_by", self.choose_by, get_args(ChooseBy)),
+        ):
+            if given not in known:
+                problems.append(unknown(name, str(given), known))
+        if problems:
+            raise UsageError("study: " + "; ".join(problems))
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any]) -> Self:
+        """Build a study from the mapping of a file with its flags laid over it.
+
+        Raises:
+            UsageError: If a key is unknown, a required one is missing, or a value is wrong.
+        """
+        needed = [one.name for one in dataclasses.fields(cls) if one.default is dataclasses.MISSING]
+        needed = [name for name in needed if name in ("out", "data", "methods", "baseline")]
+        known = [one.name for one in dataclasses.fields(cls)]
+        for key in settings:
+            if key not in known:
+                raise UsageError(unknown("study key", key, known))
+        missing = [name for name in needed if not settings.get(name)]
+        if missing:
+            raise UsageError(
+                f"the study has no {' and no '.join(missing)}: give --config FILE with it, or --{missing[0]} VALUE"
+            )
+        entries = settings["methods"]
+        if not isinstance(entries, Sequence) or isinstance(entries, str):
+            raise UsageError(f"methods is {entries!r}: give a list of entries, each with method: NAME")
+        methods = [
+            from_mapping(Method, {"method": one} if isinstance(one, str) else one, "field of a method")
+            for one in entries
+        ]
+        return cls(**{**settings, "methods": tuple(methods)})
+
+    def task_names(self) -> str:
+        """The tests with commas between."""
+        return self.tasks if isinstance(self.tasks, str) else ",".join(self.tasks)
+
+    def labels(self) -> list[str]:
+        """The methods' labels, in their order."""
+        return [one.label for one in self.methods]
+
+    def trainer_of(self, method: Method) -> dict[str, Any]:
+        """The trainer's fields of a method's runs, all but the learning rate."""
+        fields = {**TRAINER_DEFAULTS, **self.trainer, **method.trainer}
+        return {key: value for key, value in fields.items() if key != "learning_rate"}
+
+
+def _number_problems(config: StudyConfig) -> list[str]:
+    problems: list[str] = []
+    least = {"train_limit": 1, "validation_limit": 1, "test_limit": 1, "draw_seed": 0, "max_length": 2}
+    for name, low in (least | {"batch_size": 1, "router_prompts": 0}).items():
+        value = getattr(config, name)
+        if value is None and name.endswith("limit"):
+            continue
+        if type(value) is not int or value < low:
+            problems.append(f"{name} is {value!r}: give a whole number of at least {low}")
+    for name in ("seeds", "tuning_seeds"):
+        values = getattr(config, name)
+        if not _is_list(values) or any(type(one) is not int or one < 0 for one in values):
+            problems.append(f"{name} is {values!r}: give a list of whole numbers from 0")
+        elif len(set(values)) < len(values):
+            problems.append(f"{name} is {list(values)}: give each seed once")
+    rates = config.learning_rates
+    if not _is_list(rates) or any(type(one) not in (int, float) or not one > 0 for one in rates):
+        problems.append(f"learning_rates is {rates!r}: give a list of numbers above 0")
+    elif len(set(rates)) < len(rates):
+        problems.append(f"learning_rates is {list(rates)}: give each rate once")
+    return problems
+
+
+def _method_problems(config: StudyConfig) -> list[str]:
+    problems: list[str] = []
+    labels = config.labels()
+    for label in dict.fromkeys(labels):
+        if not _LABEL.fullmatch(label) or label == FROZEN:
+            problems.append(
+                f"label is {label!r}: give letters, digits, dots and dashes, and not {FROZEN!r}, which is the bare model"
+            )
+        if labels.count(label) > 1:
+            problems.append(f"the label {label!r} stands twice: give each entry a label of its own")
+    if config.baseline not in labels:
+        problems.append(unknown("baseline", str(config.baseline), labels))
+    return problems
+
+
+def _trainer_problems(config: StudyConfig) -> list[str]:
+    problems = [
+        f"trainer.{key}: {REFUSED[key]}"
+        for one in (config, *config.methods)
+        for key in one.trainer
+        if key in REFUSED
+    ]
+    if "learning_rate" in config.trainer:
+        problems.append("trainer.learning_rate: give learning_rates, the same for every method")
+    for one in config.methods:
+        problems += [
+            f"{one.label}: trainer.{key} differs from the other methods': give it once, in the study's trainer"
+            for key in EQUAL
+            if key in one.trainer
+        ]
+        if _batch(config.trainer_of(one)) != _batch({**TRAINER_DEFAULTS, **config.trainer}):
+            problems.append(
+                f"{one.label}: per_device_train_batch_size times gradient_accumulation_steps differs from the other "
+                "methods'"
+            )
+    return problems
+
+
+def _batch(trainer: Mapping[str, Any]) -> int:
+    return trainer["per_device_train_batch_size"] * trainer["gradient_accumulation_steps"]
+
+
+def _is_list(values: object) -> bool:
+    return isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0

@@ -1,0 +1,245 @@
+"""One run of a study: trained, or taken up where it was cut off, then scored. Nothing here knows of other runs."""
+
+import dataclasses
+import gc
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moa_peft.compare.config import FROZEN, StudyConfig
+from moa_peft.compare.data import StudyData, row_set, source_of
+from moa_peft.compare.measure import StepLog, peak_memory_mib, start_peak_memory, step_time
+from moa_peft.compare.plan import Job, recipe_of
+from moa_peft.compare.router import router_summary
+from moa_peft.compare.rows import RunRow, Scores
+from moa_peft.evaluate.identity import identify
+from moa_peft.evaluate.loading import load, read_adapter
+from moa_peft.evaluate.options import EvaluationOptions
+from moa_peft.evaluate.run import evaluate
+from moa_peft.evaluate.tasks import Task
+from moa_peft.provenance import provenance
+from moa_peft.quiet import quiet_libraries
+from moa_peft.train.checkpoints import find_checkpoints, unmark
+from moa_peft.train.method import build_peft_config
+from moa_peft.train.output_folder import RECIPE_FILE, write_text
+from moa_peft.train.prepare import prepare
+from moa_peft.train.recipe import Recipe
+from moa_peft.train.run import run as train
+
+TRAINING_FILE = "training.json"
+"""Written last of a training run, in its folder: what it gave."""
+
+STEPS_FILE = "steps.jsonl"
+
+_TRAINED = ("rows_dropped", "trainable_parameters", "total_parameters", "steps", "final_loss", "train_s")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """All that a process needs to do one run."""
+
+    config: StudyConfig
+    """The study."""
+    data: StudyData
+    """Its rows."""
+    job: Job
+    """The run, its stage and its tests."""
+    config_hash: str
+    """Hash of all that decides the run."""
+    command: str
+    """The command line that the study was started with."""
+    progress: bool = True
+    """Show bars on standard error."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.out) / "runs" / self.job.run.name
+
+
+def execute(order: Order) -> RunRow:
+    """Do a run as far as its stage asks; what an earlier process had finished is not done again.
+
+    Args:
+        order: The run.
+
+    Returns:
+        Its row. An error ends in a row with the failure, so that a study goes on.
+
+    Raises:
+        OSError: If the disk is full or closed; the next run would meet it too.
+    """
+    found: dict[str, Any] = {}
+    failure = None
+    try:
+        with quiet_libraries():
+            if order.job.run.method is not None:
+                found |= train_once(order)
+                _free()
+            found |= score(order)
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001  # whatever it is, it is this run's failure and stands in its row
+        failure = " ".join(f"{type(error).__name__}: {error}".split())
+    finally:
+        _free()
+    return describe(order, found, failure)
+
+
+def train_once(order: Order) -> dict[str, Any]:
+    """Train a run, or go on with it, or read what it gave.
+
+    Args:
+        order: A run with a method.
+
+    Returns:
+        Fields of `RunRow` about the training. The adapter then lies in the run's folder, without checkpoints.
+    """
+    folder = order.folder
+    done = folder / TRAINING_FILE
+    if not done.exists():
+        recipe = run_recipe(order)
+        begun = (folder / RECIPE_FILE).exists()
+        if not begun:
+            shutil.rmtree(folder, ignore_errors=True)  # cut off before its first step
+        preparation = prepare(dataclasses.replace(recipe, resume=begun))
+        preparation.trainer.add_callback(StepLog(preparation.clock, folder / STEPS_FILE))
+        start_peak_memory()
+        outcome = train(preparation)
+        trained = {name: getattr(outcome, name) for name in _TRAINED}
+        write_text(done, json.dumps({**trained, "peak_mem_mib": peak_memory_mib()}) + "\n")
+    for checkpoint in (*find_checkpoints(folder).complete, *find_checkpoints(folder).incomplete):
+        unmark(checkpoint)
+        shutil.rmtree(checkpoint)
+    return {**json.loads(done.read_text(encoding="utf-8")), "step_ms": step_time(folder / STEPS_FILE)}
+
+
+def run_recipe(order: Order) -> Recipe:
+    """The recipe of a run."""
+    config = order.config
+    recipe = recipe_of(
+        config,
+        order.job.run,
+        data=source_of(config, config.data),
+        data_md5=order.data.train.md5,
+        folder=str(order.folder),
+    )
+    if order.progress:
+        return recipe
+    return dataclasses.replace(recipe, trainer={**recipe.trainer, "disable_tqdm": True})
+
+
+def score(order: Order) -> dict[str, Any]:
+    """Score a run on the validation rows and on the tests that are missing.
+
+    The model is read from the disk, so that a run cut off after its training scores as one that was not.
+
+    Args:
+        order: The run.
+
+    Returns:
+        Fields of `RunRow` about the scores.
+    """
+    start, config, run = time.perf_counter(), order.config, order.job.run
+    adapter = None if run.method is None else read_adapter(str(order.folder))
+    bf16 = bool(config.trainer.get("bf16") if run.method is None else config.trainer_of(run.method)["bf16"])
+    loaded = load(config.model, adapter, dtype="bfloat16" if bf16 else None)
+    identity = identify(
+        loaded.model,
+        base_model=config.model,
+        adapter=None if adapter is None else run.name,
+        method=None if run.method is None else run.method.method,
+        seed=run.seed,
+    )
+    options = EvaluationOptions(
+        template=config.template,
+        batch_size=config.batch_size,
+        out=order.folder / "evaluation",
+        progress=order.progress,
+    )
+    tests = [one for one in order.data.tests if one.name in order.job.tests]
+    scores = {
+        task.name: as_scores(task, evaluate(loaded.model, loaded.tokenizer, task, options, identity=identity))
+        for task in (order.data.validation, *tests)
+    }
+    validation = scores.pop(order.data.validation.name)
+    router = None
+    if order.job.stage == "final" and config.router_prompts and adapter is not None:
+        prompts = [one.row for one in order.data.validation.questions[: config.router_prompts]]
+        router = router_summary(loaded.model, loaded.tokenizer, prompts, config.template)
+    return {
+        "base_fingerprint": identity.base_fingerprint,
+        "adapter_fingerprint": identity.adapter_fingerprint,
+        "validation": validation,
+        "tests": scores,
+        "router": router,
+        "evaluate_s": round(time.perf_counter() - start, 3),
+    }
+
+
+def as_scores(task: Task, result: Any) -> Scores:
+    """Take what a study keeps out of an evaluation's result."""
+    row, used = result.row, row_set(task)
+    return Scores(
+        source=used.source,
+        n=row.n,
+        md5=used.md5,
+        file_md5=used.file_md5,
+        mode=row.mode,
+        extraction=row.extraction,
+        accuracy=row.accuracy,
+        standard_error=row.standard_error,
+        answer_loss=row.answer_loss,
+        answer_loss_standard_error=row.answer_loss_standard_error,
+        correct="".join("1" if one else "0" for one in result.correct()),
+    )
+
+
+def describe(order: Order, found: Mapping[str, Any], failure: str | None) -> RunRow:
+    """Write the row of a run from what was found; what was not come to is None."""
+    config, run = order.config, order.job.run
+    trained = run.method is not None
+    names = {one.name for one in dataclasses.fields(RunRow)}
+    empty = dict.fromkeys(
+        (*_TRAINED, "step_ms", "peak_mem_mib", "base_fingerprint", "adapter_fingerprint", "validation"),
+    ) | {"router": None, "evaluate_s": None, "tests": {}}
+    values: dict[str, Any] = {
+        "stage": order.job.stage,
+        "label": run.label,
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "config_hash": order.config_hash,
+        "failure": failure,
+        "method": FROZEN if run.method is None else run.method.method,
+        "mixture": {} if run.method is None else run.method.mixture,
+        "method_config": mixture_config(run_recipe(order)) if trained else {},
+        "trainer": {} if run.method is None else config.trainer_of(run.method),
+        "model": config.model,
+        "template": config.template,
+        "max_length": config.max_length,
+        "draw_seed": config.draw_seed,
+        "train": order.data.train,
+        **provenance(),
+        "command": order.command,
+    }
+    return RunRow(**{name: value for name, value in {**empty, **values, **found}.items() if name in names})
+
+
+def mixture_config(recipe: Recipe) -> dict[str, Any]:
+    """The parts of a recipe's method, with every field, as JSON holds them."""
+    whole = build_peft_config(recipe).to_dict()
+    parts = {name: whole.get(name) for name in ("experts", "router", "layers_to_transform")}
+    return json.loads(json.dumps(parts))
+
+
+def _free() -> None:
+    """Give back what a model held before the next one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

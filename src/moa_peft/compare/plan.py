@@ -1,0 +1,248 @@
+"""The runs of a study: which there are, which are done, and which come next."""
+
+import hashlib
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moa_peft.compare.config import FROZEN, Method, StudyConfig
+from moa_peft.compare.rows import RunRow, Stage
+from moa_peft.train.recipe import Recipe
+from moa_peft.train.resumption import FREE_ON_RESUME
+from moa_peft.train.settings import trainer_fields
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One method with one learning rate and one seed; the base model has neither."""
+
+    label: str
+    """The method's label."""
+    method: Method | None = None
+    """The method; None for the base model."""
+    learning_rate: float | None = None
+    """The learning rate."""
+    seed: int | None = None
+    """The seed."""
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder."""
+        return self.label if self.method is None else f"{self.label}-lr{self.learning_rate:g}-seed{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A run that is to be done, as far as its stage asks."""
+
+    run: Run
+    """The run."""
+    stage: Stage
+    """Whether the validation rows are enough, or tests follow."""
+    tests: tuple[str, ...] = field(default=())
+    """Tests that are missing."""
+
+
+def shared_settings(config: StudyConfig, train_md5: str, validation_md5: str) -> dict[str, Any]:
+    """All that decides the runs of a study beside the method, the learning rate and the seed.
+
+    Args:
+        config: The study.
+        train_md5: MD5 of the training rows.
+        validation_md5: MD5 of the validation rows.
+
+    Returns:
+        Values by name. Where files lie, how often is logged and saved, and what only the report reads is left out.
+    """
+    trainer = {key: value for key, value in config.trainer_of(Method(method="")).items() if _decides(key)}
+    return {
+        "model": config.model,
+        "template": config.template,
+        "max_length": config.max_length,
+        "train_limit": config.train_limit,
+        "validation_limit": config.validation_limit,
+        "test_limit": config.test_limit,
+        "draw_seed": config.draw_seed,
+        "train_md5": train_md5,
+        "validation_md5": validation_md5,
+        **{f"trainer.{key}": value for key, value in sorted(trainer.items())},
+    }
+
+
+def method_settings(method: Method) -> dict[str, Any]:
+    """All of a method's entry that decides its runs."""
+    trainer = {key: value for key, value in sorted(method.trainer.items()) if _decides(key)}
+    return {"method": method.method, "mixture": _plain(method.mixture), "trainer": trainer}
+
+
+def run_hash(shared: Mapping[str, Any], run: Run) -> str:
+    """Hash what decides a run; its label and the tests are left out.
+
+    Args:
+        shared: From `shared_settings`.
+        run: The run.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    entry = None if run.method is None else method_settings(run.method)
+    text = json.dumps([shared, entry, run.learning_rate, run.seed], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def recipe_of(config: StudyConfig, run: Run, *, data: str, data_md5: str, folder: str) -> Recipe:
+    """Write the recipe of a run.
+
+    Args:
+        config: The study.
+        run: A run with a method.
+        data: Source of the training rows.
+        data_md5: Their MD5.
+        folder: The run's folder.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        UsageError: If a value is wrong.
+    """
+    assert run.method is not None, "the base model is not trained"
+    settings = {
+        "model": config.model,
+        "data": data,
+        "data_split": "train",
+        "data_md5": data_md5,
+        "limit": config.train_limit,
+        "output_dir": folder,
+        "method": run.method.method,
+        "mixture": _plain(run.method.mixture),
+        "template": config.template,
+        "max_length": config.max_length,
+        "seed": run.seed,
+        **config.trainer_of(run.method),
+        "learning_rate": run.learning_rate,
+    }
+    return Recipe.from_mapping(settings, trainer_fields())
+
+
+def tuning_runs(config: StudyConfig) -> list[Run]:
+    """The runs that choose a learning rate for each method; none where there is nothing to choose."""
+    if len(config.learning_rates) == 1:
+        return []
+    return [
+        Run(label=one.label, method=one, learning_rate=float(rate), seed=seed)
+        for seed in config.tuning_seeds
+        for one in config.methods
+        for rate in config.learning_rates
+    ]
+
+
+def final_runs(config: StudyConfig, chosen: Mapping[str, float | None]) -> list[Run]:
+    """The base model and every method with every seed, seed by seed, so that a part of a study is comparable.
+
+    Args:
+        config: The study.
+        chosen: The learning rate of each method by label, from `choose_rates`; a method without one is left out.
+
+    Returns:
+        The runs.
+    """
+    runs = [Run(label=FROZEN)]
+    for seed in config.seeds:
+        for one in config.methods:
+            rate = chosen.get(one.label)
+            if rate is not None:
+                runs.append(Run(label=one.label, method=one, learning_rate=rate, seed=seed))
+    return runs
+
+
+def choose_rates(
+    config: StudyConfig, shared: Mapping[str, Any], rows: Sequence[RunRow]
+) -> dict[str, float | None]:
+    """Choose the learning rate of each method from the validation rows of its tuning runs.
+
+    Args:
+        config: The study.
+        shared: From `shared_settings`.
+        rows: What is done.
+
+    Returns:
+        By label the rate with the best mean over the tuning seeds, the smallest of equals; one that failed with any of
+        them is out. None while a tuning run is missing, or when all failed.
+    """
+    if len(config.learning_rates) == 1:
+        return dict.fromkeys(config.labels(), float(config.learning_rates[0]))
+    done = {row.config_hash: row for row in rows if row.stage == "tuning"}
+    tried: dict[str, dict[float, list[RunRow | None]]] = {}
+    for run in tuning_runs(config):
+        assert run.learning_rate is not None
+        rates = tried.setdefault(run.label, {})
+        rates.setdefault(run.learning_rate, []).append(done.get(run_hash(shared, run)))
+    return {label: _best(rates, config.choose_by) for label, rates in tried.items()}
+
+
+def _best(tried: Mapping[float, Sequence[RunRow | None]], choose_by: str) -> float | None:
+    costs: list[tuple[float, float]] = []
+    for rate, rows in tried.items():
+        if any(one is None for one in rows):
+            return None
+        values = [validation_figure(one, choose_by) for one in rows if one is not None]
+        known = [one for one in values if one is not None]
+        if len(known) == len(values):
+            mean = statistics.fmean(known)
+            costs.append((mean if choose_by == "answer_loss" else -mean, rate))
+    return min(costs)[1] if costs else None
+
+
+def validation_figure(row: RunRow, choose_by: str) -> float | None:
+    """The figure of a run that chooses its learning rate; None where it failed or has none."""
+    if row.failure is not None or row.validation is None:
+        return None
+    return row.validation.answer_loss if choose_by == "answer_loss" else row.validation.accuracy
+
+
+def pending(
+    runs: Sequence[Run],
+    stage: Stage,
+    rows: Sequence[RunRow],
+    *,
+    shared: Mapping[str, Any],
+    tests: Sequence[str] = (),
+    retry_failed: bool = False,
+) -> list[Job]:
+    """Find what is still to be done.
+
+    Args:
+        runs: The runs of a stage.
+        stage: Which.
+        rows: What is done.
+        shared: From `shared_settings`.
+        tests: Names of the tests, in stage "final".
+        retry_failed: Whether a run that failed is done again.
+
+    Returns:
+        The jobs, in the order of the runs.
+    """
+    done = {row.config_hash: row for row in rows if row.stage == stage}
+    jobs: list[Job] = []
+    for run in runs:
+        row = done.get(run_hash(shared, run))
+        if row is not None and row.failure is not None:
+            if retry_failed:
+                jobs.append(Job(run=run, stage=stage, tests=tuple(tests)))
+            continue
+        missing = tuple(name for name in tests if row is None or name not in row.tests)
+        if row is None or missing:
+            jobs.append(Job(run=run, stage=stage, tests=missing))
+    return jobs
+
+
+def _decides(key: str) -> bool:
+    return key not in FREE_ON_RESUME
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it: a file's numbers as keys become text."""
+    return json.loads(json.dumps(value))

@@ -1,0 +1,189 @@
+"""A study from its config to its rows: what is left is done, run after run, each row on the disk before the next."""
+
+import copy
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moa_peft.compare.config import StudyConfig
+from moa_peft.compare.data import StudyData, load_data, row_set
+from moa_peft.compare.execute import Order, execute
+from moa_peft.compare.folder import append_row, check_same_study, claimed, write_study
+from moa_peft.compare.pace import Pace
+from moa_peft.compare.plan import (
+    Job,
+    Run,
+    choose_rates,
+    final_runs,
+    pending,
+    recipe_of,
+    run_hash,
+    shared_settings,
+    tuning_runs,
+)
+from moa_peft.compare.rows import RunRow, read_results
+from moa_peft.quiet import quiet_libraries
+from moa_peft.train.method import build_peft_config
+from moa_peft.train.settings import build_settings, check_trainer
+
+Pool = Callable[[Sequence[Order]], Iterator[RunRow]]
+"""Does orders and gives their rows as they end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Study:
+    """A study whose config and rows are checked."""
+
+    config: StudyConfig
+    """The config."""
+    data: StudyData
+    """The rows."""
+    shared: dict[str, Any]
+    """All that decides its runs beside method, learning rate and seed."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return Path(self.config.out)
+
+    @property
+    def tests(self) -> dict[str, str]:
+        """MD5 of the rows of each test."""
+        return {one.name: row_set(one).md5 for one in self.data.tests}
+
+    def jobs(self, stage: str, rows: Sequence[RunRow], *, retry_failed: bool = False) -> list[Job]:
+        """What is left of a stage."""
+        if stage == "tuning":
+            runs = tuning_runs(self.config)
+            return pending(runs, "tuning", rows, shared=self.shared, retry_failed=retry_failed)
+        runs = final_runs(self.config, choose_rates(self.config, self.shared, rows))
+        names = list(self.tests)
+        return pending(runs, "final", rows, shared=self.shared, tests=names, retry_failed=retry_failed)
+
+    def orders(self, jobs: Sequence[Job], *, progress: bool) -> list[Order]:
+        """What processes need to do them."""
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        return [
+            Order(
+                config=self.config,
+                data=self.data,
+                job=one,
+                config_hash=run_hash(self.shared, one.run),
+                command=command,
+                progress=progress,
+            )
+            for one in jobs
+        ]
+
+
+def open_study(config: StudyConfig) -> Study:
+    """Check a study before its first run: methods, trainer, files, rows, and what its folder holds already.
+
+    Args:
+        config: The study.
+
+    Returns:
+        The study, ready to run.
+
+    Raises:
+        UsageError: If it cannot be run as asked.
+    """
+    for one in config.methods:
+        run = Run(label=one.label, method=one, learning_rate=float(config.learning_rates[0]), seed=0)
+        recipe = recipe_of(config, run, data=config.data, data_md5="", folder=config.out)
+        check_trainer(recipe)
+        build_peft_config(recipe)
+        with quiet_libraries():
+            build_settings(copy.deepcopy(recipe), has_validation=False, cuda=False)
+    data = load_data(config)
+    shared = shared_settings(config, data.train.md5, row_set(data.validation).md5)
+    study = Study(config=config, data=data, shared=json.loads(json.dumps(shared)))
+    check_same_study(study.folder, config, study.shared, study.tests, read_results(study.folder))
+    return study
+
+
+def run_study(
+    study: Study,
+    *,
+    pool: Pool | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    progress: bool = True,
+    retry_failed: bool = False,
+) -> list[RunRow]:
+    """Do what is left of a study.
+
+    Args:
+        study: From `open_study`.
+        pool: Does the runs; None for one after the other in this process.
+        say: Told what a person wants to know.
+        progress: Show bars on standard error.
+        retry_failed: Do runs again that failed.
+
+    Returns:
+        The rows of the study, those of earlier calls included. A run that failed has a row that says so.
+
+    Raises:
+        UsageError: If another process works in the folder.
+        OSError: If the disk is full.
+    """
+    with claimed(study.folder):
+        write_study(study.folder, study.config, study.shared, study.tests)
+        rows = read_results(study.folder)
+        pace = Pace(planned(study, rows, retry_failed=retry_failed))
+        for stage in ("tuning", "final"):
+            jobs = study.jobs(stage, rows, retry_failed=retry_failed)
+            orders = study.orders(jobs, progress=progress)
+            for row in (pool or one_by_one(say, pace))(orders):
+                append_row(study.folder, row)
+                say(pace.done(row))
+            rows = read_results(study.folder)
+        return rows
+
+
+def one_by_one(say: Callable[[str], None], pace: Pace) -> Pool:
+    """Do orders one after the other in this process."""
+
+    def run(orders: Iterable[Order]) -> Iterator[RunRow]:
+        for order in orders:
+            say(pace.begins(order.job))
+            yield execute(order)
+
+    return run
+
+
+def planned(study: Study, rows: Sequence[RunRow], *, retry_failed: bool = False) -> dict[str, int]:
+    """Count what is left of a study, by what it takes.
+
+    Args:
+        study: The study.
+        rows: What is done.
+        retry_failed: Whether runs that failed are done again.
+
+    Returns:
+        ``train``: runs to train; ``score``: runs that are trained already, or need no training; before the learning
+        rates are chosen those of one tuning seed count as trained.
+    """
+    tuning = study.jobs("tuning", rows, retry_failed=retry_failed)
+    config = study.config
+    chosen = choose_rates(config, study.shared, rows)
+    rates = {label: rate or float(config.learning_rates[0]) for label, rate in chosen.items()}
+    undecided = {one.run.label for one in tuning}
+    finals = pending(
+        [
+            one
+            for one in final_runs(config, rates)
+            if chosen.get(one.label) is not None or one.label in undecided or one.method is None
+        ],
+        "final",
+        rows,
+        shared=study.shared,
+        tests=list(study.tests),
+        retry_failed=retry_failed,
+    )
+    tuned = set(config.tuning_seeds) if len(config.learning_rates) > 1 else set()
+    score = [one for one in finals if one.run.seed is None or one.run.seed in tuned]
+    return {"train": len(tuning) + len(finals) - len(score), "score": len(score)}

@@ -1,0 +1,134 @@
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from moa_peft.cli.compare import compare
+from moa_peft.cli.train import ANY_FIELD
+from moa_peft.compare import extras
+from moa_peft.compare.config import Method, StudyConfig
+from moa_peft.errors import UsageError
+from moa_peft.json_lines import append_rows, read_rows
+from tiny_study import write_study
+
+Invoke = Callable[..., Any]
+SMALL = ["--learning_rates", "[0.01]", "--seeds", "[0]", "--tasks", "first"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A folder with a finished study, and what its call printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "study.json").write_text(json.dumps(write_study(folder)))
+    app = typer.Typer()
+    app.command(context_settings=ANY_FIELD)(compare)
+    return folder, CliRunner().invoke(app, ["--config", str(folder / "study.json"), *SMALL])
+
+
+@pytest.fixture
+def invoke(finished: tuple[Path, Any], tmp_path: Path) -> Invoke:
+    """Calls the command in a copy of that folder."""
+    folder, _ = finished
+    shutil.copytree(folder / "out", tmp_path / "out")
+    app = typer.Typer()
+    app.command(context_settings=ANY_FIELD)(compare)
+
+    def call(*words: str, out: Path = tmp_path / "out") -> Any:
+        flags = ["--config", str(folder / "study.json"), *SMALL, "--out", str(out)]
+        return CliRunner().invoke(app, [*flags, *words])
+
+    return call
+
+
+def test_a_study_says_what_it_will_do_how_far_it_is_and_what_it_found(finished: tuple[Path, Any]) -> None:
+    folder, done = finished
+    assert done.exit_code == 0, done.output
+    rows = {row["label"]: row for row in read_rows(folder / "out" / "results.jsonl")}
+    wanted = [
+        "methods     soft-moa, lora, and the frozen model; baseline lora",
+        "training    64 rows, epochs 1",
+        "rates       0.01, the only one\n",
+        "tests       1, 16 questions in all",
+        "left        2 runs to train, 1 more to score only",
+        "[2/3] soft-moa-lr0.01-seed0 (1 tests)",
+        f"validation loss {rows['lora']['validation']['answer_loss']:.4f}",
+        "3 of 3 done",
+        f"lora: {100 * rows['lora']['tests']['first']['accuracy']:.1f} %",
+        f"report    {folder}/out/report.md",
+    ]
+    assert [one for one in wanted if one not in done.stdout] == []
+    assert sorted(one.name for one in (folder / "out").iterdir() if not one.name.startswith(".")) == [
+        "accuracy_parameters.svg", "accuracy_step_time.svg", "report.html", "report.md", "results.jsonl", "runs",
+        "study.json",
+    ]  # fmt: skip
+
+
+def test_a_dry_run_checks_and_counts_and_leaves_nothing(invoke: Invoke, tmp_path: Path) -> None:
+    done = invoke("--dry-run", "--json", out=tmp_path / "new")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == {"out": str(tmp_path / "new"), "train": 2, "score": 1}
+    assert not (tmp_path / "new").exists()
+    assert json.loads(invoke("--dry-run", "--json").stdout)["train"] == 0
+
+
+def test_the_report_alone_is_written_from_the_rows_without_model_and_data(
+    invoke: Invoke, tmp_path: Path
+) -> None:
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").glob("[!.]*.*")}
+    for name in before:
+        if name not in ("results.jsonl", "study.json"):
+            (tmp_path / "out" / name).unlink()
+    done = invoke("--report-only", "--data_root", "nowhere")
+    assert done.exit_code == 0, done.output
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").glob("[!.]*.*")} == before
+
+
+def test_json_is_all_that_stands_on_standard_output(invoke: Invoke) -> None:
+    told = json.loads(invoke("--report-only", "--json").stdout)
+    assert set(told["accuracy"]) == {"frozen", "soft-moa", "lora"}
+    assert set(told["versus_baseline"]) == {"frozen", "soft-moa"}
+    assert (told["rows"], told["missing"], told["failures"]) == (3, [], [])
+
+
+def test_a_failed_run_ends_in_exit_code_1_and_a_line_that_names_it(invoke: Invoke, tmp_path: Path) -> None:
+    file = tmp_path / "out" / "results.jsonl"
+    rows = read_rows(file)
+    file.unlink()
+    broken = {"failure": "RunError: the loss is nan", "validation": None, "tests": {}, "step_ms": None}
+    append_rows(file, [{**row, **broken} if row["label"] == "soft-moa" else row for row in rows])
+    done = invoke("--report-only")
+    assert done.exit_code == 1
+    assert "failed    soft-moa, rate 0.01, seed 0: RunError: the loss is nan" in done.stdout
+    assert (
+        "soft-moa, rate 0.01, seed 0: RunError: the loss is nan"
+        in (tmp_path / "out" / "report.md").read_text()
+    )
+
+
+def test_a_report_of_nothing_is_refused(invoke: Invoke, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no study: run it first, without --report-only"):
+        raise invoke("--report-only", out=tmp_path / "new").exception
+
+
+def test_without_its_packages_the_rows_are_written_and_the_report_says_what_to_install(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
+    done = invoke()
+    assert done.exit_code == 0, done.output
+    assert "no report: it needs pip install 'moa-peft[report]'" in done.stdout
+    with pytest.raises(UsageError, match=r"this needs matplotlib, which is not installed: pip install 'moa-peft\[report\]'"):  # fmt: skip
+        raise invoke("--report-only").exception
+
+
+def test_the_help_lists_every_key_with_its_doc_line(invoke: Invoke) -> None:
+    shown = " ".join(invoke("--help").stdout.split())
+    for one in (*dataclasses.fields(StudyConfig), *dataclasses.fields(Method)):
+        assert f"--{one.name} " in shown
+    assert "moa compare --config studies/cpu.yaml --report-only" in shown

@@ -1,0 +1,89 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moa_peft.cli.overrides import load_yaml, parse_flags
+from moa_peft.compare.config import StudyConfig
+from moa_peft.compare.plan import Run, recipe_of
+from moa_peft.errors import UsageError
+from moa_peft.train.merge import merge
+from moa_peft.train.method import build_peft_config
+from moa_peft.train.settings import check_trainer
+
+ROOT = Path(__file__).parents[2]
+LEAST: dict[str, Any] = {"out": "o", "data": "d", "methods": ["soft-moa", "lora"], "baseline": "lora"}
+
+
+def config(**changes: Any) -> StudyConfig:
+    return StudyConfig.from_mapping({**LEAST, **changes})
+
+
+def test_a_method_is_called_by_its_name_unless_it_has_a_label() -> None:
+    made = config(methods=["soft-moa", {"method": "lora", "label": "lora-r16"}], baseline="lora-r16")
+    assert made.labels() == ["soft-moa", "lora-r16"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sedes": [1]}, "unknown study key 'sedes': did you mean 'seeds'"),
+        (
+            {"out": None, "data": None},
+            "the study has no out and no data: give --config FILE with it, or --out VALUE",
+        ),
+        ({"methods": "lora"}, "methods is 'lora': give a list of entries, each with method: NAME"),
+        ({"methods": [{"methd": "lora"}]}, "unknown field of a method 'methd': did you mean 'method'"),
+        ({"methods": ["lora", "lora"]}, "the label 'lora' stands twice"),
+        (
+            {"methods": [{"method": "lora", "label": "a/b"}], "baseline": "a/b"},
+            "label is 'a/b': give letters",
+        ),
+        (
+            {"methods": [{"method": "lora", "label": "frozen"}], "baseline": "frozen"},
+            "which is the bare model",
+        ),
+        ({"baseline": "loar"}, "unknown baseline 'loar': did you mean 'lora'"),
+        ({"seeds": [1, 1]}, r"seeds is \[1, 1\]: give each seed once"),
+        ({"tuning_seeds": []}, r"tuning_seeds is \[\]: give a list of whole numbers"),
+        ({"learning_rates": [0]}, r"learning_rates is \[0\]: give a list of numbers above 0"),
+        ({"learning_rates": [1, 1]}, "give each rate once"),
+        ({"test_limit": 0}, "test_limit is 0: give a whole number of at least 1"),
+        ({"choose_by": "loss"}, "unknown choose_by 'loss'"),
+        ({"template": "papr"}, "unknown template 'papr': did you mean 'paper'"),
+        (
+            {"trainer": {"learning_rate": 1}},
+            "trainer.learning_rate: give learning_rates, the same for every method",
+        ),
+        ({"trainer": {"eos_token": "x"}}, "trainer.eos_token: the model's own tokenizer"),
+        (
+            {"methods": ["lora", {"method": "soft-moa", "trainer": {"num_train_epochs": 9}}]},
+            "soft-moa: trainer.num_train_epochs differs from the other methods'",
+        ),
+        (
+            {"methods": ["lora", {"method": "soft-moa", "trainer": {"per_device_train_batch_size": 1}}]},
+            "soft-moa: per_device_train_batch_size times gradient_accumulation_steps differs",
+        ),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_is_allowed(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        config(**changes)
+
+
+def test_a_method_may_share_the_batch_out_otherwise() -> None:
+    split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8}
+    made = config(methods=["lora", {"method": "soft-moa", "trainer": split}])
+    assert made.trainer_of(made.methods[1])["per_device_train_batch_size"] == 4
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_method_of_a_committed_study_can_be_built(file: Path) -> None:
+    flags = parse_flags(["--train_limit", "200", "--test_limit=25", "--out", "elsewhere"])
+    made = StudyConfig.from_mapping(merge(load_yaml(file), flags))
+    assert (made.train_limit, made.test_limit, made.out) == (200, 25, "elsewhere")
+    for one in made.methods:
+        run = Run(label=one.label, method=one, learning_rate=1e-3, seed=0)
+        recipe = recipe_of(made, run, data="d", data_md5="", folder="f")
+        check_trainer(recipe)
+        build_peft_config(recipe)

@@ -1,0 +1,63 @@
+"""A study of two methods, two seeds and two tasks on 64 training rows and a tiny random model, on the disk."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moa_peft.data.rows import Row
+from tiny_lm import choice_rows, save_base, write_rows
+
+
+def write_study(folder: Path) -> dict[str, Any]:
+    """Write the model and the rows into a folder, and give the settings of a study on them."""
+    save_base(folder / "base")
+    rows = {"mix/train": named("train", 64), "mix/validation": named("held out", 12)}
+    for task in ("first", "second"):
+        rows[f"{task}/test"] = named(task, 20)
+    for name, content in rows.items():
+        write_rows(folder / f"{name}.json", content)
+    return {
+        "out": str(folder / "out"),
+        "model": str(folder / "base"),
+        "data_root": str(folder),
+        "data": "mix",
+        "tasks": "first,second",
+        "baseline": "lora",
+        "methods": [
+            {"method": "soft-moa", "mixture": {"router": {"kind": "linear"}}},
+            {"method": "lora", "mixture": {"experts": {0: {"rank": 4, "dropout": 0.1}}}},
+        ],
+        "seeds": [0, 1],
+        "learning_rates": [0.003, 0.03],
+        "test_limit": 16,
+        "batch_size": 4,
+        "max_length": 400,
+        "trainer": {
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 1,
+            "save_steps": 3,
+            "logging_steps": 4,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        },
+    }
+
+
+def named(name: str, count: int) -> Sequence[Row]:
+    """Rows whose questions begin with a name, so that no two sets share one."""
+    return [dataclasses.replace(row, instruction=f"{name} {row.instruction}") for row in choice_rows(count)]
+
+
+def same_on_every_run(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of results without what depends on the moment, the machine's load and the place."""
+    moment = ("step_ms", "peak_mem_mib", "train_s", "evaluate_s", "taken_at", "command", "threads")
+    return {name: value for name, value in row.items() if name not in moment}
+
+
+def tables(folder: Path) -> str:
+    """The report of a study without its costs."""
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    before, rest = text.split("## Cost\n")
+    return before + rest[rest.index("## Learning rates") :]
