@@ -56,6 +56,11 @@ def test_a_method_is_called_by_its_name_unless_it_has_a_label() -> None:
             "trainer.learning_rate: give learning_rates, the same for every method",
         ),
         ({"trainer": {"eos_token": "x"}}, "trainer.eos_token: the model's own tokenizer"),
+        ({"trainer": {"seed": 1}}, "trainer.seed: it is no field of the trainer"),
+        (
+            {"trainer": {"train_sampling_strategy": "group_by_length"}},
+            "methods would meet the rows in different orders; give random or sequential",
+        ),
         (
             {"methods": ["lora", {"method": "soft-moa", "trainer": {"num_train_epochs": 9}}]},
             "soft-moa: trainer.num_train_epochs differs from the other methods'",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,10 +70,12 @@ for settings, moment in json.loads(sys.argv[1]):  # a process each; the librarie
 """
 
 
-@pytest.mark.slow
-def test_a_study_killed_twice_goes_on_and_gives_the_rows_and_tables_of_the_whole_one(tmp_path: Path) -> None:
-    settings = write_study(tmp_path)
-    whole, killed = ({**settings, "out": str(tmp_path / name)} for name in ("whole", "killed"))
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[list[int]]]:
+    """The folder of a whole study and of one killed twice, their settings, and how each process of them ended."""
+    folder = tmp_path_factory.mktemp("studies")
+    settings = write_study(folder)
+    whole, killed = ({**settings, "out": str(folder / name)} for name in ("whole", "killed"))
     calls: list[Any] = [
         (whole, None),
         (killed, ("training", "soft-moa-lr0.03-seed0", 4)),
@@ -87,10 +90,22 @@ def test_a_study_killed_twice_goes_on_and_gives_the_rows_and_tables_of_the_whole
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    ends = [json.loads(line) for line in done.stdout.splitlines()]
-    assert ends == [[0, 0, 9], [9, 0, 1], [9, 0, 8], [0, 0, 9], [0, 0, 9]], done.stderr
+    assert done.returncode == 0, done.stderr
+    return folder, settings, [json.loads(line) for line in done.stdout.splitlines()]
 
-    runs = tmp_path / "killed" / "runs"
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [same_on_every_run(row) for row in read_rows(folder / "results.jsonl")]
+
+
+@pytest.mark.slow
+def test_a_study_killed_twice_goes_on_and_gives_the_rows_and_tables_of_the_whole_one(
+    ended: tuple[Path, dict[str, Any], list[list[int]]],
+) -> None:
+    folder, _, ends = ended
+    # signal, exit code and rows of each process: killed after 1 row and after 8, and nothing is done twice
+    assert ends == [[0, 0, 9], [9, 0, 1], [9, 0, 8], [0, 0, 9], [0, 0, 9]]
+    runs = folder / "killed" / "runs"
     (trained,) = read_rows(runs / "soft-moa-lr0.03-seed0" / "results.jsonl")
     assert trained["resumed_from"].endswith("checkpoint-3")
     scored = read_rows(runs / "lora-lr0.03-seed1" / "evaluation" / "results.jsonl")
@@ -99,17 +114,59 @@ def test_a_study_killed_twice_goes_on_and_gives_the_rows_and_tables_of_the_whole
         ("first", 0),
         ("second", 4),
     ]
-    rows = [
-        [same_on_every_run(row) for row in read_rows(tmp_path / name / "results.jsonl")]
-        for name in ("whole", "killed")
-    ]
-    assert rows[0] == rows[1]
-    assert tables(tmp_path / "whole") == tables(tmp_path / "killed")
-    assert "## Accuracy\n" in tables(tmp_path / "whole")
-    timed = read_rows(tmp_path / "killed" / "results.jsonl")[1]["step_ms"]["steps"]
+    assert rows_of(folder / "whole") == rows_of(folder / "killed")
+    assert tables(folder / "whole") == tables(folder / "killed")
+    assert "## Accuracy\n" in tables(folder / "whole")
+    timed = read_rows(folder / "killed" / "results.jsonl")[1]["step_ms"]["steps"]
     assert timed == 6, "8 steps, of which the first of each process does not count"
 
-    before = (tmp_path / "whole" / "report.html").read_bytes()
-    (tmp_path / "whole" / "report.html").unlink()
-    write_report(StudyConfig.from_mapping(whole))
-    assert (tmp_path / "whole" / "report.html").read_bytes() == before
+
+@pytest.mark.slow
+def test_the_report_comes_out_of_its_rows_byte_for_byte(
+    ended: tuple[Path, dict[str, Any], list[list[int]]], tmp_path: Path
+) -> None:
+    folder, settings, _ = ended
+    out = tmp_path / "copied"
+    out.mkdir()
+    for name in ("results.jsonl", "study.json"):
+        shutil.copy(folder / "whole" / name, out)
+    write_report(StudyConfig.from_mapping({**settings, "out": str(out)}))
+    for name in ("report.md", "report.html", "accuracy_parameters.svg", "accuracy_step_time.svg"):
+        assert (out / name).read_bytes() == (folder / "whole" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_study_through_ray_killed_and_taken_up_again_gives_the_same_rows_and_tables(
+    ended: tuple[Path, dict[str, Any], list[list[int]]], tmp_path: Path
+) -> None:
+    pytest.importorskip("ray", reason="needs the extra ray")
+    folder, settings, _ = ended
+    config = tmp_path / "study.json"
+    config.write_text(json.dumps({**settings, "out": str(tmp_path / "out")}))
+    command = [
+        sys.executable,
+        "-c",
+        "from moa_peft.cli import main; main()",
+        "compare",
+        "--config",
+        str(config),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    rows = tmp_path / "out" / "results.jsonl"
+    with subprocess.Popen([*command, "--ray"], env=environment, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        said = ""
+        while "of 9 done" not in said:
+            said = first.stdout.readline()
+            assert said, "it ended before its first row"
+        first.kill()
+    assert 1 <= len(read_rows(rows)) < 9
+    done = subprocess.run([*command, "--ray"], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "of 9 done" not in done.stdout, "what was finished was planned again"
+    order = [(row["stage"], row["config_hash"]) for row in rows_of(folder / "whole")]
+    through_ray = sorted(
+        rows_of(tmp_path / "out"), key=lambda row: order.index((row["stage"], row["config_hash"]))
+    )
+    assert through_ray == rows_of(folder / "whole")
+    assert tables(tmp_path / "out") == tables(folder / "whole")

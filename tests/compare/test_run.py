@@ -60,7 +60,7 @@ class Counted:
     def __call__(self, orders: Sequence[Order]) -> Any:
         for order in orders:
             self.asked.append(f"{order.job.run.name} {order.job.stage} {'+'.join(order.job.tests)}")
-            yield fake(order)
+            yield order, fake(order)
 
 
 def test_a_finished_study_asks_for_nothing_and_more_seeds_methods_and_tasks_for_what_is_new(
@@ -195,7 +195,9 @@ def test_a_run_that_fails_has_a_row_that_says_so_the_study_goes_on_and_it_can_be
     assert (rows["soft-moa"].validation, rows["soft-moa"].steps, rows["soft-moa"].tests) == (None, None, {})
     assert rows["lora"].failure is None
     assert rows["lora"].tests["first"].n == 16
-    assert "    failed: RunError: the loss of step 1 is nan; 2 of 3 done" in " ".join(said)
+    assert "    soft-moa-lr0.01-seed0 failed: RunError: the loss of step 1 is nan; 2 of 3 done" in " ".join(
+        said
+    )
     assert len(read_rows(study.folder / "results.jsonl")) == 3
     run_study(study, progress=False)
     assert len(read_rows(study.folder / "results.jsonl")) == 3, "a failure is not done again unasked"

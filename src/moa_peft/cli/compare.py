@@ -14,7 +14,7 @@ import typer
 from moa_peft.cli.overrides import load_yaml, parse_flags
 from moa_peft.compare.cells import percent, run_name
 from moa_peft.compare.config import Method, StudyConfig
-from moa_peft.compare.extras import REPORT_PACKAGES, has
+from moa_peft.compare.extras import REPORT_PACKAGES, has, need
 from moa_peft.train.field_docs import field_docs
 from moa_peft.train.merge import merge
 
@@ -27,6 +27,7 @@ Examples:
   moa compare --config studies/cpu.yaml --dry-run
   moa compare --config studies/cpu.yaml
   moa compare --config studies/cpu.yaml --train_limit 200 --test_limit 25 --out runs/small
+  moa compare --config studies/full.yaml --ray --cpus-per-run 2
   moa compare --config studies/cpu.yaml --report-only"""
 
 
@@ -50,6 +51,12 @@ def compare(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="YAML file with the study.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan.")] = False,
+    use_ray: Annotated[
+        bool, typer.Option("--ray", help="Do runs in parallel processes through Ray (extra: ray).")
+    ] = False,
+    cpus_per_run: Annotated[
+        int, typer.Option(help="Processors of a run with --ray; beside them a GPU where there is one.")
+    ] = 1,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do runs again that failed.")] = False,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Only write the report anew, from the rows.")
@@ -64,7 +71,8 @@ def compare(
     from moa_peft.compare.report import write_report
 
     if not report_only:
-        run_all(study_config, say, dry_run=dry_run, retry_failed=retry_failed, as_json=as_json)
+        cpus = cpus_per_run if use_ray else None
+        run_all(study_config, say, dry_run=dry_run, retry_failed=retry_failed, as_json=as_json, ray_cpus=cpus)
     if dry_run:
         return
     if not report_only and not all(map(has, REPORT_PACKAGES)):  # a machine that computes needs no plots
@@ -79,12 +87,20 @@ def compare(
 
 
 def run_all(
-    config: StudyConfig, say: Callable[[str], None], *, dry_run: bool, retry_failed: bool, as_json: bool
+    config: StudyConfig,
+    say: Callable[[str], None],
+    *,
+    dry_run: bool,
+    retry_failed: bool,
+    as_json: bool,
+    ray_cpus: int | None = None,
 ) -> None:
-    """Check a study, say what it will do, and do it."""
+    """Check a study, say what it will do, and do it; through Ray where its processors for a run are given."""
     from moa_peft.compare.rows import read_results
     from moa_peft.compare.run import open_study, planned, run_study
 
+    if ray_cpus is not None:
+        need("ray", "ray")
     say(f"checking {len(config.methods)} methods and the rows of {config.data} ...")
     study = open_study(config)
     left = planned(study, read_results(study.folder), retry_failed=retry_failed)
@@ -94,7 +110,14 @@ def run_all(
             print(json.dumps({"out": config.out, **left}))
         return
     try:
-        run_study(study, say=say, retry_failed=retry_failed)
+        if ray_cpus is None:
+            run_study(study, say=say, retry_failed=retry_failed)
+            return
+        from moa_peft.compare.ray_pool import ray_pool
+
+        with ray_pool(cpus=ray_cpus) as (pool, at_once):
+            say(f"  at once     {at_once}")
+            run_study(study, pool=pool, at_once=at_once, say=say, progress=False, retry_failed=retry_failed)
     except KeyboardInterrupt:
         say("\ninterrupted: the same call goes on from here")
         raise

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, get_args
 from moa_peft.config import from_mapping
 from moa_peft.data.templates import Template
 from moa_peft.errors import UsageError, unknown
-from moa_peft.train.recipe import REFUSED, TRAINER_DEFAULTS
+from moa_peft.train.recipe import REFUSED, TRAINER_DEFAULTS, own_fields
 
 FROZEN = "frozen"
 """Label of the base model without an adapter, which every study evaluates."""
@@ -18,6 +18,9 @@ EQUAL = ("num_train_epochs", "max_steps", "learning_rate")
 """Fields of the trainer that no method may have for itself; the batch is compared as a product."""
 
 ChooseBy = Literal["answer_loss", "accuracy"]
+
+SAME_ORDER = ("random", "sequential")
+"""Orders of the rows that follow from the seed alone; others draw on what the method's own weights have left."""
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -213,6 +216,19 @@ def _trainer_problems(config: StudyConfig) -> list[str]:
         for one in (config, *config.methods)
         for key in one.trainer
         if key in REFUSED
+    ]
+    own = own_fields()
+    problems += [
+        f"trainer.{key}: it is no field of the trainer; what it stands for is said by the study's own keys"
+        for one in (config, *config.methods)
+        for key in one.trainer
+        if key in own
+    ]
+    problems += [
+        f"trainer.train_sampling_strategy is {one.trainer['train_sampling_strategy']!r}: methods would meet the rows in "
+        f"different orders; give {' or '.join(SAME_ORDER)}, or leave it out"
+        for one in (config, *config.methods)
+        if one.trainer.get("train_sampling_strategy", "random") not in SAME_ORDER
     ]
     if "learning_rate" in config.trainer:
         problems.append("trainer.learning_rate: give learning_rates, the same for every method")

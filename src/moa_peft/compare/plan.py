@@ -158,6 +158,13 @@ def final_runs(config: StudyConfig, chosen: Mapping[str, float | None]) -> list[
     return runs
 
 
+def needs_training(config: StudyConfig, job: "Job") -> bool:
+    """Whether a job trains; the base model does not, nor does the chosen run of a tuning seed, which is used again."""
+    if job.run.method is None:
+        return False
+    return job.stage == "tuning" or len(config.learning_rates) == 1 or job.run.seed not in config.tuning_seeds
+
+
 def choose_rates(
     config: StudyConfig, shared: Mapping[str, Any], rows: Sequence[RunRow]
 ) -> dict[str, float | None]:

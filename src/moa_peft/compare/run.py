@@ -19,6 +19,7 @@ from moa_peft.compare.plan import (
     Run,
     choose_rates,
     final_runs,
+    needs_training,
     pending,
     recipe_of,
     run_hash,
@@ -30,8 +31,8 @@ from moa_peft.quiet import quiet_libraries
 from moa_peft.train.method import build_peft_config
 from moa_peft.train.settings import build_settings, check_trainer
 
-Pool = Callable[[Sequence[Order]], Iterator[RunRow]]
-"""Does orders and gives their rows as they end."""
+Pool = Callable[[Sequence[Order]], Iterator[tuple[Order, RunRow]]]
+"""Does orders and gives each with its row as it ends."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +111,7 @@ def run_study(
     study: Study,
     *,
     pool: Pool | None = None,
+    at_once: int = 1,
     say: Callable[[str], None] = lambda _: None,
     progress: bool = True,
     retry_failed: bool = False,
@@ -119,6 +121,7 @@ def run_study(
     Args:
         study: From `open_study`.
         pool: Does the runs; None for one after the other in this process.
+        at_once: How many of them the pool does at once.
         say: Told what a person wants to know.
         progress: Show bars on standard error.
         retry_failed: Do runs again that failed.
@@ -133,13 +136,13 @@ def run_study(
     with claimed(study.folder):
         write_study(study.folder, study.config, study.shared, study.tests)
         rows = read_results(study.folder)
-        pace = Pace(planned(study, rows, retry_failed=retry_failed))
+        pace = Pace(planned(study, rows, retry_failed=retry_failed), at_once=at_once)
         for stage in ("tuning", "final"):
             jobs = study.jobs(stage, rows, retry_failed=retry_failed)
             orders = study.orders(jobs, progress=progress)
-            for row in (pool or one_by_one(say, pace))(orders):
+            for order, row in (pool or one_by_one(say, pace))(orders):
                 append_row(study.folder, row)
-                say(pace.done(row))
+                say(pace.done(row, needs_training=needs_training(study.config, order.job)))
             rows = read_results(study.folder)
         return rows
 
@@ -147,10 +150,10 @@ def run_study(
 def one_by_one(say: Callable[[str], None], pace: Pace) -> Pool:
     """Do orders one after the other in this process."""
 
-    def run(orders: Iterable[Order]) -> Iterator[RunRow]:
+    def run(orders: Iterable[Order]) -> Iterator[tuple[Order, RunRow]]:
         for order in orders:
             say(pace.begins(order.job))
-            yield execute(order)
+            yield order, execute(order)
 
     return run
 
@@ -184,6 +187,5 @@ def planned(study: Study, rows: Sequence[RunRow], *, retry_failed: bool = False)
         tests=list(study.tests),
         retry_failed=retry_failed,
     )
-    tuned = set(config.tuning_seeds) if len(config.learning_rates) > 1 else set()
-    score = [one for one in finals if one.run.seed is None or one.run.seed in tuned]
+    score = [one for one in finals if not needs_training(config, one)]
     return {"train": len(tuning) + len(finals) - len(score), "score": len(score)}
