@@ -146,6 +146,43 @@ def default_of(field: Any) -> str:
     return "required"
 
 
+# ---- studies ---------------------------------------------------------------------------------------------------------
+
+
+def study() -> str:
+    """The keys of a study and of one of its methods."""
+    from moa_peft.compare.config import Method, StudyConfig
+
+    return "\n\n".join(
+        [
+            config_table(StudyConfig),
+            "An entry of `methods` is the name of a method, or has these keys:",
+            config_table(Method),
+        ]
+    )
+
+
+def study_rows() -> str:
+    """The fields of a row of a study, and of what stands in them."""
+    from moa_peft.compare.data import RowSet
+    from moa_peft.compare.rows import RunRow, Scores, StepTime
+
+    parts = [field_table(RunRow)]
+    for one, where in (
+        (Scores, "`validation`, and each of `tests`"),
+        (StepTime, "`step_ms`"),
+        (RowSet, "`train`"),
+    ):
+        parts += [f"{where}: {markdown(summary(one))}", field_table(one)]
+    return "\n\n".join(parts)
+
+
+def field_table(row_class: Any) -> str:
+    """One row a field of a row of results; there are no defaults that a reader needs."""
+    docs = all_field_docs(row_class)
+    return table(("field", "meaning"), [(f"`{name}`", markdown(text)) for name, text in docs.items()])
+
+
 # ---- API -------------------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +217,8 @@ GENERATED: Mapping[str, Any] = {
     "configuration": configuration,
     "recipe": recipe,
     "commands": commands,
+    "study": study,
+    "study_rows": study_rows,
     "api": api,
     "inspected": inspected,
 }

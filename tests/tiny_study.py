@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moa_peft.compare.data import questions_md5
+from moa_peft.compare.execute import Order, describe
+from moa_peft.compare.rows import RunRow, Scores
 from moa_peft.data.rows import Row
 from tiny_lm import choice_rows, save_base, write_rows
 
@@ -61,3 +64,26 @@ def tables(folder: Path) -> str:
     text = (folder / "report.md").read_text(encoding="utf-8")
     before, rest = text.split("## Cost\n")
     return before + rest[rest.index("## Learning rates") :]
+
+
+def made_up_row(order: Order, correct: str = "10", **found: Any) -> RunRow:
+    """The row of a run that was never run."""
+    share = correct.count("1") / len(correct)
+    scores = Scores(
+        n=len(correct),
+        md5="v",
+        file_md5=None,
+        mode="likelihood",
+        extraction="sum",
+        accuracy=share,
+        standard_error=(share * (1 - share) / len(correct)) ** 0.5,
+        answer_loss=1.0,
+        answer_loss_standard_error=0.1,
+        correct=correct,
+    )
+    tests = {
+        one.name: dataclasses.replace(scores, md5=questions_md5(one))
+        for one in order.data.tests
+        if one.name in order.job.tests
+    }
+    return describe(order, {"validation": scores, "tests": tests, **found}, None)

@@ -96,6 +96,6 @@ def test_sums_that_differ_in_their_sign_alone_are_two_questions(config_of: Confi
 def test_a_row_of_a_task_says_which_rows_were_used(tmp_path: Path) -> None:
     write_rows(tmp_path / "test.json", named("test", 20))
     task = load_task(str(tmp_path))
-    whole, part = row_set(task), row_set(draw(task, 5, 0))
-    assert (whole.rows, part.rows, whole.file_md5) == (20, 5, part.file_md5)
+    whole, part = row_set(task, "mine"), row_set(draw(task, 5, 0), "mine")
+    assert (part.source, whole.rows, part.rows, whole.file_md5) == ("mine", 20, 5, part.file_md5)
     assert whole.md5 != part.md5

@@ -36,7 +36,7 @@ def shared(config: StudyConfig = CONFIG, **changes: Any) -> dict[str, Any]:
 
 def scores(loss: float, accuracy: float = 0.5) -> Scores:
     return Scores(
-        source="s", n=2, md5="m", file_md5=None, mode="likelihood", extraction="sum", accuracy=accuracy,
+        n=2, md5="m", file_md5=None, mode="likelihood", extraction="sum", accuracy=accuracy,
         standard_error=0.3, answer_loss=loss, answer_loss_standard_error=0.1, correct="10",
     )  # fmt: skip
 

@@ -10,12 +10,12 @@ from filelock import FileLock
 from moa_peft.compare import execute as execute_module
 from moa_peft.compare.config import StudyConfig
 from moa_peft.compare.execute import Order
-from moa_peft.compare.rows import RunRow, read_results
+from moa_peft.compare.rows import read_results
 from moa_peft.compare.run import Study, open_study, planned, run_study
 from moa_peft.errors import RunError, UsageError
 from moa_peft.json_lines import append_rows, read_rows
 from tiny_lm import write_rows
-from tiny_study import named, write_study
+from tiny_study import made_up_row, named, write_study
 
 Studies = Callable[..., Study]
 ONE_RATE: dict[str, Any] = {"learning_rates": [0.01], "seeds": [0]}
@@ -27,30 +27,6 @@ def study_of(tmp_path: Path) -> Studies:
     return lambda **changes: open_study(StudyConfig.from_mapping({**settings, **changes}))
 
 
-def fake(order: Order) -> RunRow:
-    """What a run gives, without running it."""
-    names = {
-        "source": "s",
-        "n": 2,
-        "file_md5": None,
-        "mode": "likelihood",
-        "extraction": "sum",
-        "accuracy": 0.5,
-    }
-    names |= {"standard_error": 0.35, "answer_loss": 1.0, "answer_loss_standard_error": 0.1, "correct": "10"}
-    tests = {one: {**names, "md5": md5} for one, md5 in test_md5(order).items() if one in order.job.tests}
-    found = {"tests": {name: execute_module.Scores(**one) for name, one in tests.items()}}
-    found["validation"] = execute_module.Scores(**names, md5="v")
-    return execute_module.describe(order, found, None)
-
-
-def test_md5(order: Order) -> dict[str, str]:
-    return {one.name: execute_module.row_set(one).md5 for one in order.data.tests}
-
-
-test_md5.__test__ = False  # type: ignore[attr-defined]  # named for what it gives
-
-
 class Counted:
     """A pool that remembers what it was asked for."""
 
@@ -60,7 +36,7 @@ class Counted:
     def __call__(self, orders: Sequence[Order]) -> Any:
         for order in orders:
             self.asked.append(f"{order.job.run.name} {order.job.stage} {'+'.join(order.job.tests)}")
-            yield order, fake(order)
+            yield order, made_up_row(order)
 
 
 def test_a_finished_study_asks_for_nothing_and_more_seeds_methods_and_tasks_for_what_is_new(

@@ -20,7 +20,7 @@ class RowSet:
     """Which rows were used."""
 
     source: str
-    """Where they come from."""
+    """Where they come from, as the study names it."""
     rows: int
     """How many."""
     md5: str
@@ -67,7 +67,7 @@ def load_data(config: StudyConfig) -> StudyData:
     validation = draw(held_out, config.validation_limit, config.draw_seed)
     check_apart(train, validation, whole)
     return StudyData(
-        train=row_set(train),
+        train=row_set(train, config.data),
         validation=validation,
         tests=tuple(draw(one, config.test_limit, config.draw_seed) for one in whole),
     )
@@ -79,10 +79,14 @@ def source_of(config: StudyConfig, name: str) -> str:
     return str(folder) if name != "demo" and folder.exists() else name
 
 
-def row_set(task: Task) -> RowSet:
-    """Say which rows a task holds."""
-    rows = [one.row for one in task.questions]
-    return RowSet(source=task.source, rows=len(rows), md5=rows_md5(rows), file_md5=task.file_md5)
+def row_set(task: Task, source: str) -> RowSet:
+    """Say which rows a task holds, and where they come from as a study names it."""
+    return RowSet(source=source, rows=len(task.questions), md5=questions_md5(task), file_md5=task.file_md5)
+
+
+def questions_md5(task: Task) -> str:
+    """MD5 of a task's rows, their contents and order."""
+    return rows_md5([one.row for one in task.questions])
 
 
 def draw(task: Task, limit: int | None, seed: int) -> Task:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from moa_peft.compare.config import FROZEN, StudyConfig
-from moa_peft.compare.data import StudyData, row_set, source_of
+from moa_peft.compare.data import StudyData, questions_md5, source_of
 from moa_peft.compare.measure import StepLog, peak_memory_mib, start_peak_memory, step_time
 from moa_peft.compare.plan import Job, recipe_of
 from moa_peft.compare.router import router_summary
@@ -185,12 +185,11 @@ def score(order: Order) -> dict[str, Any]:
 
 def as_scores(task: Task, result: Any) -> Scores:
     """Take what a study keeps out of an evaluation's result."""
-    row, used = result.row, row_set(task)
+    row = result.row
     return Scores(
-        source=used.source,
         n=row.n,
-        md5=used.md5,
-        file_md5=used.file_md5,
+        md5=questions_md5(task),
+        file_md5=task.file_md5,
         mode=row.mode,
         extraction=row.extraction,
         accuracy=row.accuracy,

@@ -115,17 +115,16 @@ def _head(summary: StudySummary) -> Section:
     held_out = (
         f"{row.validation.n:,} validation rows" if row is not None and row.validation else "validation rows"
     )
+    seeds = ", ".join(map(str, config.seeds))
+    how = f"the learning rate {rates}"
+    if len(config.learning_rates) > 1:
+        how = f"a learning rate chosen among {rates} on {held_out} by {chosen_by(config)}"
+    done = summary.planned - len(summary.missing)
     texts = [
-        (
-            f"Each method is trained on the same {trained}, with the same epochs and batches, once for each of the "
-            f"seeds {', '.join(map(str, config.seeds))}. Its learning rate is chosen among {rates}, on "
-            f"{held_out}, by {chosen_by(config)}; no test question had a part in that."
-            if len(config.learning_rates) > 1
-            else f"Each method is trained on the same {trained}, with the same epochs and batches and the learning rate "
-            f"{rates}, once for each of the seeds {', '.join(map(str, config.seeds))}."
-        ),
-        f"{len(summary.rows)} of {len(summary.rows) + len(summary.missing)} rows are there."
-        + (" Missing:" if summary.missing else " Nothing is missing."),
+        f"Each method is trained on the same {trained}, with the same epochs and batches and {how}.",
+        f"There is a run for each of the seeds {seeds}. No test question had a part in any choice.",
+        f"{done} of {summary.planned} runs are done, learning rates that were tried included. "
+        + ("Missing:" if summary.missing else "Nothing is missing."),
     ]
     return Section(texts=texts, items=summary.missing)
 

@@ -20,8 +20,6 @@ Stage = Literal["tuning", "final"]
 class Scores:
     """What a model made of a set of questions."""
 
-    source: str
-    """Where the questions come from."""
     n: int
     """Questions."""
     md5: str

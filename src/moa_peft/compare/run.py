@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moa_peft.compare.config import StudyConfig
-from moa_peft.compare.data import StudyData, load_data, row_set
+from moa_peft.compare.data import StudyData, load_data, questions_md5
 from moa_peft.compare.execute import Order, execute
 from moa_peft.compare.folder import append_row, check_same_study, claimed, write_study
 from moa_peft.compare.pace import Pace
@@ -54,7 +54,7 @@ class Study:
     @property
     def tests(self) -> dict[str, str]:
         """MD5 of the rows of each test."""
-        return {one.name: row_set(one).md5 for one in self.data.tests}
+        return {one.name: questions_md5(one) for one in self.data.tests}
 
     def jobs(self, stage: str, rows: Sequence[RunRow], *, retry_failed: bool = False) -> list[Job]:
         """What is left of a stage."""
@@ -101,7 +101,7 @@ def open_study(config: StudyConfig) -> Study:
         with quiet_libraries():
             build_settings(copy.deepcopy(recipe), has_validation=False, cuda=False)
     data = load_data(config)
-    shared = shared_settings(config, data.train.md5, row_set(data.validation).md5)
+    shared = shared_settings(config, data.train.md5, questions_md5(data.validation))
     study = Study(config=config, data=data, shared=json.loads(json.dumps(shared)))
     check_same_study(study.folder, config, study.shared, study.tests, read_results(study.folder))
     return study

@@ -50,6 +50,8 @@ class StudySummary:
     """What is not done, a phrase for each."""
     rows: tuple[RunRow, ...]
     """All rows that belong to the study."""
+    planned: int
+    """Runs of the whole study, the base model's and the learning rates to be tried included."""
 
 
 def summarise(
@@ -86,8 +88,9 @@ def summarise(
         if row is not None and row.failure is None:
             found[run.label].append(row)
     missing += [
-        f"{label}, all seeds: no learning rate is chosen"
+        f"{label}, seed {seed}: no learning rate is chosen"
         for label in config.labels()
+        for seed in config.seeds
         if chosen[label] is None
     ]
     return StudySummary(
@@ -101,6 +104,7 @@ def summarise(
         failures=tuple(row for row in used if row.failure is not None),
         missing=tuple(missing),
         rows=tuple(used),
+        planned=len(tuning_runs(config)) + 1 + len(config.methods) * len(config.seeds),
     )
 
 
