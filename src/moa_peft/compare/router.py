@@ -1,5 +1,7 @@
 """Figures of a trained router on a few prompts."""
 
+import importlib
+import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +43,9 @@ def router_summary(
     ]
     if not routers:
         return None
-    try:
-        from moa_peft.analysis.summary import routing_summary  # pyright: ignore[reportMissingImports]
-    except ImportError:
+    if importlib.util.find_spec("moa_peft.analysis") is None:
         return None
-    return dict(routing_summary(model, tokenizer, [render_prompt(row, template, tokenizer) for row in rows]))
+    summary = importlib.import_module("moa_peft.analysis.summary")
+    return dict(
+        summary.routing_summary(model, tokenizer, [render_prompt(row, template, tokenizer) for row in rows])
+    )
