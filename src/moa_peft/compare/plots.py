@@ -18,6 +18,9 @@ _SETTINGS = {
     "axes.spines.right": False,
 }
 
+_MARKERS = ("o", "s", "^", "D")
+"""Shapes of ten methods each."""
+
 
 def draw_plots(summary: StudySummary) -> list[Picture]:
     """Draw a study.
@@ -53,13 +56,22 @@ def _draw(points: Sequence[Any], axis: str, frozen: float | None) -> str:
     from matplotlib.figure import Figure
 
     with style.context(["default", _SETTINGS]):
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        figure = Figure(figsize=(9, 4.5), layout="constrained")
         FigureCanvasSVG(figure)
         plot = figure.add_subplot()
-        for place, (label, cost, mean) in enumerate(sorted(points, key=lambda one: (one[1], one[0]))):
+        for place, (label, cost, mean) in enumerate(points):
             error = None if mean.error is None else 100 * mean.error
-            plot.errorbar([cost], [100 * mean.mean], yerr=error, fmt="o", capsize=3, color=f"C{place % 10}")
-            plot.annotate(label, (cost, 100 * mean.mean), xytext=(6, 5), textcoords="offset points")
+            plot.errorbar(
+                [cost],
+                [100 * mean.mean],
+                yerr=error,
+                linestyle="",
+                capsize=3,
+                color=f"C{place % 10}",
+                marker=_MARKERS[place // 10 % len(_MARKERS)],
+                label=label,
+            )
+        figure.legend(loc="outside right upper", frameon=False)
         if frozen is not None:
             plot.axhline(100 * frozen, linestyle="--", linewidth=1, color="0.5")
             plot.annotate(
