@@ -44,6 +44,7 @@ def reported(study: Study) -> Callable[..., tuple[StudySummary, str]]:
                 if run.method is not None:
                     found = {"trainable_parameters": 1000, "total_parameters": 50_000, "peak_mem_mib": 700.4}
                     found |= {"step_ms": StepTime(lower=9, median=10 + run.seed, upper=14, steps=7)}
+                found["base_fingerprint"] = "abc"
                 row = change(order, made_up_row(order, RIGHT[run.label, run.seed], **found))
                 if row is not None:
                     yield order, row
@@ -70,11 +71,16 @@ def test_the_tables_hold_the_means_their_errors_and_the_paired_differences(repor
     (soft,) = [one for one in summary.methods if one.label == "soft-moa"]
     assert soft.versus is not None
     assert row_of(text, "Difference from lora", "soft-moa")[0] == f"{100 * soft.versus.mean:+.1f}" == "+50.0"
-    assert row_of(text, "Difference from lora", "frozen")[-2:] == ["2", "none"]
+    for label in (
+        "soft-moa",
+        "frozen",
+    ):  # the frozen model, which has no seed, goes with each seed of the baseline
+        assert row_of(text, "Difference from lora", label)[-2:] == ["2", "none"]
     assert "Nothing is claimed of a difference below it" in text
     assert row_of(text, "Cost", "lora") == ["1,000", "2.00 %", "10", "9 to 14", "700", "-"]
     assert "10 of 9 runs" not in text
     assert "9 of 9 runs are done" in text
+    assert "- weights of the base model: abc\n" in text
     assert "No run failed." in text
 
 

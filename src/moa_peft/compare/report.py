@@ -309,6 +309,7 @@ def _origin(summary: StudySummary) -> Section:
         {f"{row.commit or 'an installed package'}{' (changed)' if row.dirty else ''}" for row in rows}
     )
     versions = sorted({", ".join(f"{name} {one}" for name, one in row.versions.items()) for row in rows})
+    bases = sorted({row.base_fingerprint for row in rows if row.base_fingerprint is not None})
     files = {
         name: one.file_md5 or one.md5
         for row in rows
@@ -321,6 +322,7 @@ def _origin(summary: StudySummary) -> Section:
         ),
         items=[
             *(f"commit {one}" for one in commits),
+            *(f"weights of the base model: {one}" for one in bases),
             *versions,
             *(f"MD5 of {name}: {one}" for name, one in files.items()),
         ],
