@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from benchmarks import benchmarks
 from command_reference import commands
 from inspected import inspected
 from method_reference import costs, method_table, methods, routing
@@ -221,6 +222,7 @@ GENERATED: Mapping[str, Any] = {
     "study_rows": study_rows,
     "api": api,
     "inspected": inspected,
+    "benchmarks": benchmarks,
 }
 """What can stand in a page as ``<!-- generated: NAME -->``."""
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moa_peft.products import at_least_float32
@@ -56,9 +56,14 @@ def stacked(weights: Sequence[Tensor], dtype: torch.dtype, dim: int = 0) -> Tens
     A single weight is copied where it lies askew in memory, as loaded files leave it: a CPU's products round it otherwise,
     and an adapter would not come back bit-equal.
     """
-    if len(weights) == 1 and weights[0].data_ptr() % ALIGNMENT == 0:
+    if len(weights) == 1 and not _lies_askew(weights[0]):
         return cast(weights[0], dtype)
     return cast(torch.cat(tuple(weights), dim), dtype)
+
+
+def _lies_askew(weight: Tensor) -> bool:
+    in_memory = type(weight) in (Tensor, nn.Parameter)  # a tensor that stands for another has no address
+    return in_memory and weight.data_ptr() % ALIGNMENT != 0
 
 
 def thin_product(x: Tensor, weight: Tensor) -> Tensor:

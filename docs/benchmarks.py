@@ -1,0 +1,75 @@
+"""Tables of speed and memory, from the rows of `docs/results/bench.jsonl`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moa_peft.json_lines import read_rows
+
+FILE = Path(__file__).parent / "results" / "bench.jsonl"
+Row = Mapping[str, Any]
+
+
+def benchmarks() -> str:
+    """One table for each piece of work; rows with objections are left out."""
+    rows = [row for row in read_rows(FILE) if not row["objections"]]
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(
+            (row["kind"], row["work"], row["model"], row["num_layers"], row["dtype"]), []
+        ).append(row)
+    return "\n\n".join(table(group) for group in groups.values())
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows of one piece of work as Markdown, with what is needed to repeat them."""
+    first = rows[0]
+    columns = [one for one in COLUMNS if any(one[1](row) != "-" for row in rows)]
+    lines = [
+        f"### {first['kind'].capitalize()}: {first['work']}",
+        "",
+        f"{first['model']}, {first['num_layers']} blocks, {first['dtype']}.",
+        "",
+        "| " + " | ".join(name.format(**first) for name, _ in columns) + " |",
+        "|" + " --- |" * len(columns),
+        *("| " + " | ".join(value(row) for _, value in columns) + " |" for row in rows),
+        "",
+        *dict.fromkeys(source(row) for row in rows),
+    ]
+    return "\n".join(lines)
+
+
+def source(row: Row) -> str:
+    """Where a row comes from."""
+    made = row["provenance"]
+    versions = ", ".join(f"{name} {made['versions'][name]}" for name in ("torch", "transformers", "peft"))
+    command = made["command"].rpartition("/")[2]
+    return f"`{command}` at commit `{made['commit'][:9]}`; {made['device']}, {made['threads']} threads; {versions}; {made['taken_at']}."
+
+
+def spread(values: Sequence[float] | None) -> str:
+    """A median with its quartiles."""
+    return "-" if values is None else f"{values[1]:.3f} ({values[0]:.3f}-{values[2]:.3f})"
+
+
+def number(key: str, form: str) -> Callable[[Row], str]:
+    """Write a figure; a dash where there is none."""
+    return lambda row: "-" if row[key] is None else format(row[key], form)
+
+
+COLUMNS: Sequence[tuple[str, Callable[[Row], str]]] = (
+    (
+        "method",
+        lambda row: f"`{row['method']}`" + (f", {row['num_experts']} copies" if row["num_experts"] else ""),
+    ),
+    ("parameters", number("trainable_parameters", ",")),
+    ("ms", lambda row: f"{row['step_ms'][1]:,.0f}" if row["pairs"] else "-"),
+    ("over `{baseline}`", lambda row: spread(row["over_baseline"])),
+    ("over `frozen`", lambda row: spread(row["over_frozen"])),
+    ("kept for backward, MiB", number("saved_mib", ",.1f")),
+    ("peak, MiB", number("peak_mib", ",.0f")),
+    ("GFLOP", lambda row: "-" if row["flops"] is None else f"{row['flops'] / 1e9:,.0f}"),
+    ("operators a block", lambda row: f"{row['operators']:.0f}" if row["operators"] else "-"),
+    ("of these no views", lambda row: f"{row['kernels']:.0f}" if row["kernels"] else "-"),
+    ("error", number("max_abs_err", ".1e")),
+)

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Speed and memory on a CUDA device at the shapes of LLaMA-3.1-8B, random weights. Rows go to OUT.
+#   OUT=rows.jsonl scripts/bench_cuda.sh
+#   DEVICE=cpu MODEL=smollm2-135m LAYERS=1 PAIRS=1 scripts/bench_cuda.sh   # try it without one
+set -euo pipefail
+OUT=${OUT:-bench_cuda.jsonl}
+DEVICE=${DEVICE:-cuda}
+MODEL=${MODEL:-llama-3.1-8b}
+PAIRS=${PAIRS:-15}
+METHODS=${METHODS:-peft-lora-again,soft-moa-no-prompt,soft-moa,sparse-moa,molora,hydralora,topk-moe-lora,adamole}
+common=(--model "$MODEL" --device "$DEVICE" --dtype bfloat16 --methods "$METHODS" --out "$OUT" ${LAYERS:+--layers "$LAYERS"})
+small=${LAYERS:+16}  # tokens of a row when it is only tried
+
+for extra in "" --checkpointing; do
+  moa bench train "${common[@]}" --pairs "$PAIRS" --batch-size 1 --length "${small:-2048}" $extra
+  moa bench train "${common[@]}" --pairs "$PAIRS" --batch-size 8 --length "${small:-512}" $extra
+  moa bench memory "${common[@]}" --batch-size 1 --length "${small:-512}" $extra
+done
+for batch in 1 32; do
+  moa bench decode "${common[@]}" --pairs "$PAIRS" --batch-size "$batch" --length "${small:-64}" --new-tokens "${small:-64}"
+done

@@ -1,0 +1,213 @@
+"""`moa bench`: rows that say what was done, and when they must not be published."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from moa_peft.bench import subjects, work
+from moa_peft.bench.measure import BenchOptions, as_dict, measure
+from moa_peft.bench.paired import quartiles, ratios, take_turns
+from moa_peft.bench.rows import BenchRow
+from moa_peft.errors import UsageError
+from moa_peft.tuner import MoALayer
+from tiny import mixture_model, tokens
+
+
+@pytest.fixture(autouse=True)
+def a_small_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {**subjects.SHAPES["smollm2-135m"], "vocab_size": 97, "hidden_size": 36, "intermediate_size": 48}
+    monkeypatch.setitem(subjects.SHAPES, "smollm2-135m", {**small, "num_hidden_layers": 2})
+
+
+def rows_of(kind: Any, *methods: str, **options: Any) -> dict[str, BenchRow]:
+    given = BenchOptions(kind=kind, methods=methods, batch_size=2, length=6, new_tokens=3, pairs=2, **options)
+    return {
+        f"{row.method}/{row.num_experts}" if row.num_experts else row.method: row for row in measure(given)
+    }
+
+
+@pytest.mark.parametrize("kind", ["train", "decode"])
+def test_a_row_has_the_ratios_to_baseline_and_frozen_model_and_an_error_that_is_measured(kind: str) -> None:
+    rows = rows_of(kind, "soft-moa", "molora")
+    assert list(rows) == ["frozen", "peft-lora", "soft-moa", "molora"]
+    for name, row in rows.items():
+        assert (row.over_frozen is None) is (name == "frozen")
+        assert (row.over_baseline is None) is (name == "peft-lora")
+        assert row.step_ms[0] <= row.step_ms[1] <= row.step_ms[2]
+        assert row.pairs == 2
+        assert (row.trainable_parameters == 0) is (name == "frozen")
+        assert (row.max_abs_err is None) is (name in ("frozen", "peft-lora"))
+        json.dumps(as_dict(row), allow_nan=False)
+    for name in ("soft-moa", "molora"):
+        error = rows[name].max_abs_err
+        assert error is not None
+        assert 0 < error < 1e-3  # the experts speak, so rounding shows
+
+
+def test_an_error_of_the_fused_path_shows_and_is_an_objection(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = MoALayer._add_at
+
+    def wrong(self: MoALayer, path: str, module: nn.Module, args: Any, output: Any) -> Any:
+        return add(self, path, module, args, output) + (1.0 if self.fused else 0.0)
+
+    monkeypatch.setattr(MoALayer, "_add_at", wrong)
+    row = rows_of("train", "sparse-moa")["sparse-moa"]
+    assert any("against the plain path" in one for one in row.objections())
+
+
+def test_memory_rows_count_what_autograd_keeps_beyond_the_frozen_model() -> None:
+    rows = rows_of("memory", "soft-moa-no-prompt", "lora")
+    assert rows["frozen"].saved_mib == 0
+    lora, soft = rows["peft-lora"].saved_mib, rows["soft-moa-no-prompt"].saved_mib
+    assert lora is not None
+    assert soft is not None
+    assert lora > 0
+    assert soft > 0
+    assert all(row.peak_mib is not None for row in rows.values())
+
+
+def test_the_number_of_operators_does_not_grow_with_the_number_of_experts() -> None:
+    names = ("molora", "hydralora", "topk-moe-lora", "adamole")
+    rows = rows_of("scaling", *names, num_experts=(2, 16))
+    for name in names:
+        few, many = rows[f"{name}/2"], rows[f"{name}/16"]
+        assert few.kernels == many.kernels > 0
+        assert abs(few.operators - many.operators) <= 10  # a view more or less, by which layout is fast
+        assert few.flops is not None
+        assert many.flops is not None
+        assert few.flops < many.flops
+        assert few.trainable_parameters < many.trainable_parameters
+
+
+def test_operators_of_peft_lora_are_those_that_can_be_counted_by_hand() -> None:
+    """Two linear layers of four operators each (one of them no view), a scaling and a sum, at five sites."""
+    row = rows_of("train")["peft-lora"]
+    assert (row.operators, row.kernels) == (50, 20)
+
+
+def test_bytes_kept_count_a_storage_once_and_no_parameter() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(5, 4)
+            self.weight = nn.Parameter(torch.ones(4))
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.embedding
+
+        def forward(self, inputs_embeds: torch.Tensor, labels: Any, use_cache: bool) -> Any:
+            x = inputs_embeds * self.weight
+            return type("Output", (), {"loss": (x * x + x.view(-1).exp().view(x.shape)).sum()})
+
+    kept = work.saved_bytes(Twice(), torch.zeros(1, 3, dtype=torch.long))
+    assert kept == 3 * (3 * 4 * 4)  # the embedded tokens, x, and exp's own result
+
+
+def test_a_copy_shares_the_frozen_weights_and_every_expert_speaks() -> None:
+    base = subjects.base_model("smollm2-135m", layers=None, dtype=torch.float32, device="cpu")
+    model = subjects.with_method(base, "soft-moa")
+    frozen = {one.data_ptr() for one in base.parameters()}
+    assert frozen <= {one.data_ptr() for one in model.parameters()}
+    assert all(one.any() for one in subjects.trainable(model))
+    assert not any(isinstance(one, MoALayer) for one in base.modules())
+
+
+def test_methods_are_taken_in_turn_and_the_warm_up_does_not_count() -> None:
+    order: list[str] = []
+    times = take_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, warm_up=2)
+    assert order == ["a", "b"] * 5
+    assert {name: len(one) for name, one in times.items()} == {"a": 3, "b": 3}
+
+
+def test_quartiles_of_ratios_are_taken_pair_by_pair() -> None:
+    assert ratios([2, 6, 30], [1, 2, 10]) == (2.5, 3, 3)
+    assert quartiles([4.0]) == (4.0, 4.0, 4.0)
+
+
+def test_objections_name_a_dirty_tree_and_too_few_pairs() -> None:
+    row = rows_of("train")["peft-lora"]
+    clean = dataclasses.replace(row, pairs=15, provenance={**row.provenance, "dirty": False})
+    assert clean.objections() == []
+    assert "2 pairs, 15 needed" in dataclasses.replace(clean, pairs=2).objections()[0]
+    dirty = dataclasses.replace(clean, provenance={**row.provenance, "dirty": True})
+    assert "the working tree differs from commit" in dirty.objections()[0]
+    unknown = dataclasses.replace(clean, max_abs_err=float("nan"), err_limit=1e-3)
+    assert "error nan against the plain path" in unknown.objections()[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"methods": ("soft-mao",)}, "unknown method 'soft-mao': did you mean 'soft-moa'"),
+        ({"dtype": "float8"}, "unknown dtype 'float8'"),
+        ({"device": "tpu"}, "unknown device 'tpu'"),
+        ({"pairs": 0}, "pairs is 0: give at least 1"),
+        ({"kind": "scaling"}, "num_experts is empty: give numbers of copies"),
+        pytest.param(
+            {"device": "cuda"},
+            "there is no CUDA device here; give --device cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
+    ],
+)
+def test_wrong_options_are_told(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        BenchOptions(**{"kind": "train", "methods": ("soft-moa",), **options})
+
+
+def test_a_method_without_copies_cannot_be_scaled_and_a_loaded_model_not_cut() -> None:
+    base = subjects.base_model("smollm2-135m", layers=1, dtype=torch.float32, device="cpu")
+    with pytest.raises(UsageError, match="'soft-moa' has no copies of its experts to scale"):
+        subjects.with_method(base, "soft-moa", num_experts=4)
+    with pytest.raises(UsageError, match="unknown method 'lroa'"):
+        subjects.with_method(base, "lroa")
+    with pytest.raises(UsageError, match=r"only the shapes smollm2-135m, llama-3\.1-8b can be cut"):
+        subjects.base_model("somewhere", layers=1, dtype=torch.float32, device="cpu")
+
+
+def test_the_plain_path_can_be_chosen_for_a_whole_model() -> None:
+    model = mixture_model("llama", "soft-moa")
+    with torch.no_grad():
+        fused = model(tokens()).logits
+        subjects.use_path(model, fused=False)
+        plain = model(tokens()).logits
+    assert not any(one.fused for one in model.modules() if isinstance(one, MoALayer))
+    torch.testing.assert_close(fused, plain)
+
+
+def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from moa_peft.cli import main; main()", "bench", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def test_the_command_prints_one_object_and_appends_rows(tmp_path: Path) -> None:
+    few = ("--layers", "1", "--pairs", "1", "--batch-size", "1", "--length", "4", "--methods", "sparse-moa")
+    done = run("train", *few, "--json", "--out", "rows.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)["rows"]
+    assert [row["method"] for row in printed] == ["frozen", "peft-lora", "sparse-moa"]
+    written = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert written == printed
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("run",), "unknown kind of measurement 'run'"),
+        (("scaling", "--num-experts", "8,many"), "--num-experts is '8,many': give whole numbers"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(
+    words: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
