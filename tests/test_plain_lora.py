@@ -111,7 +111,7 @@ def check_constant_gates(family: str, case: str, folder: Path) -> dict[str, Any]
     lora = plain_lora(model, gate_means(model.eval(), questions(), 4))
     write_lora(folder, base_model(family), lora)
     again = PeftModel.from_pretrained(base_model(family), folder)
-    torch.testing.assert_close(logits(again), expected, atol=3e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(again), expected, atol=1e-4, rtol=1e-5)
     return json.loads((folder / "adapter_config.json").read_text())
 
 

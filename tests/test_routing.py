@@ -242,11 +242,12 @@ def test_descending_the_sparsity_penalty_leaves_at_most_the_target_on_and_no_log
 def test_a_sparsegen_routers_concentration_is_zero_at_no_input_and_stays_below_its_bound() -> None:
     router = Router(8, 4, RouterConfig(kind="linear", gate="sparsegen"))
     logits = torch.randn(1, 3, 4)
-    at_rest = router.gate(torch.zeros(1, 3, 8), logits).gates
+    x = torch.zeros(1, 3, 8)
+    at_rest = router.gate(x, logits, router.gate.concentration(x)).gates
     torch.testing.assert_close(at_rest, sparsegen_gates(logits, torch.zeros(1, 3, 1)))
     with torch.no_grad():
         router.gate.concentration.bias.fill_(-1e6)
-    bound = router.gate(torch.zeros(1, 3, 8), logits).gates
+    bound = router.gate(x, logits, router.gate.concentration(x)).gates
     torch.testing.assert_close(bound, sparsegen_gates(logits, torch.full((1, 3, 1), 0.9)))
 
 

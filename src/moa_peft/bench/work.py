@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 from moa_peft.bench.subjects import trainable
 
@@ -98,9 +98,18 @@ def operators(model: nn.Module, ids: Tensor) -> tuple[int, int]:
     return count.all, count.kernels
 
 
+def flop_counter() -> FlopCounterMode:
+    """Torch's counter of floating-point operations, with the product that accumulates in place, which it does not know."""
+
+    def accumulated(self_shape: Any, first: Any, second: Any, *args: Any, **kwargs: Any) -> int:  # noqa: ARG001  # torch's
+        return addmm_flop(self_shape, first, second)
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: accumulated})
+
+
 def flops(work: Callable[[], None]) -> float:
     """Floating-point operations of matrix products and attention in a piece of work."""
-    with FlopCounterMode(display=False) as count:
+    with flop_counter() as count:
         work()
     return float(count.get_total_flops())
 
