@@ -26,7 +26,7 @@ def table(rows: Sequence[Row]) -> str:
     first = rows[0]
     columns = [one for one in COLUMNS if any(one[1](row) != "-" for row in rows)]
     lines = [
-        f"### {first['kind'].capitalize()}: {first['work']}",
+        f"## {first['kind'].capitalize()}: {first['work']}",
         "",
         f"{first['model']}, {first['num_layers']} blocks, {first['dtype']}.",
         "",
