@@ -151,9 +151,8 @@ class MoALayer(nn.Module, BaseTunerLayer):
         if "mlp" in sites:
             self._hook_pre(sites["mlp"].module, self._read_mlp)
         if "down_proj" in sites:
-            for (
-                module
-            ) in self.block.mlp_factors:  # after the hooks that add, so that up_proj's changes are noted
+            # These come after the hooks that add, so that what is noted has up_proj's changes.
+            for module in self.block.mlp_factors:
                 handle = module.register_forward_hook(self._note_factor)
                 self._factor_hooks.append((module, handle.id))
                 self._handles.append(handle)
@@ -351,9 +350,8 @@ class MoALayer(nn.Module, BaseTunerLayer):
 
     def _add_at(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Add the experts' changes to a module's output; a forward hook, and the one place that adds."""
-        first = (
-            output[0] if isinstance(output, tuple) else output
-        )  # some MLPs give their router's scores as well
+        # Some MLPs give their router's scores as well.
+        first = output[0] if isinstance(output, tuple) else output
         total = first
         joint: list[tuple[BlockPass, Columns, list[Term]]] = []
         for one, works in self._take(path):
