@@ -107,7 +107,9 @@ def test_every_figure_is_drawn_and_markup_in_texts_is_inert(opened: Any) -> None
         assert opened.locator("#heat td.cell").count() == 8
     opened.uncheck("#stretch")
     opened.click("#token-table summary")
-    opened.wait_for_selector("#token-table tbody tr")  # the table is filled when the browser tells that it is open
+    opened.wait_for_selector(
+        "#token-table tbody tr"
+    )  # the table is filled when the browser tells that it is open
     assert opened.locator("#token-table tbody tr").count() == opened.locator("#tokens > span").count()
     assert opened.locator("#curves svg").count() == 4
     opened.select_option("#prompt", "1")
