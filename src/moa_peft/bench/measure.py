@@ -1,5 +1,6 @@
 """From settings to rows: every method on one piece of work, in turn with the baseline and the frozen model."""
 
+import dataclasses
 import gc
 import multiprocessing
 import resource
@@ -250,6 +251,4 @@ def _resident_bytes() -> int:
 
 def as_dict(row: BenchRow) -> dict[str, Any]:
     """A row as a file of results holds it, with its objections."""
-    import dataclasses
-
     return {**dataclasses.asdict(row), "objections": row.objections()}
