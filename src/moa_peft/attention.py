@@ -19,8 +19,17 @@ NAME = "moa_prompt"
 class PromptSource(Protocol):
     """Whoever knows the prompts of a block."""
 
-    def attention_change(self, query: Tensor, scaling: float) -> Tensor | None:
-        """Give the change of the attention's output [B, T, H, D], or None."""
+    def attend(self, output: Tensor, query: Tensor, scaling: float) -> Tensor:
+        """Add the prompts' changes to the attention's output.
+
+        Args:
+            output: Float, [B, T, H, D]; not overwritten.
+            query: Float, [B, H, T, D], after rotary embedding.
+            scaling: Factor of the attention scores.
+
+        Returns:
+            [B, T, H, D] in the dtype of ``output``.
+        """
         ...
 
 
@@ -61,8 +70,8 @@ def attend_with_prompts(
         finally:
             module.config = replacement
     scaling = kwargs.get("scaling")
-    change = prompted.source.attention_change(query, query.shape[-1] ** -0.5 if scaling is None else scaling)
-    return (output if change is None else output + change), weights
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return prompted.source.attend(output, query, scaling), weights
 
 
 def add_prompts(module: nn.Module, source: PromptSource) -> None:

@@ -5,37 +5,26 @@ read once however many experts and routers read it, gates touch vectors of the b
 added in place of the frozen output, and the backward pass keeps the input, or what the frozen model keeps anyway, and
 little else.
 
-Sizes: M tokens (all leading sizes flattened), D_in and D_out of a site, K rows of all stacked down-projections, N copies of an
-expert, r size of its bottleneck.
+Small vectors lie as rows with a column for each token: a part of a product is then contiguous, and a CPU multiplies by a
+weight of few rows up to four times faster with the weight on the left.
+
+Sizes: B rows, T tokens of a row, M = B * T, D_in and D_out of a site, K rows of all stacked down-projections, H heads of size D,
+P vectors of a prompt, N copies of an expert.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from moa_peft.experts.base import Prompt
 from moa_peft.products import at_least_float32
-
-
-class Term(NamedTuple):
-    """One expert's part of the change at a site: ``up (gate * scale * inner)``."""
-
-    inner: Tensor | None
-    """Float, [..., N * r], or [..., r] where the copies share it; None for a gated bias, whose inner is 1."""
-    gate: Tensor | None
-    """Float32, broadcastable to [..., N]; None for 1."""
-    up: Tensor
-    """Float of any dtype, [D_out, N * r]."""
-    scale: float = 1.0
-
 
 ALIGNMENT = 64
 """Bytes; where torch's own allocator puts a tensor."""
-
-FEW_ROWS = 32
-"""Below so many rows of a weight, a CPU's matrix product is up to four times faster with the weight on the left."""
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -66,115 +55,57 @@ def _lies_askew(weight: Tensor) -> bool:
     return in_memory and weight.data_ptr() % ALIGNMENT != 0
 
 
-def thin_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply tokens by a weight of few rows: ``x @ weight.T``.
+def rows_of(x: Tensor, weight: Tensor, factors: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Multiply an input by a weight: ``weight @ x.T``.
 
     Args:
-        x: Float, [M, D].
-        weight: Float, [K, D], of the same dtype, contiguous or not.
-
-    Returns:
-        [M, K], not always contiguous.
-    """
-    if len(weight) < FEW_ROWS and x.device.type == "cpu":
-        return (weight @ x.t()).t()
-    return x @ weight.t()
-
-
-def shared_product(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    *,
-    factors: tuple[Tensor, Tensor] | None = None,
-    joined: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """Multiply an input by several weights in one product.
-
-    Args:
-        x: Float, [..., D_in]; it is never cast upwards.
-        weights: Each [K_i, D_in], of any float dtype; gradients flow to them and to ``x``.
+        x: Float, [..., D_in]; cast to the weight's dtype, which is never a higher one.
+        weight: Float, [K, D_in], in the dtype of the products; gradients flow to both.
         factors: Two tensors whose product is ``x``, which the frozen model keeps for its own backward pass; they are
             kept then instead of ``x``.
-        joined: The weights as `stacked` joins them, where the caller has them already; only without gradients.
 
     Returns:
-        One [..., K_i] for each weight, in the dtype of the products.
+        [K, M], in the dtype of the weight.
     """
-    if torch.is_grad_enabled():
-        return _SharedProduct.apply(x, factors, *weights)
-    return _product(x, weights, compute_dtype(x), joined)
+    if factors is not None and torch.is_grad_enabled():
+        return _ProductOfFactors.apply(x, *factors, weight)
+    return F.linear(weight, cast(x, weight.dtype).reshape(-1, x.shape[-1]))
 
 
-def _product(
-    x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype, joined: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    joined = stacked(weights, dtype) if joined is None else joined
-    product = thin_product(cast(x, dtype).reshape(-1, x.shape[-1]), joined)
-    product = product.view(*x.shape[:-1], -1)  # [..., K]
-    if len(weights) == 1:
-        return (product,)
-    return torch.split_with_sizes(product, [len(one) for one in weights], -1)
+class _ProductOfFactors(torch.autograd.Function):
+    """``weight @ x.T`` where x is made again for the backward pass."""
 
-
-class _SharedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, factors: tuple[Tensor, Tensor] | None, *weights: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.dtype = compute_dtype(x)
-        x = cast(x, ctx.dtype)
-        ctx.num_kept = 1 if factors is None else 2
-        ctx.save_for_backward(*((x,) if factors is None else factors), *weights)
-        return _product(x, weights, ctx.dtype)
+    def forward(ctx: Any, x: Tensor, one: Tensor, other: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(one, other, weight)
+        return weight @ cast(x, weight.dtype).view(-1, x.shape[-1]).t()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch calls it by position
-        saved = ctx.saved_tensors
-        weights = saved[ctx.num_kept :]
-        x = saved[0] if ctx.num_kept == 1 else cast(saved[0] * saved[1], ctx.dtype)
-        above = gradients[0] if len(gradients) == 1 else torch.cat(gradients, -1)
-        above = above.reshape(-1, above.shape[-1])  # [M, K]
-        to_weights = (above.t() @ x.reshape(-1, x.shape[-1])).split_with_sizes([len(one) for one in weights])
-        to_x = (above @ stacked(weights, ctx.dtype)).view(x.shape) if ctx.needs_input_grad[0] else None
-        return to_x, None, *map(_in_dtype_of, to_weights, weights)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch calls it by position
+        one, other, weight = ctx.saved_tensors
+        x = one * other
+        to_weight = gradient @ cast(x, weight.dtype).view(-1, x.shape[-1])
+        to_x = (gradient.t() @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        return to_x, None, None, to_weight
 
 
-def _in_dtype_of(gradient: Tensor, weight: Tensor) -> Tensor:
-    return cast(gradient, weight.dtype)
-
-
-def add_gated(
-    output: Tensor,
-    terms: Sequence[Term],
-    *,
-    columns: tuple[int, int] | None = None,
-    joined: Tensor | None = None,
-) -> Tensor:
-    """Add the gated changes of a site's experts to its output, in place, in one accumulating product.
+def add_rows(output: Tensor, rows: Tensor, up: Tensor, columns: tuple[int, int] | None = None) -> Tensor:
+    """Add ``(up @ rows).T`` to a site's output, in place.
 
     Args:
         output: Float, contiguous, [..., D_out], the frozen layer's own; it is overwritten.
-        terms: The experts' parts; gradients flow to inner, gate and up of each.
+        rows: Of its dtype, [K, M], gated; gradients flow to them.
+        up: Of its dtype, [D_out, K], likewise.
         columns: Start and end of the columns of ``output`` that the change is for; None for all.
-        joined: The terms' ups as `stacked` joins them along their columns, where the caller has them already; only
-            without gradients.
 
     Returns:
         ``output``.
     """
     if torch.is_grad_enabled():
-        tensors = [tensor for term in terms for tensor in term[:3]]
-        return _AddGated.apply(output, columns, [term.scale for term in terms], *tensors)
-    _accumulate(output, columns, terms, joined)
+        return _AddRows.apply(output, rows, up, columns)
+    _columns(output, columns).addmm_(rows.t(), up.t())
     return output
-
-
-def _accumulate(
-    output: Tensor, columns: tuple[int, int] | None, terms: Sequence[Term], joined: Tensor | None = None
-) -> None:
-    joined = stacked([term.up for term in terms], output.dtype, 1) if joined is None else joined
-    _columns(output, columns).addmm_(_gated_columns(terms, output), joined.t())
 
 
 def _columns(output: Tensor, columns: tuple[int, int] | None) -> Tensor:
@@ -183,92 +114,88 @@ def _columns(output: Tensor, columns: tuple[int, int] | None) -> Tensor:
     return flat if columns is None else flat[:, columns[0] : columns[1]]
 
 
-def _gated_columns(terms: Sequence[Term], output: Tensor) -> Tensor:
-    """Gate the inner vectors of all terms side by side: [M, K], in the dtype of the output."""
-    gated = [_gated(term, output) for term in terms]
-    joined = gated[0] if len(gated) == 1 else torch.cat(gated, -1)
-    return cast(joined, output.dtype).reshape(-1, joined.shape[-1])
-
-
-def _gated(term: Term, output: Tensor) -> Tensor:
-    """Give ``gate * scale * inner``: [..., N * r], float32 where there is a gate."""
-    inner, gate, up, scale = term
-    if gate is None:
-        assert inner is not None, "a bias without a gate would need a term of its own"
-        return inner if scale == 1 else inner * scale
-    gate = gate if scale == 1 else gate * scale
-    if inner is None:
-        return gate.expand(*output.shape[:-1], gate.shape[-1])
-    if gate.shape[-1] == 1:
-        return inner * gate
-    inner = _by_copy(inner, gate, up) * gate.unsqueeze(-1)
-    return inner.reshape(*inner.shape[:-2], -1)
-
-
-def _by_copy(inner: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    """View inner vectors as [..., N or 1, r]."""
-    return inner.reshape(*inner.shape[:-1], -1, up.shape[1] // gate.shape[-1])
-
-
-class _AddGated(torch.autograd.Function):
+class _AddRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        output: Tensor,
-        columns: tuple[int, int] | None,
-        scales: Sequence[float],
-        *tensors: Tensor | None,
+        ctx: Any, output: Tensor, rows: Tensor, up: Tensor, columns: tuple[int, int] | None
     ) -> Tensor:
-        _accumulate(output, columns, _terms(scales, tensors))
         ctx.mark_dirty(output)
-        ctx.save_for_backward(*tensors)
-        ctx.columns, ctx.scales = columns, scales
+        ctx.save_for_backward(rows, up)
+        ctx.columns = columns
+        _columns(output, columns).addmm_(rows.t(), up.t())
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch calls it by position
-        gradient = gradient.contiguous()
-        terms = _terms(ctx.scales, ctx.saved_tensors)
-        joined = stacked([term.up for term in terms], gradient.dtype, 1)  # [D_out, K]
-        above = _columns(gradient, ctx.columns)  # [M, D_out]
-        to_ups = (_gated_columns(terms, gradient).t() @ above).t()  # [D_out, K]
-        to_gated = thin_product(above, joined.t()).view(*gradient.shape[:-1], -1)
-        if len(terms) == 1:
-            found = [*_to_inner_and_gate(terms[0], to_gated), cast(to_ups, terms[0].up.dtype)]
-            return gradient, None, None, *found
-        sizes = [term.up.shape[1] for term in terms]
-        parts = zip(
-            terms, to_gated.split_with_sizes(sizes, -1), to_ups.split_with_sizes(sizes, 1), strict=True
-        )
-        found = [
-            one
-            for term, to_term, to_up in parts
-            for one in (*_to_inner_and_gate(term, to_term), cast(to_up, term.up.dtype))
-        ]
-        return gradient, None, None, *found
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch calls it by position
+        rows, up = ctx.saved_tensors
+        above = _columns(gradient.contiguous(), ctx.columns)  # [M, D_out]
+        return gradient, up.t() @ above.t(), (rows @ above).t(), None
 
 
-def _terms(scales: Sequence[float], tensors: Sequence[Tensor | None]) -> list[Term]:
-    """Put the terms together again from the flat list that autograd keeps."""
-    return [Term(*tensors[3 * i : 3 * i + 3], scale) for i, scale in enumerate(scales)]  # type: ignore[arg-type]  # ups are never None
+def add_attended(output: Tensor, query: Tensor, prompt: Prompt, gate: Tensor, scaling: float) -> Tensor:
+    """Let queries attend to a prompt, and add the gated result to what the attention gave.
+
+    Vectors of scores lie as rows with a column for each token, where a CPU's softmax is some twenty times faster.
+
+    Args:
+        output: Float, [B, T, H, D], the attention's; not overwritten, since its own backward pass needs it.
+        query: Float, [B, H, T, D], after rotary embedding.
+        prompt: Keys and values in the dtype of the products.
+        gate: Float32, [N, M]; gradients flow to it and to all the others.
+        scaling: Factor of the attention scores.
+
+    Returns:
+        [B, T, H, D], contiguous, in the dtype of ``output``. Only the arguments are kept for the backward pass.
+    """
+    keys, values, head_scale = prompt
+    weight = at_least_float32(head_scale).view(-1, 1, 1) * gate  # [H, N, M]
+    return _AddAttended.apply(output, cast(query, keys.dtype), keys, values, weight, scaling)
 
 
-def _to_inner_and_gate(term: Term, above: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Pass a gradient [..., N * r] on through ``gate * scale * inner``."""
-    inner, gate, up, scale = term
-    above = at_least_float32(above) if scale == 1 else at_least_float32(above) * scale
-    if gate is None:
-        return above if inner is None else cast(above, inner.dtype), None
-    if inner is None:
-        return None, _summed_to(above, gate)
-    if gate.shape[-1] == 1:
-        return cast(above * gate, inner.dtype), _summed_to((above * inner).sum(-1, keepdim=True), gate)
-    above, by_copy = _by_copy(above, gate, up), _by_copy(inner, gate, up)
-    to_inner = (above * gate.unsqueeze(-1)).sum_to_size(by_copy.shape).reshape(inner.shape)
-    return cast(to_inner, inner.dtype), _summed_to((above * by_copy).sum(-1), gate)
+class _AddAttended(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, query: Tensor, keys: Tensor, values: Tensor, weight: Tensor, scaling: float
+    ) -> Tensor:
+        ctx.save_for_backward(query, keys, values, weight)
+        ctx.scaling, ctx.dtype = scaling, output.dtype
+        gated = _weighted(_shares(_token_vectors(query), keys, scaling), weight)
+        total = output.clone(memory_format=torch.contiguous_format)
+        by_head = total.view(-1, *total.shape[-2:]).transpose(0, 1)  # [H, M, D]
+        by_head.baddbmm_(cast(gated, total.dtype).transpose(1, 2), cast(values, total.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch calls it by position
+        query, keys, values, weight = ctx.saved_tensors
+        vectors, dtype = _token_vectors(query), keys.dtype
+        shares = _shares(vectors, keys, ctx.scaling)
+        above = cast(gradient, dtype).reshape(-1, *gradient.shape[-2:]).transpose(0, 1)  # [H, M, D]
+        to_values = torch.bmm(cast(_weighted(shares, weight), dtype), above)
+        to_gated = at_least_float32(torch.bmm(values, above.transpose(1, 2)))  # [H, P, M]
+        to_weight = (to_gated * shares).unflatten(1, (weight.shape[1], -1)).sum(2)  # [H, N, M]
+        to_shares = _weighted(to_gated, weight)
+        mean = (to_weight * weight).sum(1, keepdim=True)  # of the gradient of the shares, over the prompt
+        to_scores = cast(shares * (to_shares - mean) * ctx.scaling, dtype)
+        to_query = torch.bmm(to_scores.transpose(1, 2), keys)  # [H, M, D]
+        to_query = to_query.view(len(keys), len(query), -1, keys.shape[-1]).transpose(0, 1)
+        return gradient, to_query, torch.bmm(to_scores, vectors), to_values, to_weight, None
 
 
-def _summed_to(gradient: Tensor, gate: Tensor) -> Tensor:
-    """Sum over the tokens that share a gate."""
-    return gradient if gradient.shape == gate.shape else gradient.sum_to_size(gate.shape)
+def _token_vectors(query: Tensor) -> Tensor:
+    """View (or copy) [B, H, T, D] as [H, M, D]."""
+    return query.transpose(0, 1).flatten(1, 2)
+
+
+def _shares(vectors: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """Softmax over a prompt for each token and head: float32, [H, P, M]."""
+    return at_least_float32(torch.bmm(keys, vectors.transpose(1, 2)) * scaling).softmax(1)
+
+
+def _weighted(shares: Tensor, weight: Tensor) -> Tensor:
+    """Multiply the part [H, P / N, M] of each copy by its weight [H, N, M]."""
+    if weight.shape[1] == 1:
+        return shares * weight
+    return (shares.unflatten(1, (weight.shape[1], -1)) * weight.unsqueeze(2)).flatten(1, 2)

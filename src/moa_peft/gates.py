@@ -11,8 +11,7 @@ Sizes: B rows, T tokens of a row, D inputs of the router, E experts.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +34,7 @@ OPTIONS = ("threshold", "keep", "noise", "target", "sparsity", "balance")
 """The fields of a `RouterConfig` that belong to some gates and not to others."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Weights:
+class Weights(NamedTuple):
     """What a gate makes of the logits of a call."""
 
     gates: Tensor

@@ -1,53 +1,59 @@
 """What decoding uses again at each step: stacked weights, and the keys and values of prompts."""
 
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from torch import Tensor
-
-Made = TypeVar("Made")
+from torch import Tensor, nn
 
 
 class KeptWeights:
-    """Keeps what was made of weights for calls of one token.
+    """Keeps what was made of a module's weights for calls of one token.
 
     A call with several tokens in a row makes it anew and leaves it for the calls of one token that follow: weights that
     were changed, by whatever means, are never used beyond the next prompt. A change that torch counts is noticed at once.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[object, tuple[tuple[Tensor, ...], tuple[object, ...], Any]] = {}
+        self._kept: dict[object, Any] = {}
+        self._slots: list[tuple[dict[str, Any], str]] = []  # where the module has its parameters
+        self._weights: list[Tensor] = []
+        self._versions: list[int] = []
 
-    def find(
-        self,
-        key: object,
-        weights: Sequence[Tensor],
-        dtype: torch.dtype,
-        decoding: bool,
-        make: Callable[[], Made],
-    ) -> Made:
-        """Give what was made of weights, or make it.
+    def begin(self, module: nn.Module, *, decoding: bool) -> None:
+        """Begin a call without gradients; forget what was made of weights that are no longer the module's.
 
         Args:
-            key: What it is for.
-            weights: What it is made of; without gradients.
-            dtype: Its dtype.
+            module: Whose weights everything is made of; always the same.
             decoding: Whether the call has one token in each row.
-            make: Makes it.
         """
-        state = (dtype, *(0 if one.is_inference() else one._version for one in weights))
-        found = self._kept.get(key)
-        if decoding and found is not None and found[1] == state and all(map(operator.is_, found[0], weights)):
-            return found[2]
-        made = make()
-        self._kept[key] = (tuple(weights), state, made)
-        return made
+        if not decoding or not self._slots:
+            self._slots = [
+                (one._parameters, name)
+                for one in module.modules()
+                for name, weight in one._parameters.items()
+                if weight is not None
+            ]
+        weights = [parameters[name] for parameters, name in self._slots]
+        try:
+            versions = [one._version for one in weights]
+        except RuntimeError:  # tensors made in inference mode have none
+            versions = []
+        if decoding and versions == self._versions and all(map(operator.is_, weights, self._weights)):
+            return
+        self._kept.clear()
+        self._weights, self._versions = weights, versions
+
+    def find(self, key: object) -> Any:
+        """What was kept under a key, which says what it is for and its dtype; None where there is nothing."""
+        return self._kept.get(key)
+
+    def keep(self, key: object, made: object) -> None:
+        """Keep what was made of the weights."""
+        self._kept[key] = made
 
     def clear(self) -> None:
         """Forget everything."""
-        self._kept.clear()
+        self._kept, self._slots, self._weights, self._versions = {}, [], [], []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_kept": {}}
+        return KeptWeights().__dict__

@@ -5,8 +5,7 @@ Sizes: B rows, T tokens of a row, D inputs, E experts.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from moa_peft.balance import attach_loss, scale_nobody_set
 from moa_peft.config import GATES, RouterConfig
 from moa_peft.gates import Gate, Weights
-from moa_peft.products import in_float32, low_precision_product, zero_bias_linear
+from moa_peft.products import low_precision_product, zero_bias_linear
 from moa_peft.routing import load_balancing_loss
 
 
@@ -27,6 +26,8 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 class LinearRouter(nn.Module):
     """Logits ``W x + b``."""
+
+    num_linears: ClassVar[int] = 1
 
     def __init__(self, inputs: int, num_experts: int, config: RouterConfig) -> None:
         super().__init__()
@@ -47,6 +48,8 @@ class SwiGLURouter(nn.Module):
     Source: the official code's math setting (MoA, arXiv 2506.05928).
     """
 
+    num_linears: ClassVar[int] = 2
+
     def __init__(self, inputs: int, num_experts: int, config: RouterConfig) -> None:
         super().__init__()
         hidden = (config.hidden_per_expert or 4) * num_experts
@@ -66,8 +69,7 @@ class SwiGLURouter(nn.Module):
 _LOGITS: dict[str, type[LinearRouter] | type[SwiGLURouter]] = {"linear": LinearRouter, "swiglu": SwiGLURouter}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Routing:
+class Routing(NamedTuple):
     """What a router says of a call's tokens."""
 
     gates: Tensor
@@ -106,14 +108,14 @@ class Router(nn.Module):
         return (*self.logits.linears(), *self.gate.linears())
 
     def forward(
-        self, x: Tensor, counted: Tensor | None = None, products: Sequence[Tensor] | None = None
+        self, x: Tensor, counted: Tensor | None = None, read: Sequence[Tensor] | None = None
     ) -> Routing:
         """Weigh the experts for each token.
 
         Args:
             x: Float, [B, T, D], what the router reads.
             counted: Bool, [B, T]; tokens that count in the balance loss. None counts all.
-            products: ``x`` times the weight of each of `linears`, without the biases; None to make them here.
+            read: Float32, what each of `linears` makes of ``x``; None to make it here.
 
         Returns:
             The gates; in training their gradient carries that of the losses.
@@ -122,15 +124,14 @@ class Router(nn.Module):
             UsageError: If the training loop scales its loss in a way that nobody has told; see `scale_nobody_set`.
         """
         scale = self._scale(x.device) if self.has_losses else None
-        linears = self.linears()
         with without_autocast(x.device.type):  # it would round the float32 part again
-            if products is None:
-                products = [F.linear(x, linear.weight.to(x.dtype)) for linear in linears]
-            read = [in_float32(product, one.bias) for product, one in zip(products, linears, strict=True)]
-            first = len(self.logits.linears())
-            weights = self.gate(x, self.logits(*read[:first]), *read[first:])
+            if read is None:
+                read = [low_precision_product(x, linear) for linear in self.linears()]
+            logits = self.logits
+            first = logits.num_linears
+            weights = self.gate(x, logits(*read[:first]), *read[first:])
             if not self.has_losses:
-                return Routing(gates=weights.gates, threshold=weights.threshold, balance_loss=None)
+                return Routing(weights.gates, weights.threshold, None)
             return self._with_losses(weights, counted, scale)
 
     @property
@@ -164,8 +165,4 @@ class Router(nn.Module):
         gates = weights.gates
         if scale is not None:
             gates = attach_loss(gates, total, scale)
-        return Routing(
-            gates=gates,
-            threshold=weights.threshold,
-            balance_loss=None if balance is None else balance.detach(),
-        )
+        return Routing(gates, weights.threshold, None if balance is None else balance.detach())

@@ -22,9 +22,8 @@ from moa_peft.attention import add_prompts, remove_prompts
 from moa_peft.block_pass import BlockPass
 from moa_peft.config import RouterConfig
 from moa_peft.errors import RunError, UsageError
-from moa_peft.fused import Term, add_gated
 from moa_peft.layer import Mixture, Place, PlacedExpert
-from moa_peft.plan import DOWN_INPUT, MLP_INPUT, Columns, Plan, Work, plan
+from moa_peft.plan import MLP_INPUT, Plan, SiteWork, plan
 from moa_peft.router import Routing
 from moa_peft.tokens import ARGUMENT, CallTokens, TokenWatch
 
@@ -100,10 +99,12 @@ class MoALayer(nn.Module, BaseTunerLayer):
             False: {},
             True: {},
         }  # by whether they are fused, and adapter
-        self._waiting: dict[str, BlockPass] = {}  # by adapter
+        self._passes: tuple[BlockPass, ...] = ()  # those that have begun and not ended
         self._call: CallTokens | None = None  # of the pass that has begun, until its tokens are routed
         self._block_input: Tensor | None = None  # likewise
         self._factors: list[Tensor] = []  # of what down_proj is about to read
+        down = block.sites.get("down_proj")
+        self._down_path = None if down is None else down.path
         self._factor_hooks: list[tuple[nn.Module, int]] = []  # the hooks that note them, by their ids
         self._handles: list[RemovableHandle] = []
 
@@ -123,7 +124,10 @@ class MoALayer(nn.Module, BaseTunerLayer):
         """Hook every site that has an expert."""
         self.disconnect()
         self._plans = {
-            fused: {adapter: plan(one, self.block, fused=fused) for adapter, one in self.mixtures().items()}
+            fused: {
+                adapter: plan(adapter, one, self.block, fused=fused)
+                for adapter, one in self.mixtures().items()
+            }
             for fused in (False, True)
         }
         routed = [mixture for mixture in self.mixtures().values() if mixture.routers()]
@@ -146,7 +150,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
         self._connect_mlp()
 
     def _connect_mlp(self) -> None:
-        """See what the MLP and its last layer read, before any expert's change is added there."""
+        """See what the MLP reads, and the factors of what its last layer reads."""
         sites = {place.site.name: place.site for one in self.mixtures().values() for place in one.places}
         if "mlp" in sites:
             self._hook_pre(sites["mlp"].module, self._read_mlp)
@@ -156,7 +160,6 @@ class MoALayer(nn.Module, BaseTunerLayer):
                 handle = module.register_forward_hook(self._note_factor)
                 self._factor_hooks.append((module, handle.id))
                 self._handles.append(handle)
-            self._hook_pre(sites["down_proj"].module, self._read_down)
 
     def disconnect(self) -> None:
         """Take every hook off the block's modules."""
@@ -167,17 +170,19 @@ class MoALayer(nn.Module, BaseTunerLayer):
         if attention is not None:
             remove_prompts(attention.module)
 
-    def attention_change(self, query: Tensor, scaling: float) -> Tensor | None:
-        """Give the prompts' change of the attention's output [B, T, H, D]; None where there is none."""
-        total: Tensor | None = None
-        for one, works in self._take(self.block.sites["attention"].path):
-            for work in works:
+    def attend(self, output: Tensor, query: Tensor, scaling: float) -> Tensor:
+        """Add the prompts' changes to the attention's output; see `PromptSource`."""
+        total = output
+        for one, site_work in self._take(self.block.sites["attention"].path):
+            for work in site_work.single:
                 gate = one.mixture.gate_or_one(work.place, one.gate(work.place))
                 change = one.mixture.attention_change(work.place, query, scaling, gate)
-                total = change if total is None else total + change
+                total = total + change
                 if self.change_observer is not None:
                     under = partial(one.mixture.attention_change, work.place, query, scaling)
-                    self._tell_change(one.adapter, work.place, gate, change, under)
+                    self._tell_change(one.plan.adapter, work.place, gate, change, under)
+            for work in site_work.joint.get(None, ()):
+                total = one.attend(total, work, query, scaling)
         return total
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -213,7 +218,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
     def __getstate__(self) -> dict[str, Any]:
         return {
             **self.__dict__,
-            "_waiting": {},
+            "_passes": (),
             "_call": None,
             "_block_input": None,
             "_factors": [],
@@ -226,7 +231,8 @@ class MoALayer(nn.Module, BaseTunerLayer):
     def _active(self) -> list[str]:
         if self._disable_adapters:
             return []
-        return [adapter for adapter in self.active_adapters if adapter in self.moa_mixture]
+        active = self._active_adapter
+        return [one for one in ([active] if isinstance(active, str) else active) if one in self._plans[True]]
 
     def _hook_pre(self, module: nn.Module, hook: Callable[..., Any], *, with_kwargs: bool = False) -> None:
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
@@ -253,19 +259,14 @@ class MoALayer(nn.Module, BaseTunerLayer):
         call, self._call = self._call or CallTokens(), None
         block_input, self._block_input = self._block_input, None
         self._factors = []
-        plans = self._now()
-        for adapter in self._active():
-            one = BlockPass(
-                adapter,
-                self.moa_mixture[adapter],  # type: ignore[arg-type]  # ModuleDict is untyped
-                plans[adapter],
-                call,
-                f"{self.block.path}.{adapter}",
-                self._tell,
-                decoding=args[0].shape[-2] == 1,
-            )
-            one.route(args[0], block_input)
-            self._waiting[adapter] = one
+        adapters = self._active()
+        if not adapters:
+            self._passes = ()
+            return
+        plans, x = self._now(), args[0]
+        self._passes = tuple([BlockPass(plans[adapter], call, self._tell) for adapter in adapters])
+        for one in self._passes:
+            one.route(x, block_input)
 
     def _tell(self, adapter: str, router: str, names: tuple[str, ...], routing: Routing) -> None:
         if self.observer is None or _unobserved():
@@ -297,23 +298,22 @@ class MoALayer(nn.Module, BaseTunerLayer):
             )
         )
 
-    def _take(self, path: str) -> list[tuple[BlockPass, tuple[Work, ...]]]:
-        """The passes that a module is a part of, with what they do there; each leaves with its last module."""
+    def _take(self, path: str) -> list[tuple[BlockPass, SiteWork]]:
+        """The passes that a module is a part of, with what they do to its output; each leaves with its last module."""
         if self._disable_adapters:
             return []
-        taken: list[tuple[BlockPass, tuple[Work, ...]]] = []
-        for adapter in self._active():
-            one = self._waiting.get(adapter)
-            if one is None:
-                self._refuse_order(path, adapter)
-                continue
-            works = one.plan.work.get(path)
-            if works is None:
-                continue
-            one.uses -= 1
-            if one.uses == 0:
-                del self._waiting[adapter]
-            taken.append((one, works))
+        taken: list[tuple[BlockPass, SiteWork]] = []
+        last = False
+        for one in self._passes:
+            site_work = one.plan.work.get(path)
+            if site_work is not None:
+                taken.append((one, site_work))
+                one.uses -= 1
+                last = last or one.uses == 0
+        if not taken:
+            self._refuse_order(path)
+        if last:
+            self._passes = tuple([one for one in self._passes if one.uses])
         return taken
 
     def _now(self) -> dict[str, Plan]:
@@ -321,9 +321,10 @@ class MoALayer(nn.Module, BaseTunerLayer):
         fused = self.fused and self.change_observer is None and not torch.compiler.is_compiling()
         return self._plans[fused]
 
-    def _refuse_order(self, path: str, adapter: str) -> None:
+    def _refuse_order(self, path: str) -> None:
         """Raise if an expert's module ran outside of a pass."""
-        if path in self._now()[adapter].work:
+        plans = self._now()
+        if any(path in plans[adapter].work for adapter in self._active()):
             raise RunError(
                 f"{path} ran before the router of its block: this model does not run its attention first; "
                 "name its parts in MoAConfig(architecture=ArchitectureConfig(...))"
@@ -331,41 +332,36 @@ class MoALayer(nn.Module, BaseTunerLayer):
 
     def _read_mlp(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
         """Read the MLP's input for the experts beside it; a forward pre-hook."""
-        for one in self._waiting.values():
+        for one in self._passes:
             one.read(MLP_INPUT, args[0])
 
     def _note_factor(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG002
         """Note a factor of what down_proj is about to read; a forward hook."""
-        if not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._factors.append(output)
 
-    def _read_down(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
-        """Read what down_proj reads, by its factors where nobody can have changed them after us; a forward pre-hook."""
-        if torch.compiler.is_compiling():
-            return
+    def _take_factors(self, path: str) -> tuple[Tensor, Tensor] | None:
+        """The factors of what down_proj reads, where nobody can have changed them after us."""
+        if not self._factors or path != self._down_path:
+            return None
         factors, self._factors = self._factors, []
         last = all(next(reversed(one._forward_hooks)) == number for one, number in self._factor_hooks)
-        for one in self._waiting.values():
-            one.read(DOWN_INPUT, args[0], (factors[0], factors[1]) if last and len(factors) == 2 else None)
+        return (factors[0], factors[1]) if last and len(factors) == 2 else None
 
     def _add_at(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Add the experts' changes to a module's output; a forward hook, and the one place that adds."""
         # Some MLPs give their router's scores as well.
         first = output[0] if isinstance(output, tuple) else output
+        taken = self._take(path)
         total = first
-        joint: list[tuple[BlockPass, Columns, list[Term]]] = []
-        for one, works in self._take(path):
-            terms: dict[Columns, list[Term]] = {}
-            for work in works:
-                if work.is_fused:
-                    terms.setdefault(work.columns, []).extend(one.terms(work, args[0]))
-                else:
-                    total = total + self._change(one, work.place, args[0], first)
-            joint += [(one, columns, several) for columns, several in terms.items()]
-        for one, columns, several in joint:  # in place, so only when nobody needs the frozen output any more
-            total = total if writable(total, first, module) else total.clone()
-            joined = one.joined_ups(path, columns, several, total.dtype)
-            total = add_gated(total, several, columns=columns, joined=joined)
+        for one, site_work in taken:
+            for work in site_work.single:
+                total = total + self._change(one, work.place, args[0], first)
+        factors = self._take_factors(path)
+        for one, site_work in taken:  # in place, so only when nobody needs the frozen output any more
+            for columns, works in site_work.joint.items():
+                total = total if writable(total, first, module) else total.clone()
+                total = one.add(total, path, columns, works, args[0], factors)
         return (total, *output[1:]) if isinstance(output, tuple) else total
 
     def _change(self, one: BlockPass, place: Place, x: Tensor, first: Tensor) -> Tensor:
@@ -374,7 +370,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
         change = one.mixture.linear_change(place, x, first, gate)
         if self.change_observer is not None:
             under = partial(one.mixture.linear_change, place, x, first)
-            self._tell_change(one.adapter, place, gate, change, under)
+            self._tell_change(one.plan.adapter, place, gate, change, under)
         return change
 
     def _sites(self) -> dict[str, nn.Module]:

@@ -13,6 +13,7 @@ its site.
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from moa_peft.config import ExpertConfig, from_mapping
@@ -41,6 +42,20 @@ class Bottleneck(NamedTuple):
     up_bias: Tensor | None = None
     """[D_out, N]."""
     activation: Callable[[Tensor], Tensor] | None = None
+
+
+class Prompt(NamedTuple):
+    """An expert as ``head_scale_h * sum_n gate_n softmax(Q_h K_h^T * scaling)_n V_h``, which the fused path computes.
+
+    Its N copies are stacked, P / N vectors each; the softmax is over all P.
+    """
+
+    keys: Tensor
+    """[H, P, D]."""
+    values: Tensor
+    """[H, P, D]."""
+    head_scale: Tensor
+    """[H]."""
 
 
 class LinearExpert(nn.Module):
@@ -92,6 +107,15 @@ class AttentionExpert(nn.Module):
         Returns:
             [B, T, H, D] in the dtype of ``query``.
         """
+        raise NotImplementedError
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether `prompt` says what `change` computes, so that the fused path may compute it."""
+        return False
+
+    def prompt(self, site: "AttentionSite", dtype: torch.dtype) -> Prompt:
+        """The keys and values of an expert that is a prompt, in ``dtype``, as its weights are now."""
         raise NotImplementedError
 
 

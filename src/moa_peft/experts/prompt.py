@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moa_peft.config import CopiedExpertConfig
-from moa_peft.experts.base import AttentionExpert, register_expert
-from moa_peft.kept_weights import KeptWeights
+from moa_peft.experts.base import AttentionExpert, Prompt, register_expert
 from moa_peft.products import at_least_float32
 
 if TYPE_CHECKING:
@@ -55,23 +54,21 @@ class PromptChange(AttentionExpert):
         self.length = config.length
         self.vectors = nn.Parameter(torch.randn(config.num_experts * config.length, hidden_size))
         self.head_scale = nn.Parameter(torch.zeros(num_heads))
-        self.kept = KeptWeights()
 
     def change(self, site: "AttentionSite", query: Tensor, scaling: float, gate: Tensor) -> Tensor:
         """Give the gated change of the attention's output; see `AttentionExpert.change`."""
-        keys, values = self._project(site, query)  # each [H, N * L, D]
+        keys, values = site.project(self.vectors.to(query.dtype))  # each [H, N * L, D]
         scores = at_least_float32(query @ keys.transpose(-1, -2) * scaling)  # [B, H, T, N * L]
         weight = self.head_scale.to(scores.dtype).view(-1, 1, 1) * gate.unsqueeze(1)  # [B, H, T, N]
         share = scores.softmax(dim=-1).unflatten(-1, (-1, self.length))  # [B, H, T, N, L]
         attended = (share * weight.unsqueeze(-1)).flatten(-2).to(query.dtype) @ values  # [B, H, T, D]
         return attended.transpose(1, 2)
 
-    def _project(self, site: "AttentionSite", query: Tensor) -> tuple[Tensor, Tensor]:
-        """The prompt's keys and values; while decoding, those that the call before the first step made."""
+    @property
+    def is_prompt(self) -> bool:
+        """It is one."""
+        return True
 
-        def make() -> tuple[Tensor, Tensor]:
-            return site.project(self.vectors.to(query.dtype))
-
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.training:
-            return make()
-        return self.kept.find("prompt", [self.vectors], query.dtype, query.shape[2] == 1, make)
+    def prompt(self, site: "AttentionSite", dtype: torch.dtype) -> Prompt:
+        """The frozen projections of the vectors."""
+        return Prompt(*site.project(self.vectors.to(dtype)), self.head_scale)
