@@ -126,30 +126,33 @@ def print_table(rows: "list[BenchRow]") -> None:
     from rich.table import Table
 
     first = rows[0]
-    heads = [
-        "method", "parameters", "ms", f"over {first.baseline}", "over frozen", "saved MiB", "peak MiB", "operators",
-        "kernels", "error",
-    ]  # fmt: skip
     title = f"{first.work}; {first.model}, {first.num_layers} blocks, {first.dtype}; median (quartiles) of {first.pairs}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in heads:
-        table.add_column(name, justify="left" if name == "method" else "right")
-    for row in rows:
-        table.add_row(
-            row.method if row.num_experts is None else f"{row.method}, {row.num_experts} copies",
-            f"{row.trainable_parameters:,}",
-            f"{row.step_ms[1]:,.1f}" if row.pairs else "-",
-            spread(row.over_baseline),
-            spread(row.over_frozen),
-            "-" if row.saved_mib is None else f"{row.saved_mib:,.1f}",
-            "-" if row.peak_mib is None else f"{row.peak_mib:,.0f}",
-            f"{row.operators:.0f}",
-            f"{row.kernels:.0f}",
-            "-" if row.max_abs_err is None else f"{row.max_abs_err:.1e}",
-        )
+    table.add_column("method", no_wrap=True)
+    columns = {
+        "param- eters": [f"{row.trainable_parameters:,}" for row in rows],
+        "ms": [f"{row.step_ms[1]:,.1f}" if row.pairs else "-" for row in rows],
+        f"over {first.baseline}": [_in_two_lines(row.over_baseline) for row in rows],
+        "over frozen": [_in_two_lines(row.over_frozen) for row in rows],
+        "saved MiB": ["-" if row.saved_mib is None else f"{row.saved_mib:,.1f}" for row in rows],
+        "peak MiB": ["-" if row.peak_mib is None else f"{row.peak_mib:,.0f}" for row in rows],
+        "oper- ators": [f"{row.operators:.0f}" if row.operators else "-" for row in rows],
+        "no views": [f"{row.kernels:.0f}" if row.kernels else "-" for row in rows],
+        "error": ["-" if row.max_abs_err is None else f"{row.max_abs_err:.0e}" for row in rows],
+    }
+    shown = {head: cells for head, cells in columns.items() if any(cell != "-" for cell in cells)}
+    for head in shown:
+        table.add_column(head, justify="right", overflow="fold")
+    for row, *cells in zip(rows, *shown.values(), strict=True):
+        copies = "" if row.num_experts is None else f", {row.num_experts} copies"
+        table.add_row(row.method + copies, *cells)
     Console().print(table)
     for reason in dict.fromkeys(reason for row in rows for reason in row.objections()):
         print(f"not to be published: {reason}", file=sys.stderr)
+
+
+def _in_two_lines(values: tuple[float, float, float] | None) -> str:
+    return spread(values).replace(" ", "\n")
 
 
 def spread(values: tuple[float, float, float] | None) -> str:
