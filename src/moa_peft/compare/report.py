@@ -51,8 +51,29 @@ COST_NOTE = (
 )
 
 
+def read_summary(config: StudyConfig) -> StudySummary:
+    """Sum up what lies in a study's folder; neither model nor data is needed.
+
+    Args:
+        config: The study.
+
+    Raises:
+        UsageError: If the folder holds no study or another one.
+    """
+    folder = Path(config.out)
+    study = read_study(folder)
+    if study is None:
+        raise UsageError(
+            f"{folder} holds no study: run it first, without --report-only, or give its folder with --out"
+        )
+    rows = read_results(folder)
+    shared = shared_settings(config, study["settings"]["train_md5"], study["settings"]["validation_md5"])
+    check_same_study(folder, config, shared, {}, rows)
+    return summarise(config, shared, list(study["tests"]), rows)
+
+
 def write_report(config: StudyConfig) -> StudySummary:
-    """Write the report of a study from what lies in its folder; neither model nor data is needed.
+    """Write the report of a study from what lies in its folder.
 
     Args:
         config: The study.
@@ -65,16 +86,8 @@ def write_report(config: StudyConfig) -> StudySummary:
     """
     for package in REPORT_PACKAGES:
         need(package, "report")
+    summary = read_summary(config)
     folder = Path(config.out)
-    study = read_study(folder)
-    if study is None:
-        raise UsageError(
-            f"{folder} holds no study: run it first, without --report-only, or give its folder with --out"
-        )
-    rows = read_results(folder)
-    shared = shared_settings(config, study["settings"]["train_md5"], study["settings"]["validation_md5"])
-    check_same_study(folder, config, shared, {}, rows)
-    summary = summarise(config, shared, list(study["tests"]), rows)
     pictures = draw_plots(summary)
     for one in pictures:
         write_text(folder / one.file, one.svg)

@@ -1,7 +1,5 @@
 """Figures of a trained router on a few prompts."""
 
-import importlib
-import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +41,7 @@ def router_summary(
     ]
     if not routers:
         return None
-    if importlib.util.find_spec("moa_peft.analysis") is None:
-        return None
-    summary = importlib.import_module("moa_peft.analysis.summary")
-    return dict(
-        summary.routing_summary(model, tokenizer, [render_prompt(row, template, tokenizer) for row in rows])
-    )
+    from moa_peft.analysis.summary import routing_summary
+
+    prompts = [render_prompt(row, template, tokenizer) for row in rows]
+    return dict(routing_summary(model, tokenizer, prompts))
