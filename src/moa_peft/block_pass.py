@@ -24,8 +24,8 @@ from moa_peft.tokens import CallTokens
 
 Made = TypeVar("Made")
 
-Tell = Callable[[str, str, tuple[str, ...], Routing], None]
-"""Takes an adapter's name, a router's, the names of what it gates, and what it said."""
+Tell = Callable[[Plan, str, Routing], None]
+"""Takes an adapter's plan, a router's name, and what it said."""
 
 
 class RouterWeights(NamedTuple):
@@ -52,7 +52,7 @@ class BlockPass:
 
     Args:
         plan: The adapter's mixture, and what of it runs where.
-        call: The tokens of the call.
+        call: The tokens of the call; None where no router needs them.
         tell: Is told of every router.
 
     Attributes:
@@ -64,7 +64,7 @@ class BlockPass:
         "plan", "uses",
     )  # fmt: skip
 
-    def __init__(self, plan: Plan, call: CallTokens, tell: Tell) -> None:
+    def __init__(self, plan: Plan, call: CallTokens | None, tell: Tell) -> None:
         self.plan, self.mixture, self.uses = plan, plan.mixture, plan.uses
         self._call, self._tell = call, tell
         self._kept: KeptWeights | None = None
@@ -191,14 +191,10 @@ class BlockPass:
             inner = expert.activation(inner)
         if expert.scale != 1:
             inner = inner * expert.scale
-        if gate is None:
-            rows, gate = inner, inner.new_ones((1, inner.shape[1]))
-        elif len(gate) == 1:
-            rows = inner * gate
-        else:
-            by_copy = inner.unflatten(0, (-1, expert.up.shape[1] // len(gate)))  # [N or 1, r, M]
-            rows = (by_copy * gate.unsqueeze(1)).flatten(0, 1)
-        return [rows] if expert.up_bias is None else [rows, gate]
+        rows = inner if gate is None else _gated(inner, gate, expert.up.shape[1])
+        if expert.up_bias is None:
+            return [rows]
+        return [rows, inner.new_ones((1, inner.shape[1])) if gate is None else gate]
 
     def _joined_ups(self, works: Sequence[Work], dtype: torch.dtype) -> Tensor:
         """What multiplies the gated rows of several experts, [D_out, K]."""
@@ -244,10 +240,10 @@ class BlockPass:
 
     def _block_gates(self, router: Router, x: Tensor) -> Tensor:
         """The gates of a block's experts, [B, T, C] or [B, 1, C]."""
-        call = self._call
         if router.config.granularity == "token":
-            routing = router(x, call.real, self._given(""))
+            routing = router(x, self._real(), self._given(""))
         else:
+            call = self._call or CallTokens()
             official = router.config.pooling == "official"
             if call.earlier is not None and self.plan.key in call.earlier:
                 return call.earlier[self.plan.key].to(x.device)
@@ -256,15 +252,32 @@ class BlockPass:
                 routing = routing._replace(gates=call.paged.keep(self.plan.key, routing.gates))
             elif not official:
                 call.found[self.plan.key] = routing.gates.detach()
-        self._tell(self.plan.adapter, "", tuple(self.mixture.gate_names), routing)
+        self._tell(self.plan, "", routing)
         return routing.gates
 
     def _copy_weights(self, place: Place, x: Tensor) -> Tensor:
         """The weights of the copies of one expert, [B, T, N]."""
-        routing = self.mixture.copy_router(place)(x, self._call.real, self._given(place.name))
-        names = tuple(str(number) for number in range(routing.gates.shape[-1]))
-        self._tell(self.plan.adapter, place.name, names, routing)
+        routing = self.mixture.copy_router(place)(x, self._real(), self._given(place.name))
+        self._tell(self.plan, place.name, routing)
         return routing.gates
+
+    def _real(self) -> Tensor | None:
+        return None if self._call is None else self._call.real
+
+
+def _gated(inner: Tensor, gate: Tensor, width: int) -> Tensor:
+    """Multiply each copy's rows by its gate: [N * r, M], float32.
+
+    Args:
+        inner: Float, [N * r, M], or [r, M] where the copies share it.
+        gate: Float32, [N, M].
+        width: N * r.
+    """
+    copies = gate.shape[0]
+    if copies == 1:
+        return inner * gate
+    by_copy = inner.unflatten(0, (-1, width // copies))  # [N or 1, r, M]
+    return (by_copy * gate.unsqueeze(1)).flatten(0, 1)
 
 
 def _input_weights(readers: Sequence[Reader], dtype: torch.dtype) -> InputWeights:

@@ -84,6 +84,7 @@ class Router(nn.Module):
     """Logits, gates and the losses that keep a router in shape.
 
     Attributes:
+        has_losses: Whether a loss of its own trains this router beside the model's.
         loss_scale: What the training loop multiplies its loss by before backward: 1 / accumulation steps, times the
             scale of fp16's gradient scaler. `moa_peft.train.balance` sets it; None where nobody has.
     """
@@ -96,12 +97,8 @@ class Router(nn.Module):
         assert issubclass(kind, Gate), "register_gate takes gates only"
         self.gate: Gate = kind(inputs, num_experts, config)
         self.balance = kind.default_balance if config.balance is None else config.balance
+        self.has_losses = self.balance > 0 or bool(config.target and config.sparsity != 0)
         self.loss_scale: float | Tensor | None = None
-
-    @property
-    def has_losses(self) -> bool:
-        """Whether a loss of its own trains this router beside the model's."""
-        return self.balance > 0 or bool(self.config.target and self.config.sparsity != 0)
 
     def linears(self) -> tuple[nn.Linear, ...]:
         """Every layer that reads the router's input: those of the logits, then those of the gate."""

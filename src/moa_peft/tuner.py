@@ -256,7 +256,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
 
     def _route(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
         """Make the gates of the active adapters where q, k and v read their tokens; a forward pre-hook."""
-        call, self._call = self._call or CallTokens(), None
+        call, self._call = self._call, None
         block_input, self._block_input = self._block_input, None
         self._factors = []
         adapters = self._active()
@@ -268,14 +268,15 @@ class MoALayer(nn.Module, BaseTunerLayer):
         for one in self._passes:
             one.route(x, block_input)
 
-    def _tell(self, adapter: str, router: str, names: tuple[str, ...], routing: Routing) -> None:
+    def _tell(self, plan: Plan, router: str, routing: Routing) -> None:
         if self.observer is None or _unobserved():
             return
+        names = plan.mixture.gate_names if router == "" else map(str, range(routing.gates.shape[-1]))
         self.observer(
             GateRecord(
-                adapter=adapter,
+                adapter=plan.adapter,
                 router=router,
-                names=names,
+                names=tuple(names),
                 gates=routing.gates.detach(),
                 threshold=None if routing.threshold is None else routing.threshold.detach(),
                 balance_loss=routing.balance_loss,
