@@ -128,7 +128,8 @@ class BlockPass:
         weights = self._found((name, dtype))
         if weights is None:
             weights = self._keep((name, dtype), _input_weights(readers, dtype))
-        parts = rows_of(x, weights.joined, factors).split_with_sizes(weights.sizes)
+        product = rows_of(x, weights.joined, factors)
+        parts = (product,) if len(readers) == 1 else product.split_with_sizes(weights.sizes)
         for reader, its, rows in zip(readers, weights.readers, parts, strict=True):
             if isinstance(its, RouterWeights):
                 self._routed[reader.name] = its, rows
