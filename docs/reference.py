@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks import benchmarks
 from command_reference import commands
+from found import accuracies, losses, routers
 from inspected import inspected
 from method_reference import costs, method_table, methods, routing
 from writing import fenced, markdown, source_paragraph, summary, table
@@ -223,13 +224,16 @@ GENERATED: Mapping[str, Any] = {
     "api": api,
     "inspected": inspected,
     "benchmarks": benchmarks,
+    "found_accuracies": accuracies,
+    "found_losses": losses,
+    "found_routers": routers,
 }
 """What can stand in a page as ``<!-- generated: NAME -->``."""
 
 
 def main() -> None:
     """Print one reference: ``python docs/reference.py methods`` prints the README's table of methods."""
-    known = {"methods": method_table}
+    known = {"methods": method_table, "found": accuracies}
     if len(sys.argv) != 2 or sys.argv[1] not in known:
         sys.exit(f"usage: python docs/reference.py {'|'.join(known)}")
     print(known[sys.argv[1]]())

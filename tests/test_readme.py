@@ -201,8 +201,9 @@ def test_the_yaml_of_a_page_is_a_recipe(page: Path, tmp_path: Path) -> None:
         recipe_of({"data": "rows.json", "output_dir": "run", **load_yaml(tmp_path / "recipe.yaml")})
 
 
-def test_the_readmes_table_of_methods_is_the_presets_own() -> None:
+def test_the_readmes_tables_of_methods_and_of_the_study_are_generated() -> None:
     assert between("README.md", "methods", "end of methods") == REFERENCE.method_table()
+    assert between("README.md", "found", "end of found") == REFERENCE.accuracies()
 
 
 def test_the_readmes_table_of_families_holds_every_tested_family_and_what_it_fuses() -> None:

@@ -1,0 +1,94 @@
+"""Tables of the committed study, from its rows in `docs/results/study-cpu-small`."""
+
+import statistics
+from functools import cache
+from pathlib import Path
+
+from writing import table
+
+from moa_peft.cli.overrides import load_yaml
+from moa_peft.compare.cells import NONE, claim, count, difference_cells, percent
+from moa_peft.compare.config import FROZEN, StudyConfig
+from moa_peft.compare.report import read_summary
+from moa_peft.compare.router import COLUMNS
+from moa_peft.compare.rows import RunRow
+from moa_peft.compare.summary import MethodSummary, StudySummary
+from moa_peft.evaluate.results import mean_and_standard_error
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "studies" / "cpu-small.yaml"
+FOLDER = ROOT / "docs" / "results" / "study-cpu-small"
+
+
+@cache
+def found() -> StudySummary:
+    """What the committed rows say."""
+    return read_summary(StudyConfig.from_mapping({**load_yaml(CONFIG), "out": str(FOLDER)}))
+
+
+def accuracies() -> str:
+    """One row a method: parameters, mean accuracy, difference from the baseline, and what may be claimed."""
+    summary = found()
+    rows = []
+    for one in summary.methods:
+        difference, _, _, _, detectable, _ = difference_cells(one.versus)
+        rows.append(
+            (
+                f"`{one.label}`",
+                NONE if one.label == FROZEN else count(one.rows[0].trainable_parameters),
+                percent(one.mean),
+                difference,
+                detectable,
+                NONE if one.versus is None else claim(one.versus),
+            )
+        )
+    head = (
+        "method",
+        "trained",
+        "mean accuracy, %",
+        f"over `{summary.config.baseline}`, points",
+        "detectable",
+        "claim",
+    )
+    return table(head, rows)
+
+
+def losses() -> str:
+    """One row a method: the loss of the right answers, mean over the tests."""
+    return table(
+        ("method", "learning rate", "answer loss of the tests", "of each seed"),
+        [
+            (
+                f"`{one.label}`",
+                NONE if one.label == FROZEN else f"{found().chosen[one.label]:g}",
+                _with_error([_answer_loss(row) for row in one.rows]),
+                ", ".join(f"{_answer_loss(row):.4f}" for row in one.rows),
+            )
+            for one in found().methods
+        ],
+    )
+
+
+def routers() -> str:
+    """One row a method with a router: its figures, means over seeds."""
+    return table(
+        ("method", *COLUMNS.values()),
+        [(f"`{one.label}`", *_router_cells(one)) for one in found().methods if one.rows[0].router],
+    )
+
+
+def _answer_loss(row: RunRow) -> float:
+    return statistics.fmean(one.answer_loss for one in row.tests.values() if one.answer_loss is not None)
+
+
+def _router_cells(method: MethodSummary) -> list[str]:
+    cells = []
+    for name in COLUMNS:
+        values = [value for row in method.rows if row.router and (value := row.router.get(name)) is not None]
+        cells.append(_with_error(values, digits=3) if values else NONE)
+    return cells
+
+
+def _with_error(values: list[float], digits: int = 4) -> str:
+    mean, error = mean_and_standard_error(values)
+    return f"{mean:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
