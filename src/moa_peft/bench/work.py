@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop, baddbmm_flop
 
 from moa_peft.bench.subjects import trainable
 
@@ -99,12 +99,16 @@ def operators(model: nn.Module, ids: Tensor) -> tuple[int, int]:
 
 
 def flop_counter() -> FlopCounterMode:
-    """Torch's counter of floating-point operations, with the product that accumulates in place, which it does not know."""
+    """Torch's counter of floating-point operations, with the products that accumulate in place, which it does not know."""
 
     def accumulated(self_shape: Any, first: Any, second: Any, *args: Any, **kwargs: Any) -> int:  # noqa: ARG001  # torch's
         return addmm_flop(self_shape, first, second)
 
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: accumulated})
+    def accumulated_batch(self_shape: Any, first: Any, second: Any, *args: Any, **kwargs: Any) -> int:  # noqa: ARG001  # torch's
+        return baddbmm_flop(self_shape, first, second)
+
+    known = {torch.ops.aten.addmm_: accumulated, torch.ops.aten.baddbmm_: accumulated_batch}
+    return FlopCounterMode(display=False, custom_mapping=known)
 
 
 def flops(work: Callable[[], None]) -> float:
