@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from moa_peft import LoraExpert, MoAConfig, RouterConfig, mixture_layers
 from moa_peft.bench.work import saved_bytes
 from moa_peft.fused import add_rows, rows_of
+from moa_peft.kept_weights import KeptWeights
 from moa_peft.presets import PROJECTIONS
 from moa_peft.tuner import MoALayer
 from tiny import METHODS, awaken, base_model, mixture_model, tokens
@@ -132,6 +133,21 @@ def test_kept_weights_are_made_anew_for_a_prompt_and_when_torch_sees_a_change(
         found.append(steps)
     for kept, anew in zip(*found, strict=True):
         torch.testing.assert_close(kept, anew, rtol=1e-4, atol=1e-4)
+
+
+def test_a_change_is_noticed_beside_a_weight_that_counts_none() -> None:
+    module = nn.Linear(2, 2)
+    with torch.inference_mode():
+        module.bias = nn.Parameter(torch.zeros(2))
+    kept = KeptWeights()
+    kept.begin(module, decoding=False)
+    kept.keep("key", "made")
+    kept.begin(module, decoding=True)
+    assert kept.find("key") == "made"
+    with torch.no_grad():
+        module.weight.mul_(2)
+    kept.begin(module, decoding=True)
+    assert kept.find("key") is None
 
 
 def test_training_drops_what_was_kept() -> None:

@@ -6,7 +6,7 @@ added in place of the frozen output, and the backward pass keeps the input, or w
 little else.
 
 Small vectors lie as rows with a column for each token: a part of a product is then contiguous, and a CPU multiplies by a
-weight of few rows up to four times faster with the weight on the left.
+weight of few rows faster with the weight on the left.
 
 Sizes: B rows, T tokens of a row, M = B * T, D_in and D_out of a site, K rows of all stacked down-projections, H heads of size D,
 P vectors of a prompt, N copies of an expert.
@@ -136,13 +136,13 @@ class _AddRows(torch.autograd.Function):
 def add_attended(output: Tensor, query: Tensor, prompt: Prompt, gate: Tensor, scaling: float) -> Tensor:
     """Let queries attend to a prompt, and add the gated result to what the attention gave.
 
-    Vectors of scores lie as rows with a column for each token, where a CPU's softmax is some twenty times faster.
+    Vectors of scores lie as rows with a column for each token, which a CPU's softmax takes many times faster.
 
     Args:
         output: Float, [B, T, H, D], the attention's; not overwritten, since its own backward pass needs it.
         query: Float, [B, H, T, D], after rotary embedding.
         prompt: Keys and values in the dtype of the products.
-        gate: Float32, [N, M]; gradients flow to it and to all the others.
+        gate: Float32, [N, M], or [1, 1] for all; gradients flow to it and to all the others.
         scaling: Factor of the attention scores.
 
     Returns:

@@ -37,7 +37,7 @@ class KeptWeights:
         try:
             versions = [one._version for one in weights]
         except RuntimeError:  # tensors made in inference mode have none
-            versions = []
+            versions = [0 if one.is_inference() else one._version for one in weights]
         if decoding and versions == self._versions and all(map(operator.is_, weights, self._weights)):
             return
         self._kept.clear()

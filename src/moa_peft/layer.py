@@ -41,7 +41,7 @@ class Mixture(nn.Module):
         gate_names: What the block's gates are called, in their order: experts, or kinds of experts.
         router: The block's router; None where every gate is 1.
         copy_routers: Routers of the experts that have several copies at their site, by the expert's name.
-        kept: Stacked weights for decoding.
+        kept: Stacked weights, keys and values for decoding.
     """
 
     def __init__(
