@@ -159,7 +159,7 @@ class _AddAttended(torch.autograd.Function):
         ctx: Any, output: Tensor, query: Tensor, keys: Tensor, values: Tensor, weight: Tensor, scaling: float
     ) -> Tensor:
         ctx.save_for_backward(query, keys, values, weight)
-        ctx.scaling, ctx.dtype = scaling, output.dtype
+        ctx.scaling = scaling
         gated = _weighted(_shares(_token_vectors(query), keys, scaling), weight)
         total = output.clone(memory_format=torch.contiguous_format)
         by_head = total.view(-1, *total.shape[-2:]).transpose(0, 1)  # [H, M, D]
