@@ -30,7 +30,7 @@ def test_output_and_every_gradient_equal_those_of_plain_products(columns: tuple[
     expected = own + change
     expected_gradients = torch.autograd.grad(expected.sin().sum(), [x, down, up])
 
-    found = add_rows(F.linear(x, frozen), rows_of(x, down), up, columns)
+    found = add_rows(F.linear(x, frozen), rows_of(x, down), up.T, columns)
     gradients = torch.autograd.grad(found.sin().sum(), [x, down, up])
     torch.testing.assert_close(found, expected)
     for one, two in zip(gradients, expected_gradients, strict=True):
@@ -48,7 +48,7 @@ def test_an_input_given_by_its_factors_gets_the_same_gradients_and_is_not_kept()
         with torch.autograd.graph.saved_tensors_hooks(
             lambda one, n=place: kept[n].append(one) or one, lambda one: one
         ):
-            product = rows_of(x, weight, (first, second) if by_factors else None)
+            product = rows_of(x, weight, factors=(first, second) if by_factors else None)
         assert any(one.data_ptr() == x.data_ptr() for one in kept[place]) is not by_factors
         gradients.append(torch.autograd.grad(product.sin().sum(), [first, second, weight]))
     for one, two in zip(*gradients, strict=True):

@@ -6,20 +6,20 @@ in its recomputation.
 Sizes: B rows, T tokens of a row, M = B * T, D_in of an input, C gates of a block, N copies of an expert.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moa_peft.architecture import AttentionSite
-from moa_peft.experts.base import AttentionExpert, Bottleneck
-from moa_peft.fused import add_attended, add_rows, cast, compute_dtype, rows_of, stacked
+from moa_peft.experts.base import AttentionExpert, Bottleneck, LinearExpert
+from moa_peft.fused import add_attended, add_rows, compute_dtype, rows_of, stacked
 from moa_peft.kept_weights import KeptWeights
 from moa_peft.layer import Place
-from moa_peft.plan import PROJECTION_INPUT, Columns, Plan, Reader, Work
-from moa_peft.products import at_least_float32
-from moa_peft.router import Router, Routing
+from moa_peft.plan import PROJECTION_INPUT, Columns, Plan, Readers, Work
+from moa_peft.products import at_least_float32, cast
+from moa_peft.router import Read, Router, Routing, WeightsOfRows
 from moa_peft.tokens import CallTokens
 
 Made = TypeVar("Made")
@@ -28,13 +28,16 @@ Tell = Callable[[Plan, str, Routing], None]
 """Takes an adapter's plan, a router's name, and what it said."""
 
 
-class RouterWeights(NamedTuple):
-    """What a router needs beside the joint product of its input."""
+class GroupWeights(NamedTuple):
+    """What a group of experts does beside its share in the joint product; see `Bottleneck`."""
 
-    sizes: list[int]
-    """How many rows each of its layers has."""
-    bias: Tensor | None
-    """Float32, [K, 1], of all its layers together; None where none has one."""
+    names: tuple[str, ...]
+    part: int
+    scale: float
+    activation: Callable[[Tensor], Tensor] | None
+    width: int
+    """N * r, how many rows each of its experts has after gating."""
+    has_up_bias: bool
 
 
 class InputWeights(NamedTuple):
@@ -42,9 +45,18 @@ class InputWeights(NamedTuple):
 
     joined: Tensor
     """In the dtype of the products, [K, D_in]."""
+    bias: Tensor | None
+    """Float32, [K, 1], zero for who has none; None where nobody has one."""
     sizes: list[int]
-    """How many of the K rows each reader has."""
-    readers: list[Bottleneck | RouterWeights]
+    """How many of the K rows each group of experts and each layer of a router has."""
+    groups: list[GroupWeights]
+    routers: list[tuple[str, int, WeightsOfRows]]
+    """Names, numbers of layers, and what makes gates of the rows."""
+
+    def multiply(self, x: Tensor, factors: tuple[Tensor, Tensor] | None = None) -> Sequence[Tensor]:
+        """Multiply an input, [..., D_in] (see `rows_of`): a part for each of ``sizes``, [K_part, M]."""
+        product = rows_of(x, self.joined, self.bias, factors)
+        return (product,) if len(self.sizes) == 1 else product.split_with_sizes(self.sizes)
 
 
 class BlockPass:
@@ -53,27 +65,29 @@ class BlockPass:
     Args:
         plan: The adapter's mixture, and what of it runs where.
         call: The tokens of the call; None where no router needs them.
-        tell: Is told of every router.
+        tell: Is told of every router; None where nobody wants to know.
 
     Attributes:
         uses: How many of the plan's modules have yet to run.
     """
 
     __slots__ = (
-        "_call", "_copies", "_gates", "_inputs", "_kept", "_read", "_routed", "_shape", "_tell", "mixture",
+        "_call", "_copies", "_gates", "_given", "_inputs", "_kept", "_rows", "_shape", "_tell", "mixture",
         "plan", "uses",
     )  # fmt: skip
 
-    def __init__(self, plan: Plan, call: CallTokens | None, tell: Tell) -> None:
+    def __init__(self, plan: Plan, call: CallTokens | None, tell: Tell | None) -> None:
         self.plan, self.mixture, self.uses = plan, plan.mixture, plan.uses
         self._call, self._tell = call, tell
         self._kept: KeptWeights | None = None
         self._shape: tuple[int, int] = (0, 0)  # B, T
-        self._gates: Sequence[Tensor] = ()  # [1, M], one for each column
-        self._copies: dict[str, Tensor] = {}  # [B, T, N]
+        self._gates: Sequence[Tensor] = ()  # [C_part, M], one for each part of the plan's
+        self._copies: dict[str, Tensor] = {}  # [M, N] or [B, T, N]
         self._inputs: dict[str, Tensor] = {}  # [..., D_in]
-        self._read: dict[str, tuple[Bottleneck, Tensor]] = {}  # [K, M]
-        self._routed: dict[str, tuple[RouterWeights, Tensor]] = {}  # [K, M]
+        self._given: dict[str, Read] = {}  # what a router's layers made
+        self._rows: dict[
+            str, list[Tensor]
+        ] = {}  # an expert's gated rows, [N * r, M], and what its biases take
 
     def route(self, projection_input: Tensor, block_input: Tensor | None) -> None:
         """Make the block's gates, and those of the copies at the attention, which see no tokens themselves.
@@ -82,19 +96,20 @@ class BlockPass:
             projection_input: Float, [B, T, D_in], what q, k and v read.
             block_input: Float, [B, T, D_in], for routers that read it.
         """
-        mixture = self.mixture
+        mixture, plan = self.mixture, self.plan
         self._shape = shape = projection_input.shape[:-1]  # type: ignore[assignment]  # the stub knows no lengths
         if not (mixture.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             self._kept = mixture.kept
             self._kept.begin(mixture, decoding=shape[1] == 1)
-        self.read(PROJECTION_INPUT, projection_input)
-        router = self.plan.router
-        if router is not None:
-            x = projection_input if router.config.router_input == "projection" else block_input
+        groups = self._multiply(PROJECTION_INPUT, projection_input, None)
+        if plan.router is not None:
+            x = projection_input if plan.router.config.router_input == "projection" else block_input
             assert x is not None, "a block's input is noted before its projections run"
-            self._gates = self._as_rows(self._block_gates(router, x)).split(1)
-        for place in self.plan.copied_at_attention:
-            self._copies[place.name] = self._copy_weights(place, projection_input)
+            gates = self._as_rows(self._block_gates(plan.router, x))
+            self._gates = gates.split_with_sizes(plan.gate_parts)
+        for place in plan.copied_at_attention:
+            self._copies[place.name] = self._copy_weights(place.name, projection_input)
+        self._gate_experts(PROJECTION_INPUT, groups)
 
     def gate(self, place: Place, x: Tensor | None = None) -> Tensor | None:
         """Join a block's gate for an expert with the weights of its copies.
@@ -106,10 +121,14 @@ class BlockPass:
         Returns:
             Float32, [B, T, N]; None where there is no router: a gate of 1.
         """
-        block = self._gates[place.column].view(*self._shape, 1) if self._gates else None
+        block = None
+        if self._gates:
+            part, row = self.plan.gate_rows[place.name]
+            block = self._gates[part][row].view(*self._shape, 1)
         if place.name not in self.plan.copied:
             return block
-        copies = self._copies[place.name] if x is None else self._copy_weights(place, x)
+        copies = self._copies[place.name] if x is None else self._copy_weights(place.name, x)
+        copies = copies.view(*self._shape, -1)
         return copies if block is None else block * copies
 
     def read(self, name: str, x: Tensor, factors: tuple[Tensor, Tensor] | None = None) -> None:
@@ -120,21 +139,8 @@ class BlockPass:
             x: Float, [..., D_in].
             factors: As for `rows_of`.
         """
-        readers = self.plan.readers.get(name)
-        if readers is None or self._inputs.get(name) is x:
-            return
-        self._inputs[name] = x
-        dtype = compute_dtype(x)
-        weights = self._found((name, dtype))
-        if weights is None:
-            weights = self._keep((name, dtype), _input_weights(readers, dtype))
-        product = rows_of(x, weights.joined, factors)
-        parts = (product,) if len(readers) == 1 else product.split_with_sizes(weights.sizes)
-        for reader, its, rows in zip(readers, weights.readers, parts, strict=True):
-            if isinstance(its, RouterWeights):
-                self._routed[reader.name] = its, rows
-            else:
-                self._read[reader.name] = its, rows
+        if self._inputs.get(name) is not x:
+            self._gate_experts(name, self._multiply(name, x, factors))
 
     def add(
         self,
@@ -158,15 +164,17 @@ class BlockPass:
         Returns:
             ``output``.
         """
-        rows: list[Tensor] = []
         for work in works:
             if work.reads_own_input:
                 self.read(work.input_name, x, factors)
-            rows += self._gated_rows(work)
+        rows = self._rows[works[0].place.name]
+        if len(works) > 1:
+            rows = [one for work in works for one in self._rows[work.place.name]]
         dtype = output.dtype
-        up = self._found((path, columns, dtype))
+        key = path, columns, dtype
+        up = self._found(key)
         if up is None:
-            up = self._keep((path, columns, dtype), self._joined_ups(works, dtype))
+            up = self._keep(key, self._joined_ups(works, dtype))
         return add_rows(output, cast(rows[0] if len(rows) == 1 else torch.cat(rows), dtype), up, columns)
 
     def attend(self, output: Tensor, work: Work, query: Tensor, scaling: float) -> Tensor:
@@ -179,31 +187,72 @@ class BlockPass:
             assert isinstance(place.site, AttentionSite)
             prompt = self._keep(("prompt", place.name, dtype), expert.prompt(place.site, dtype))
         gate = self.gate(place)
-        rows = query.new_ones((1, 1), dtype=torch.float32) if gate is None else self._as_rows(gate)
-        return add_attended(output, query, prompt, rows, scaling)
+        return add_attended(output, query, prompt, None if gate is None else self._as_rows(gate), scaling)
 
-    def _gated_rows(self, work: Work) -> list[Tensor]:
-        """One fused expert's gated rows [N * r, M], and its gates themselves [N, M] where it has a bias."""
-        expert, inner = self._read[work.place.name]
-        gate = self._gate_rows(work)
-        if expert.down_bias is not None:
-            inner = inner + cast(expert.down_bias, inner.dtype).unsqueeze(-1)
-        if expert.activation is not None:
-            inner = expert.activation(inner)
-        if expert.scale != 1:
-            inner = inner * expert.scale
-        rows = inner if gate is None else _gated(inner, gate, expert.up.shape[1])
-        if expert.up_bias is None:
-            return [rows]
-        return [rows, inner.new_ones((1, inner.shape[1])) if gate is None else gate]
+    def _multiply(
+        self, name: str, x: Tensor, factors: tuple[Tensor, Tensor] | None
+    ) -> Iterable[tuple[GroupWeights, Tensor]]:
+        """Multiply an input by the weights of everything that reads it.
+
+        Returns:
+            The groups of experts with their rows, [n * r, M]. The rows of routers are noted.
+        """
+        readers = self.plan.readers.get(name)
+        if readers is None:
+            return ()
+        self._inputs[name] = x
+        dtype = compute_dtype(x)
+        key = name, dtype
+        weights: InputWeights | None = self._found(key)
+        if weights is None:
+            weights = self._keep(key, self._input_weights(readers, dtype))
+        parts = weights.multiply(x, factors)
+        start = len(weights.groups)
+        for router, number, weigh in weights.routers:
+            self._given[router] = Read(weigh, parts[start : start + number])
+            start += number
+        return zip(weights.groups, parts, strict=False)  # the routers' come after
+
+    def _gate_experts(self, input_name: str, groups: Iterable[tuple[GroupWeights, Tensor]]) -> None:
+        """Gate the experts of an input and note their rows."""
+        for group, rows in groups:
+            gate_group(self._rows, group, rows, self._gate_rows(group, input_name))
+
+    def _input_weights(self, readers: Readers, dtype: torch.dtype) -> InputWeights:
+        weights: list[Tensor] = []
+        biases: list[Tensor | None] = []
+        sizes: list[int] = []
+        groups: list[GroupWeights] = []
+        routers: list[tuple[str, int, WeightsOfRows]] = []
+        for names, part in readers.groups:
+            experts = [self._bottleneck(name) for name in names]
+            weights += [one.down for one in experts]
+            biases += [one.down_bias for one in experts]
+            sizes.append(len(experts) * len(experts[0].down))
+            one = experts[0]
+            its = GroupWeights(
+                names, part, one.scale, one.activation, one.up.shape[1], one.up_bias is not None
+            )
+            groups.append(its)
+        for name, router in readers.routers:
+            linears = router.linears()
+            weights += [one.weight for one in linears]
+            biases += [one.bias for one in linears]
+            sizes += [one.out_features for one in linears]
+            routers.append((name, len(linears), router.of_rows(dtype)))
+        return InputWeights(stacked(weights, dtype), _joined_bias(weights, biases), sizes, groups, routers)
 
     def _joined_ups(self, works: Sequence[Work], dtype: torch.dtype) -> Tensor:
-        """What multiplies the gated rows of several experts, [D_out, K]."""
+        """What multiplies the gated rows of several experts, [K, D_out]."""
         ups: list[Tensor] = []
         for work in works:
-            expert, _ = self._read[work.place.name]
+            expert = self._bottleneck(work.place.name)
             ups += [expert.up] if expert.up_bias is None else [expert.up, expert.up_bias]
-        return stacked(ups, dtype, 1)
+        return stacked(ups, dtype, 1).t()
+
+    def _bottleneck(self, name: str) -> Bottleneck:
+        expert: LinearExpert = self.mixture.experts[name]  # type: ignore[assignment]  # ModuleDict is untyped
+        return expert.bottleneck()
 
     def _found(self, key: object) -> Any:
         """What was made of the mixture's weights and kept for decoding, or None."""
@@ -215,34 +264,27 @@ class BlockPass:
             self._kept.keep(key, made)
         return made
 
-    def _gate_rows(self, work: Work) -> Tensor | None:
-        """The gate of a fused expert, float32, [N, M]; None for 1."""
-        if work.place.name not in self.plan.copied:
-            return self._gates[work.place.column] if self._gates else None
-        gate = self.gate(work.place, self._inputs[work.input_name])
-        assert gate is not None, "copies have a router"
-        return self._as_rows(gate)
+    def _gate_rows(self, group: GroupWeights, input_name: str) -> Tensor | None:
+        """The gates of a group, float32, [n, M], or of the copies of its one expert, [N, M]; None for 1."""
+        block = self._gates[group.part] if self._gates else None
+        name = group.names[0]
+        if name not in self.plan.copied:
+            return block
+        copies = self._as_rows(self._copy_weights(name, self._inputs[input_name]))
+        return copies if block is None else copies * block
 
     def _as_rows(self, gates: Tensor) -> Tensor:
-        """Turn gates [B, T, C] or [B, 1, C] into [C, M]."""
+        """Turn gates [M, C], [B, T, C] or [B, 1, C] into [C, M]."""
+        if gates.dim() == 2:
+            return gates.t()
         if gates.shape[:2] != self._shape:
             gates = gates.expand(*self._shape, -1)
         return gates.flatten(0, 1).t()
 
-    def _given(self, name: str) -> Sequence[Tensor] | None:
-        """What a router's layers make of its input, float32, [B, T, K] each, where it was read with others."""
-        if name not in self._routed:
-            return None
-        (sizes, bias), rows = self._routed[name]
-        rows = at_least_float32(rows)
-        if bias is not None:
-            rows = rows + bias
-        return rows.t().view(*self._shape, -1).split_with_sizes(sizes, -1)
-
     def _block_gates(self, router: Router, x: Tensor) -> Tensor:
-        """The gates of a block's experts, [B, T, C] or [B, 1, C]."""
+        """The gates of a block's experts, [M, C], [B, T, C] or [B, 1, C]."""
         if router.config.granularity == "token":
-            routing = router(x, self._real(), self._given(""))
+            routing = self._weighed("", router, x)
         else:
             call = self._call or CallTokens()
             official = router.config.pooling == "official"
@@ -253,54 +295,78 @@ class BlockPass:
                 routing = routing._replace(gates=call.paged.keep(self.plan.key, routing.gates))
             elif not official:
                 call.found[self.plan.key] = routing.gates.detach()
-        self._tell(self.plan, "", routing)
+        self._told("", routing)
         return routing.gates
 
-    def _copy_weights(self, place: Place, x: Tensor) -> Tensor:
-        """The weights of the copies of one expert, [B, T, N]."""
-        routing = self.mixture.copy_router(place)(x, self._real(), self._given(place.name))
-        self._tell(self.plan, place.name, routing)
+    def _copy_weights(self, name: str, x: Tensor) -> Tensor:
+        """The weights of the copies of one expert, [M, N] or [B, T, N]."""
+        router: Router = self.mixture.copy_routers[name]  # type: ignore[assignment]  # ModuleDict is untyped
+        routing = self._weighed(name, router, x)
+        self._told(name, routing)
         return routing.gates
 
-    def _real(self) -> Tensor | None:
-        return None if self._call is None else self._call.real
+    def _weighed(self, name: str, router: Router, x: Tensor) -> Routing:
+        counted = None if self._call is None else self._call.real
+        return router(x, counted, self._given.get(name))
+
+    def _told(self, router: str, routing: Routing) -> None:
+        """Tell of a router, if somebody wants to know."""
+        if self._tell is None:
+            return
+        if routing.gates.dim() == 2:
+            gates, threshold = routing.gates.view(*self._shape, -1), routing.threshold
+            if threshold is not None:
+                threshold = threshold.expand(len(routing.gates), 1).reshape(*self._shape, 1)
+            routing = routing._replace(gates=gates, threshold=threshold)
+        self._tell(self.plan, router, routing)
 
 
-def _gated(inner: Tensor, gate: Tensor, width: int) -> Tensor:
-    """Multiply each copy's rows by its gate: [N * r, M], float32.
+def gate_group(
+    noted: dict[str, list[Tensor]], group: GroupWeights, rows: Tensor, gate: Tensor | None
+) -> None:
+    """Gate the experts of a group.
 
     Args:
-        inner: Float, [N * r, M], or [r, M] where the copies share it.
-        gate: Float32, [N, M].
-        width: N * r.
+        noted: Gets the gated rows of each by its name, [N * r, M], and what multiplies its biases [N, M], if it has any.
+        group: The group, of n experts.
+        rows: Float, [n * N * r, M], or [r, M] of one expert whose N copies share it.
+        gate: Float32, [n, M], or [N, M] of the copies of one expert; None for 1.
     """
-    copies = gate.shape[0]
-    if copies == 1:
-        return inner * gate
-    by_copy = inner.unflatten(0, (-1, width // copies))  # [N or 1, r, M]
-    return (by_copy * gate.unsqueeze(1)).flatten(0, 1)
+    (first, *others), _, scale, activation, width, has_up_bias = group
+    if activation is not None:
+        rows = activation(rows)
+    if scale != 1:
+        rows = rows * scale
+    if others:
+        parts = rows.view(len(group.names), width, -1)
+        if gate is not None:
+            parts = parts * gate.unsqueeze(1)
+        for name, part in zip(group.names, parts.unbind(), strict=True):
+            noted[name] = [part]
+        return
+    if gate is None:
+        gated = rows
+    elif gate.shape[0] == 1:
+        gated = rows * gate
+    else:
+        by_copy = rows.unflatten(0, (-1, width // len(gate)))  # [N or 1, r, M]
+        gated = (by_copy * gate.unsqueeze(1)).flatten(0, 1)
+    biases = rows.new_ones((1, rows.shape[1])) if gate is None else gate
+    noted[first] = [gated, biases] if has_up_bias else [gated]
 
 
-def _input_weights(readers: Sequence[Reader], dtype: torch.dtype) -> InputWeights:
-    joined: list[Tensor] = []
-    sizes: list[int] = []
-    weights: list[Bottleneck | RouterWeights] = []
-    for reader in readers:
-        if isinstance(reader.module, Router):
-            linears = reader.module.linears()
-            its = RouterWeights([one.out_features for one in linears], _joined_bias(linears))
-            joined += [one.weight for one in linears]
-            sizes.append(sum(its.sizes))
-        else:
-            its = reader.module.bottleneck()
-            joined.append(its.down)
-            sizes.append(its.down.shape[0])
-        weights.append(its)
-    return InputWeights(stacked(joined, dtype), sizes, weights)
-
-
-def _joined_bias(linears: Sequence[nn.Linear]) -> Tensor | None:
-    if all(one.bias is None for one in linears):
+def _joined_bias(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
+    """Join biases to [K, 1], float32; zeros stand where there is none."""
+    if all(one is None for one in biases):
         return None
-    biases = [one.weight.new_zeros(one.out_features) if one.bias is None else one.bias for one in linears]
-    return at_least_float32(biases[0] if len(biases) == 1 else torch.cat(biases)).unsqueeze(1)
+    joined: list[Tensor] = []
+    missing = 0
+    for weight, bias in zip(weights, biases, strict=True):
+        if bias is None:
+            missing += len(weight)
+            continue
+        joined += [bias] if missing == 0 else [bias.new_zeros(missing), bias]
+        missing = 0
+    if missing:
+        joined.append(joined[0].new_zeros(missing))
+    return at_least_float32(joined[0] if len(joined) == 1 else torch.cat(joined)).unsqueeze(1)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moa_peft.experts.base import Prompt
-from moa_peft.products import at_least_float32
+from moa_peft.products import at_least_float32, cast
 
 ALIGNMENT = 64
 """Bytes; where torch's own allocator puts a tensor."""
@@ -32,11 +32,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     asked = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # autocast leaves float64 alone
     return torch.get_autocast_dtype(device) if asked else x.dtype
-
-
-def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast where there is something to cast: asking first is cheaper."""
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 def stacked(weights: Sequence[Tensor], dtype: torch.dtype, dim: int = 0) -> Tensor:
@@ -55,21 +50,31 @@ def _lies_askew(weight: Tensor) -> bool:
     return in_memory and weight.data_ptr() % ALIGNMENT != 0
 
 
-def rows_of(x: Tensor, weight: Tensor, factors: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Multiply an input by a weight: ``weight @ x.T``.
+def rows_of(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, factors: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Multiply an input by a weight: ``weight @ x.T + bias``.
 
     Args:
         x: Float, [..., D_in]; cast to the weight's dtype, which is never a higher one.
-        weight: Float, [K, D_in], in the dtype of the products; gradients flow to both.
+        weight: Float, [K, D_in], in the dtype of the products; gradients flow to all three.
+        bias: Float32, [K, 1], added in float32; None for none.
         factors: Two tensors whose product is ``x``, which the frozen model keeps for its own backward pass; they are
             kept then instead of ``x``.
 
     Returns:
-        [K, M], in the dtype of the weight.
+        [K, M], in the dtype of the weight, or of the bias if that is higher.
     """
     if factors is not None and torch.is_grad_enabled():
-        return _ProductOfFactors.apply(x, *factors, weight)
-    return F.linear(weight, cast(x, weight.dtype).reshape(-1, x.shape[-1]))
+        product = _ProductOfFactors.apply(x, *factors, weight)
+    else:
+        flat = cast(x, weight.dtype)
+        if flat.dim() > 2:
+            flat = flat.reshape(-1, x.shape[-1])
+        if bias is not None and bias.dtype == weight.dtype:
+            return torch.addmm(bias, weight, flat.t())
+        product = F.linear(weight, flat)
+    return product if bias is None else product + bias
 
 
 class _ProductOfFactors(torch.autograd.Function):
@@ -91,12 +96,12 @@ class _ProductOfFactors(torch.autograd.Function):
 
 
 def add_rows(output: Tensor, rows: Tensor, up: Tensor, columns: tuple[int, int] | None = None) -> Tensor:
-    """Add ``(up @ rows).T`` to a site's output, in place.
+    """Add ``rows.T @ up`` to a site's output, in place.
 
     Args:
         output: Float, contiguous, [..., D_out], the frozen layer's own; it is overwritten.
         rows: Of its dtype, [K, M], gated; gradients flow to them.
-        up: Of its dtype, [D_out, K], likewise.
+        up: Of its dtype, [K, D_out], likewise.
         columns: Start and end of the columns of ``output`` that the change is for; None for all.
 
     Returns:
@@ -104,7 +109,7 @@ def add_rows(output: Tensor, rows: Tensor, up: Tensor, columns: tuple[int, int] 
     """
     if torch.is_grad_enabled():
         return _AddRows.apply(output, rows, up, columns)
-    _columns(output, columns).addmm_(rows.t(), up.t())
+    _columns(output, columns).addmm_(rows.t(), up)
     return output
 
 
@@ -122,7 +127,7 @@ class _AddRows(torch.autograd.Function):
         ctx.mark_dirty(output)
         ctx.save_for_backward(rows, up)
         ctx.columns = columns
-        _columns(output, columns).addmm_(rows.t(), up.t())
+        _columns(output, columns).addmm_(rows.t(), up)
         return output
 
     @staticmethod
@@ -130,10 +135,12 @@ class _AddRows(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch calls it by position
         rows, up = ctx.saved_tensors
         above = _columns(gradient.contiguous(), ctx.columns)  # [M, D_out]
-        return gradient, up.t() @ above.t(), (rows @ above).t(), None
+        return gradient, up @ above.t(), rows @ above, None
 
 
-def add_attended(output: Tensor, query: Tensor, prompt: Prompt, gate: Tensor, scaling: float) -> Tensor:
+def add_attended(
+    output: Tensor, query: Tensor, prompt: Prompt, gate: Tensor | None, scaling: float
+) -> Tensor:
     """Let queries attend to a prompt, and add the gated result to what the attention gave.
 
     Vectors of scores lie as rows with a column for each token, which a CPU's softmax takes many times faster.
@@ -142,14 +149,16 @@ def add_attended(output: Tensor, query: Tensor, prompt: Prompt, gate: Tensor, sc
         output: Float, [B, T, H, D], the attention's; not overwritten, since its own backward pass needs it.
         query: Float, [B, H, T, D], after rotary embedding.
         prompt: Keys and values in the dtype of the products.
-        gate: Float32, [N, M], or [1, 1] for all; gradients flow to it and to all the others.
+        gate: Float32, [N, M]; None for 1. Gradients flow to it and to all the others.
         scaling: Factor of the attention scores.
 
     Returns:
         [B, T, H, D], contiguous, in the dtype of ``output``. Only the arguments are kept for the backward pass.
     """
     keys, values, head_scale = prompt
-    weight = at_least_float32(head_scale).view(-1, 1, 1) * gate  # [H, N, M]
+    weight = at_least_float32(head_scale).view(-1, 1, 1)
+    if gate is not None:
+        weight = weight * gate  # [H, N, M]
     return _AddAttended.apply(output, cast(query, keys.dtype), keys, values, weight, scaling)
 
 

@@ -38,15 +38,15 @@ class Weights(NamedTuple):
     """What a gate makes of the logits of a call."""
 
     gates: Tensor
-    """Float32, [B, T, E]."""
+    """Float32, [..., E]."""
     threshold: Tensor | None = None
-    """Float32, broadcastable to [B, T, 1], where the gate has one."""
+    """Float32, broadcastable to [..., 1], where the gate has one."""
     load: Tensor | None = None
-    """Float32, [B, T, E], without gradient: 1 where a token is given to an expert. For the balance loss."""
+    """Float32, [..., E], without gradient: 1 where a token is given to an expert. For the balance loss."""
     probability: Tensor | None = None
-    """Float32, [B, T, E]: the differentiable share beside ``load``."""
+    """Float32, [..., E]: the differentiable share beside ``load``."""
     penalty: Tensor | None = None
-    """Float32, [B, T, 1]: what the gate's sparsity control asks each token to pay."""
+    """Float32, [..., 1]: what the gate's sparsity control asks each token to pay."""
 
 
 class Gate(nn.Module):
@@ -84,11 +84,21 @@ class Gate(nn.Module):
         """Weigh the experts.
 
         Args:
-            x: Float, [B, T, D], what the router reads.
-            logits: Float32, [B, T, E], what it makes of that.
-            *read: Float32, [B, T, ...] each, what each of `linears` makes of it.
+            x: Float, [..., D], what the router reads: [B, T, D], or all tokens in a row, [B * T, D].
+            logits: Float32, [..., E], what it makes of that.
+            *read: Float32, [..., K] each, what each of `linears` makes of it.
         """
         raise NotImplementedError
+
+    def of_rows(self, x: Tensor, logits: Tensor, *read: Tensor) -> Tensor:
+        """Give the gates alone, with a row for each expert, [E, M].
+
+        Args:
+            x: Float, [M, D], what the router reads.
+            logits: Float32, [E, M].
+            *read: Float32, [K, M] each.
+        """
+        return self.forward(x, logits.t(), *[one.t() for one in read]).gates.t()
 
     def untrained(self) -> list[nn.Parameter]:
         """Parameters that the config declares untrained."""
@@ -131,15 +141,19 @@ class SigmoidGate(Gate):
         """The learned threshold's."""
         return () if self.threshold is None else (self.threshold,)
 
-    def forward(self, x: Tensor, logits: Tensor, *read: Tensor) -> Weights:
+    def forward(self, x: Tensor, logits: Tensor, *read: Tensor) -> Weights:  # noqa: ARG002  # the base's signature
         """Weigh each expert for itself; see `Gate.forward`."""
         scores = sigmoid_gates(logits)
         sparse = self.config.threshold
-        threshold = self._threshold(x, *read)
+        threshold = self._threshold(logits, *read)
         if sparse is None or threshold is None:
             return Weights(gates=scores)
         gates = sparse_gates(scores, threshold, bandwidth=sparse.bandwidth, at_least_one=sparse.at_least_one)
         return Weights(gates=gates, threshold=threshold)
+
+    def of_rows(self, x: Tensor, logits: Tensor, *read: Tensor) -> Tensor:
+        """Give the gates alone; see `Gate.of_rows`."""
+        return super().of_rows(x, logits, *read) if self.config.threshold else sigmoid_gates(logits)
 
     def untrained(self) -> list[nn.Parameter]:
         """The parameters of the official dead threshold."""
@@ -148,12 +162,12 @@ class SigmoidGate(Gate):
             return []
         return list(self.threshold.parameters())
 
-    def _threshold(self, x: Tensor, *read: Tensor) -> Tensor | None:
+    def _threshold(self, logits: Tensor, *read: Tensor) -> Tensor | None:
         sparse = self.config.threshold
         if sparse is None:
             return None
         if sparse.constant is not None:
-            return x.new_full((1, 1, 1), sparse.constant, dtype=torch.float32)
+            return logits.new_full((1,) * logits.dim(), sparse.constant)
         assert sparse.maximum is not None, "ThresholdConfig has either a constant or a maximum"
         threshold = learned_threshold(read[0], sparse.maximum)
         return threshold.detach() if sparse.gradient == "none" else threshold

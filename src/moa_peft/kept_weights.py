@@ -19,12 +19,15 @@ class KeptWeights:
         self._weights: list[Tensor] = []
         self._versions: list[int] = []
 
-    def begin(self, module: nn.Module, *, decoding: bool) -> None:
+    def begin(self, module: nn.Module, *, decoding: bool) -> bool:
         """Begin a call without gradients; forget what was made of weights that are no longer the module's.
 
         Args:
             module: Whose weights everything is made of; always the same.
             decoding: Whether the call has one token in each row.
+
+        Returns:
+            Whether what was kept still holds.
         """
         if not decoding or not self._slots:
             self._slots = [
@@ -39,13 +42,22 @@ class KeptWeights:
         except RuntimeError:  # tensors made in inference mode have none
             versions = [0 if one.is_inference() else one._version for one in weights]
         if decoding and versions == self._versions and all(map(operator.is_, weights, self._weights)):
-            return
+            return True
         self._kept.clear()
         self._weights, self._versions = weights, versions
+        return False
 
     def find(self, key: object) -> Any:
         """What was kept under a key, which says what it is for and its dtype; None where there is nothing."""
         return self._kept.get(key)
+
+    def made(self, key: object) -> Any:
+        """What was kept under a key.
+
+        Raises:
+            KeyError: If there is nothing.
+        """
+        return self._kept[key]
 
     def keep(self, key: object, made: object) -> None:
         """Keep what was made of the weights."""

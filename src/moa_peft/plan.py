@@ -3,9 +3,10 @@
 It is made once, when the block's modules are hooked, so that a pass has little to find out.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -28,13 +29,21 @@ Columns = tuple[int, int] | None
 """The columns of a fused layer's output that one projection has; None for all."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reader:
-    """A router or an expert that multiplies an input by weights of its own."""
+class Group(NamedTuple):
+    """Experts that read one input and are gated by one multiplication."""
 
-    name: str
-    """The expert's name, or that of the router: "" for the block's, the expert's for that of its copies."""
-    module: Router | LinearExpert
+    names: tuple[str, ...]
+    part: int
+    """Which part of the block's gates is theirs, a row for each of them; see `Plan.gate_parts`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Readers:
+    """Who multiplies one input by weights of its own; the product has their rows in this order."""
+
+    groups: tuple[Group, ...] = ()
+    routers: tuple[tuple[str, Router], ...] = ()
+    """By name: "" for the block's, the expert's for that of its copies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +63,7 @@ class SiteWork:
 
     single: tuple[Work, ...]
     """Experts whose own ``change`` is called."""
-    joint: Mapping[Columns, tuple[Work, ...]]
+    joint: tuple[tuple[Columns, tuple[Work, ...]], ...]
     """Experts that are added together (`moa_peft.fused`), by the columns that they change."""
 
 
@@ -68,8 +77,12 @@ class Plan:
     """Names the block and the adapter; under it instance gates are kept for the calls that follow."""
     work: Mapping[str, SiteWork]
     """By the path of the module whose output is changed."""
-    readers: Mapping[str, tuple[Reader, ...]]
+    readers: Mapping[str, Readers]
     """By the name of an input: who reads it on the fused path."""
+    gate_parts: tuple[int, ...]
+    """How many of the block's gates each part of them has."""
+    gate_rows: Mapping[str, tuple[int, int]]
+    """By an expert's name: which part its gate is in, and which row of it."""
     router: Router | None
     """The block's."""
     copied: frozenset[str]
@@ -78,6 +91,8 @@ class Plan:
     """Those of them that are at the attention."""
     uses: int
     """How many modules' outputs are changed."""
+    is_straight: bool
+    """Whether all is joined and all gates come of what q, k and v read, so that `moa_peft.decoding` can follow it."""
 
 
 def input_of(site: LinearSite | AttentionSite) -> str:
@@ -107,11 +122,8 @@ def plan(adapter: str, mixture: "Mixture", block: Block, *, fused: bool) -> Plan
     """
     single: dict[str, list[Work]] = {}
     joint: dict[str, dict[Columns, tuple[Work, ...]]] = {}
-    readers: dict[str, tuple[Reader, ...]] = {}
-
-    def reads(name: str, reader: Reader) -> None:
-        readers[name] = (*readers.get(name, ()), reader)
-
+    experts: dict[str, list[Place]] = {}  # that read an input together
+    routers: dict[str, list[tuple[str, Router]]] = {}
     for place in mixture.places:
         site, expert, path = place.site, mixture.experts[place.name], place.site.path
         slot = site.slot if isinstance(site, LinearSite) else None
@@ -130,21 +142,78 @@ def plan(adapter: str, mixture: "Mixture", block: Block, *, fused: bool) -> Plan
         else:
             single.setdefault(path, []).append(one)
         if fused and place.name in mixture.copy_routers:
-            reads(one.input_name, Reader(place.name, mixture.copy_router(place)))
+            routers.setdefault(one.input_name, []).append((place.name, mixture.copy_router(place)))
         if joins and isinstance(expert, LinearExpert):
-            reads(one.input_name, Reader(place.name, expert))
+            experts.setdefault(one.input_name, []).append(place)
     if fused and mixture.router is not None and mixture.router.reads_projection_input:
-        reads(PROJECTION_INPUT, Reader("", mixture.router))
+        routers.setdefault(PROJECTION_INPUT, []).append(("", mixture.router))
+    neighbours = {name: _neighbours(mixture, places) for name, places in experts.items()}
+    gate_parts, part_of = _gate_parts(mixture, [one for found in neighbours.values() for one in found])
     paths = {**single, **joint}
     copied = [place for place in mixture.places if place.name in mixture.copy_routers]
     return Plan(
         adapter=adapter,
         mixture=mixture,
         key=f"{block.path}.{adapter}",
-        work={path: SiteWork(tuple(single.get(path, ())), joint.get(path, {})) for path in paths},
-        readers=readers,
+        work={
+            path: SiteWork(tuple(single.get(path, ())), tuple(joint.get(path, {}).items())) for path in paths
+        },
+        readers={
+            name: Readers(
+                groups=tuple(
+                    Group(tuple(place.name for place in places), part_of[places[0].column][0])
+                    for places in neighbours.get(name, ())
+                ),
+                routers=tuple(routers.get(name, ())),
+            )
+            for name in {**neighbours, **routers}
+        },
+        gate_parts=gate_parts,
+        gate_rows={place.name: part_of[place.column] for place in mixture.places},
         router=mixture.router,
         copied=frozenset(place.name for place in copied),
         copied_at_attention=tuple(one for one in copied if isinstance(one.site, AttentionSite)),
         uses=len(paths),
+        is_straight=not single
+        and not copied
+        and (mixture.router is None or mixture.router.reads_projection_input),
     )
+
+
+def _neighbours(mixture: "Mixture", places: Sequence["Place"]) -> list[list["Place"]]:
+    """Cut the experts of one input into runs that one multiplication gates: alike, with gates side by side."""
+    columns = Counter(place.column for place in mixture.places)
+
+    def kind(place: "Place") -> tuple[Any, ...]:
+        expert: LinearExpert = mixture.experts[place.name]  # type: ignore[assignment]  # ModuleDict is untyped
+        weights = expert.bottleneck()
+        alone = place.name in mixture.copy_routers or columns[place.column] > 1 or weights.up_bias is not None
+        return place.name if alone else "", len(weights.down), weights.scale, weights.activation
+
+    runs: list[list[Place]] = []
+    for place in places:
+        if runs and kind(runs[-1][0]) == kind(place) and runs[-1][-1].column + 1 == place.column:
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    return runs
+
+
+def _gate_parts(
+    mixture: "Mixture", runs: Sequence[Sequence["Place"]]
+) -> tuple[tuple[int, ...], dict[int, tuple[int, int]]]:
+    """Cut the block's gates so that each run has a part of its own.
+
+    Returns:
+        The number of gates of each part; and by its column, which part a gate is in, and which row of it.
+    """
+    lengths = {run[0].column: len(run) for run in runs}
+    parts: list[int] = []
+    part_of: dict[int, tuple[int, int]] = {}
+    column = 0
+    while column < len(mixture.gate_names):
+        length = lengths.get(column, 1)
+        part_of |= {column + row: (len(parts), row) for row in range(length)}
+        parts.append(length)
+        column += length
+    return tuple(parts), part_of

@@ -13,6 +13,16 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def exact(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which routers go on after products in another: float32, or float64 for float64."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast where there is something to cast: asking first is cheaper."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def low_precision_product(x: Tensor, linear: nn.Linear) -> Tensor:
     """Multiply by a router's weight in the dtype of ``x``, then go on in float32.
 

@@ -3,9 +3,9 @@
 Sizes: B rows, T tokens of a row, D inputs, E experts.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +14,10 @@ from torch import Tensor, nn
 from moa_peft.balance import attach_loss, scale_nobody_set
 from moa_peft.config import GATES, RouterConfig
 from moa_peft.gates import Gate, Weights
-from moa_peft.products import low_precision_product, zero_bias_linear
+from moa_peft.products import at_least_float32, cast, exact, low_precision_product, zero_bias_linear
 from moa_peft.routing import load_balancing_loss
 
-
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Switch autocast off, where it is on: to switch it costs more than to ask."""
-    on = torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if on else nullcontext()
+_NOTHING = nullcontext()
 
 
 class LinearRouter(nn.Module):
@@ -38,8 +34,12 @@ class LinearRouter(nn.Module):
         return (self.linear,)
 
     def forward(self, logits: Tensor) -> Tensor:
-        """Give the float32 logits [B, T, E] as the layer made them."""
+        """Give the float32 logits [..., E] as the layer made them."""
         return logits
+
+    def of_rows(self, dtype: torch.dtype) -> "LogitsOfRows":  # noqa: ARG002  # nothing is left to multiply
+        """Give the function that does what `forward` does with a column for each token."""
+        return self.forward
 
 
 class SwiGLURouter(nn.Module):
@@ -62,22 +62,52 @@ class SwiGLURouter(nn.Module):
         return (self.w1, self.w3)
 
     def forward(self, first: Tensor, third: Tensor) -> Tensor:
-        """Map what W1 and W3 made, float32 [B, T, hidden], to float32 logits [B, T, E]."""
+        """Map what W1 and W3 made, float32 [..., hidden], to float32 logits [..., E]."""
         return low_precision_product(F.silu(first) * third, self.w2)
+
+    def of_rows(self, dtype: torch.dtype) -> "LogitsOfRows":
+        """Give the function that does what `forward` does with a column for each token, in ``dtype``.
+
+        It holds the weights as they are now.
+        """
+        weight = cast(self.w2.weight, dtype)
+        bias = None if self.w2.bias is None else cast(self.w2.bias, dtype).unsqueeze(1)
+
+        def logits(first: Tensor, third: Tensor) -> Tensor:
+            hidden = F.silu(first) * third
+            return weight @ hidden if bias is None else torch.addmm(bias, weight, hidden)
+
+        return logits
 
 
 _LOGITS: dict[str, type[LinearRouter] | type[SwiGLURouter]] = {"linear": LinearRouter, "swiglu": SwiGLURouter}
 
 
+LogitsOfRows = Callable[..., Tensor]
+"""Takes what each of a router's layers makes of M tokens, float32 [K, M] each, and gives the logits [E, M]."""
+
+
 class Routing(NamedTuple):
-    """What a router says of a call's tokens."""
+    """What a router says of a call's tokens, with the leading sizes of what it was given."""
 
     gates: Tensor
-    """Float32, [B, T, E]."""
+    """Float32, [..., E]."""
     threshold: Tensor | None
-    """Float32, broadcastable to [B, T, 1]; None where the gate has none."""
+    """Float32, broadcastable to [..., 1]; None where the gate has none."""
     balance_loss: Tensor | None
     """Float32, a scalar, before its coefficient; None where there is none."""
+
+
+WeightsOfRows = Callable[[Tensor, Sequence[Tensor]], Weights]
+"""Takes what a router reads, [M, D], and what each of its layers makes of that, [K, M] each; gives the weights [M, E]."""
+
+
+class Read(NamedTuple):
+    """What a router's layers made of its input, where others read it too."""
+
+    weigh: WeightsOfRows
+    rows: Sequence[Tensor]
+    """[K, M] each."""
 
 
 class Router(nn.Module):
@@ -104,32 +134,50 @@ class Router(nn.Module):
         """Every layer that reads the router's input: those of the logits, then those of the gate."""
         return (*self.logits.linears(), *self.gate.linears())
 
-    def forward(
-        self, x: Tensor, counted: Tensor | None = None, read: Sequence[Tensor] | None = None
-    ) -> Routing:
+    def forward(self, x: Tensor, counted: Tensor | None = None, read: Read | None = None) -> Routing:
         """Weigh the experts for each token.
 
         Args:
-            x: Float, [B, T, D], what the router reads.
+            x: Float, [B, T, D], what the router reads; M = B * T.
             counted: Bool, [B, T]; tokens that count in the balance loss. None counts all.
-            read: Float32, what each of `linears` makes of ``x``; None to make it here.
+            read: What the router's layers made of ``x`` elsewhere; None to make it here.
 
         Returns:
-            The gates; in training their gradient carries that of the losses.
+            The gates, [B, T, E], or [M, E] of what was read elsewhere; in training their gradient carries that of the
+            losses.
 
         Raises:
             UsageError: If the training loop scales its loss in a way that nobody has told; see `scale_nobody_set`.
         """
         scale = self._scale(x.device) if self.has_losses else None
-        with without_autocast(x.device.type):  # it would round the float32 part again
+        on = torch.is_autocast_enabled(x.device.type)  # it would round the float32 part again
+        with torch.autocast(x.device.type, enabled=False) if on else _NOTHING:
             if read is None:
-                read = [low_precision_product(x, linear) for linear in self.linears()]
-            logits = self.logits
-            first = logits.num_linears
-            weights = self.gate(x, logits(*read[:first]), *read[first:])
+                layers = [low_precision_product(x, linear) for linear in self.linears()]
+                first = self.logits.num_linears
+                weights = self.gate(x, self.logits(*layers[:first]), *layers[first:])
+            else:
+                weights = read.weigh(x.reshape(-1, x.shape[-1]), read.rows)
             if not self.has_losses:
                 return Routing(weights.gates, weights.threshold, None)
             return self._with_losses(weights, counted, scale)
+
+    def of_rows(self, dtype: torch.dtype) -> WeightsOfRows:
+        """Give the function that makes weights where the products with the input are there already.
+
+        It holds the weights as they are now.
+
+        Args:
+            dtype: That of the products.
+        """
+        logits, gate = self.logits.of_rows(exact(dtype)), self.gate.forward
+        num_logits = self.logits.num_linears
+
+        def weigh(x: Tensor, rows: Sequence[Tensor]) -> Weights:
+            rows = [at_least_float32(one) for one in rows]
+            return gate(x, logits(*rows[:num_logits]).t(), *[one.t() for one in rows[num_logits:]])
+
+        return weigh
 
     @property
     def reads_projection_input(self) -> bool:
@@ -156,8 +204,8 @@ class Router(nn.Module):
             balance = load_balancing_loss(weights.load, weights.probability, counted)
             total = total + self.balance * balance
         if weights.penalty is not None:
-            penalty = weights.penalty.squeeze(-1)  # [B, T]
-            counting = torch.ones_like(penalty) if counted is None else counted.to(penalty.dtype)
+            penalty = weights.penalty.flatten()
+            counting = torch.ones_like(penalty) if counted is None else counted.flatten().to(penalty.dtype)
             total = total + (penalty * counting).sum() / counting.sum().clamp(min=1)
         gates = weights.gates
         if scale is not None:

@@ -49,8 +49,9 @@ def active_experts(scores: Tensor, threshold: Tensor, at_least_one: bool) -> Ten
     Returns:
         Bool, [B, T, E].
     """
-    active = scores >= threshold
-    return active | (scores == scores.amax(dim=-1, keepdim=True)) if at_least_one else active
+    if at_least_one:
+        threshold = torch.minimum(threshold, scores.amax(dim=-1, keepdim=True))
+    return scores >= threshold
 
 
 def sparse_gates(scores: Tensor, threshold: Tensor, *, bandwidth: float, at_least_one: bool) -> Tensor:
@@ -178,7 +179,7 @@ def load_balancing_loss(load: Tensor, probability: Tensor, counted: Tensor | Non
 
     Source: Switch Transformers, arXiv 2101.03961, equations 4-6; with top-k, f_e counts token slots over tokens.
     """
-    load, probability = load.flatten(0, 1), probability.flatten(0, 1)
+    load, probability = load.flatten(0, -2), probability.flatten(0, -2)
     if counted is None:
         return load.shape[-1] * (load.mean(dim=0) * probability.mean(dim=0)).sum()
     weight = counted.flatten().to(load.dtype)

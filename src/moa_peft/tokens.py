@@ -137,10 +137,16 @@ def prompt_lengths(model: nn.Module, lengths: Sequence[int]) -> dict[str, Tensor
 
 
 class TokenWatch:
-    """Watches a model's calls and tells its blocks of their tokens. It lives as long as the model's hooks."""
+    """Watches a model's calls and tells its blocks of their tokens. It lives as long as the model's hooks.
+
+    Attributes:
+        current: The tokens of the call that runs.
+        generation: Stands for the call of ``generate`` that runs, each for itself; None outside of any.
+    """
 
     def __init__(self) -> None:
         self.current: CallTokens | None = None
+        self.generation: object = None
         self._depth = 0
         self._width: int | None = None
         self._handles: list[RemovableHandle] = []
@@ -171,16 +177,17 @@ class TokenWatch:
 
     @contextmanager
     def generating(self, width: int) -> Iterator[None]:
-        """While a text is generated, know its prompt also where no cache remembers the first call.
+        """While a text is generated, know its prompt also where no cache remembers the first call, and that weights stay.
 
         Args:
             width: Columns of the prompt, padding included; whatever a call has beyond them is an answer.
         """
-        outer, self._width = self._width, width
+        outer = self._width, self.generation
+        self._width, self.generation = width, object()
         try:
             yield
         finally:
-            self._width = outer
+            self._width, self.generation = outer
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
         length = kwargs.pop(LENGTH_ARGUMENT, None)
@@ -199,7 +206,7 @@ class TokenWatch:
             remember_gates(past, call.found)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "current": None, "_depth": 0, "_width": None}
+        return {**self.__dict__, "current": None, "generation": None, "_depth": 0, "_width": None}
 
 
 def call_tokens(

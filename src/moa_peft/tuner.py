@@ -6,10 +6,11 @@ in, wait in the layer until the block's last expert has taken them, and are then
 again in its recomputation.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -21,6 +22,7 @@ from moa_peft.architecture import Block
 from moa_peft.attention import add_prompts, remove_prompts
 from moa_peft.block_pass import BlockPass
 from moa_peft.config import RouterConfig
+from moa_peft.decoding import Add, Decoding
 from moa_peft.errors import RunError, UsageError
 from moa_peft.layer import Mixture, Place, PlacedExpert
 from moa_peft.plan import MLP_INPUT, Plan, SiteWork, plan
@@ -69,6 +71,31 @@ class ChangeRecord:
     """Gives the same change under another gate, such as one copy's alone. Call it only while the observer runs."""
 
 
+class _Now:
+    """Where a block's pass stands. It is no part of the module: to set an attribute of that takes torch a microsecond."""
+
+    __slots__ = (
+        "active",
+        "block_input",
+        "call",
+        "decoding",
+        "factors",
+        "generation",
+        "last_decoding",
+        "passes",
+    )
+
+    def __init__(self) -> None:
+        self.passes: tuple[BlockPass, ...] = ()  # those that have begun and not ended
+        self.call: CallTokens | None = None  # of the pass that has begun, until its tokens are routed
+        self.block_input: Tensor | None = None  # likewise
+        self.factors: list[Tensor] = []  # of what down_proj is about to read
+        self.decoding: Decoding | None = None  # takes the place of the passes where it can
+        self.last_decoding: Decoding | None = None  # of the call before
+        self.generation: object = None  # for which that was made
+        self.active: object = None  # likewise: the list of active adapters
+
+
 class MoALayer(nn.Module, BaseTunerLayer):
     """The mixtures of one decoder block, by adapter name.
 
@@ -99,13 +126,10 @@ class MoALayer(nn.Module, BaseTunerLayer):
             False: {},
             True: {},
         }  # by whether they are fused, and adapter
-        self._passes: tuple[BlockPass, ...] = ()  # those that have begun and not ended
-        self._call: CallTokens | None = None  # of the pass that has begun, until its tokens are routed
-        self._block_input: Tensor | None = None  # likewise
-        self._factors: list[Tensor] = []  # of what down_proj is about to read
+        self._now = _Now()
         down = block.sites.get("down_proj")
         self._down_path = None if down is None else down.path
-        self._factor_hooks: list[tuple[nn.Module, int]] = []  # the hooks that note them, by their ids
+        self._factor_hooks: list[tuple[nn.Module, RemovableHandle]] = []  # the hooks that note them
         self._handles: list[RemovableHandle] = []
 
     def add_mixture(self, adapter: str, experts: list[PlacedExpert], router: RouterConfig | None) -> None:
@@ -150,28 +174,51 @@ class MoALayer(nn.Module, BaseTunerLayer):
         self._connect_mlp()
 
     def _connect_mlp(self) -> None:
-        """See what the MLP reads, and the factors of what its last layer reads."""
-        sites = {place.site.name: place.site for one in self.mixtures().values() for place in one.places}
-        if "mlp" in sites:
-            self._hook_pre(sites["mlp"].module, self._read_mlp)
-        if "down_proj" in sites:
+        """See what the MLP reads."""
+        if "mlp" in self._site_names():
+            self._hook_pre(self.block.sites["mlp"].module, self._read_mlp)
+        self._connect_factors()
+
+    def _connect_factors(self) -> None:
+        """See, while training, the factors of what the MLP's last layer reads."""
+        for _, handle in self._factor_hooks:
+            handle.remove()
+        self._factor_hooks = []
+        if self.training and "down_proj" in self._site_names():
             # These come after the hooks that add, so that what is noted has up_proj's changes.
             for module in self.block.mlp_factors:
-                handle = module.register_forward_hook(self._note_factor)
-                self._factor_hooks.append((module, handle.id))
-                self._handles.append(handle)
+                self._factor_hooks.append((module, module.register_forward_hook(self._note_factor)))
+
+    def _site_names(self) -> set[str]:
+        return {place.site.name for one in self.mixtures().values() for place in one.places}
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch as torch does, and hook what only training needs."""
+        changed = mode != self.training
+        super().train(mode)
+        self._now.generation = None
+        if changed:
+            self._connect_factors()
+        return self
 
     def disconnect(self) -> None:
         """Take every hook off the block's modules."""
-        for handle in self._handles:
+        for handle in (*self._handles, *[handle for _, handle in self._factor_hooks]):
             handle.remove()
-        self._handles, self._factor_hooks = [], []
+        self._handles, self._factor_hooks, self._now.generation = [], [], None
         attention = self.block.sites.get("attention")
         if attention is not None:
             remove_prompts(attention.module)
 
     def attend(self, output: Tensor, query: Tensor, scaling: float) -> Tensor:
         """Add the prompts' changes to the attention's output; see `PromptSource`."""
+        now = self._now
+        if now.decoding is not None:
+            if not output.is_contiguous():
+                output = output.contiguous()
+            for attend in now.decoding.attends:
+                attend(output, query, scaling)
+            return output
         total = output
         for one, site_work in self._take(self.block.sites["attention"].path):
             for work in site_work.single:
@@ -181,8 +228,9 @@ class MoALayer(nn.Module, BaseTunerLayer):
                 if self.change_observer is not None:
                     under = partial(one.mixture.attention_change, work.place, query, scaling)
                     self._tell_change(one.plan.adapter, work.place, gate, change, under)
-            for work in site_work.joint.get(None, ()):
-                total = one.attend(total, work, query, scaling)
+            for _, works in site_work.joint:
+                for work in works:
+                    total = one.attend(total, work, query, scaling)
         return total
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -216,13 +264,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
         mixture.to(device)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_passes": (),
-            "_call": None,
-            "_block_input": None,
-            "_factors": [],
-        }  # gates of a pass cut short are of no use to a copy
+        return {**self.__dict__, "_now": _Now()}  # gates of a pass cut short are of no use to a copy
 
     def mixtures(self) -> dict[str, Mixture]:
         """The mixtures by adapter name."""
@@ -238,7 +280,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
 
     def _note_block_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
-        self._block_input = args[0]
+        self._now.block_input = args[0]
 
     def _send_tokens(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
         """Put the call's tokens among the block's arguments, which a recomputation replays; a forward pre-hook."""
@@ -251,25 +293,58 @@ class MoALayer(nn.Module, BaseTunerLayer):
                 f"{self.block.path} does not pass its keyword arguments on to its attention, so its router cannot know "
                 "which tokens are real: this model can have no balance loss and no instance gates"
             )
-        self._call = kwargs[ARGUMENT]
+        self._now.call = kwargs[ARGUMENT]
         return args, {key: value for key, value in kwargs.items() if key != ARGUMENT}
 
     def _route(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
         """Make the gates of the active adapters where q, k and v read their tokens; a forward pre-hook."""
-        call, self._call = self._call, None
-        block_input, self._block_input = self._block_input, None
-        self._factors = []
+        now, x = self._now, args[0]
+        now.decoding = decoding = self._decoding(x)
+        if decoding is not None:
+            decoding.route(x)
+            return
+        call, now.call = now.call, None
+        block_input, now.block_input = now.block_input, None
+        now.factors, now.passes = [], ()
         adapters = self._active()
         if not adapters:
-            self._passes = ()
             return
-        plans, x = self._now(), args[0]
-        self._passes = tuple([BlockPass(plans[adapter], call, self._tell) for adapter in adapters])
-        for one in self._passes:
+        plans = self._plans_now()
+        tell = None if self.observer is None or _unobserved() else self._tell
+        now.passes = tuple([BlockPass(plans[adapter], call, tell) for adapter in adapters])
+        for one in now.passes:
             one.route(x, block_input)
 
+    def _decoding(self, x: Tensor) -> Decoding | None:
+        """What goes on with one token of each row, where a pass before has kept all that it needs.
+
+        Weights are looked at once in a generation: each look at all of them costs more than what they compute.
+        """
+        if x.shape[1] != 1 or torch.is_grad_enabled() or self.training or self._disable_adapters:
+            return None
+        now, active, generation = self._now, self._active_adapter, self.watch.generation
+        if self.observer is not None or self.change_observer is not None:
+            return None
+        if generation is not None and now.generation is generation and now.active is active:
+            return now.last_decoding
+        if len(active) != 1 or torch.is_autocast_enabled(x.device.type):
+            return None
+        plan = self._plans_now().get(active[0])
+        if plan is None or not plan.is_straight:
+            return None
+        kept = plan.mixture.kept
+        if not kept.begin(plan.mixture, decoding=True):
+            return None
+        decoding = kept.find(x.dtype)
+        if decoding is None:
+            with contextlib.suppress(KeyError):
+                decoding = Decoding(plan, x.dtype)
+                kept.keep(x.dtype, decoding)
+        now.last_decoding, now.generation, now.active = decoding, generation, active
+        return decoding
+
     def _tell(self, plan: Plan, router: str, routing: Routing) -> None:
-        if self.observer is None or _unobserved():
+        if self.observer is None:
             return
         names = plan.mixture.gate_names if router == "" else map(str, range(routing.gates.shape[-1]))
         self.observer(
@@ -303,28 +378,27 @@ class MoALayer(nn.Module, BaseTunerLayer):
         """The passes that a module is a part of, with what they do to its output; each leaves with its last module."""
         if self._disable_adapters:
             return []
+        now = self._now
         taken: list[tuple[BlockPass, SiteWork]] = []
-        last = False
-        for one in self._passes:
+        for one in now.passes:
             site_work = one.plan.work.get(path)
             if site_work is not None:
                 taken.append((one, site_work))
                 one.uses -= 1
-                last = last or one.uses == 0
+                if one.uses == 0:
+                    now.passes = tuple([other for other in now.passes if other.uses])
         if not taken:
             self._refuse_order(path)
-        if last:
-            self._passes = tuple([one for one in self._passes if one.uses])
         return taken
 
-    def _now(self) -> dict[str, Plan]:
+    def _plans_now(self) -> dict[str, Plan]:
         """The plans of a pass, by adapter."""
         fused = self.fused and self.change_observer is None and not torch.compiler.is_compiling()
         return self._plans[fused]
 
     def _refuse_order(self, path: str) -> None:
         """Raise if an expert's module ran outside of a pass."""
-        plans = self._now()
+        plans = self._plans_now()
         if any(path in plans[adapter].work for adapter in self._active()):
             raise RunError(
                 f"{path} ran before the router of its block: this model does not run its attention first; "
@@ -333,35 +407,44 @@ class MoALayer(nn.Module, BaseTunerLayer):
 
     def _read_mlp(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
         """Read the MLP's input for the experts beside it; a forward pre-hook."""
-        for one in self._passes:
+        decoding = self._now.decoding
+        if decoding is not None:
+            if MLP_INPUT in decoding.reads:
+                decoding.reads[MLP_INPUT](args[0])
+            return
+        for one in self._now.passes:
             one.read(MLP_INPUT, args[0])
 
     def _note_factor(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG002
         """Note a factor of what down_proj is about to read; a forward hook."""
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._factors.append(output)
+            self._now.factors.append(output)
 
-    def _take_factors(self, path: str) -> tuple[Tensor, Tensor] | None:
+    def _take_factors(self) -> tuple[Tensor, Tensor] | None:
         """The factors of what down_proj reads, where nobody can have changed them after us."""
-        if not self._factors or path != self._down_path:
-            return None
-        factors, self._factors = self._factors, []
-        last = all(next(reversed(one._forward_hooks)) == number for one, number in self._factor_hooks)
+        factors, self._now.factors = self._now.factors, []
+        last = all(next(reversed(one._forward_hooks)) == handle.id for one, handle in self._factor_hooks)
         return (factors[0], factors[1]) if last and len(factors) == 2 else None
 
     def _add_at(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Add the experts' changes to a module's output; a forward hook, and the one place that adds."""
-        # Some MLPs give their router's scores as well.
-        first = output[0] if isinstance(output, tuple) else output
+        decoding = self._now.decoding
+        if decoding is not None:
+            add = decoding.adds.get(path)
+            if add is None:
+                return output
+            return add(output, args[0]) if type(module) is nn.Linear else _added(add, module, args[0], output)
         taken = self._take(path)
-        total = first
+        # Some MLPs give their router's scores as well.
+        total = first = output[0] if isinstance(output, tuple) else output
         for one, site_work in taken:
             for work in site_work.single:
                 total = total + self._change(one, work.place, args[0], first)
-        factors = self._take_factors(path)
+        factors = self._take_factors() if self._now.factors and path == self._down_path else None
         for one, site_work in taken:  # in place, so only when nobody needs the frozen output any more
-            for columns, works in site_work.joint.items():
-                total = total if writable(total, first, module) else total.clone()
+            for columns, works in site_work.joint:
+                if not writable(total, first, module):
+                    total = total.clone(memory_format=torch.contiguous_format)
                 total = one.add(total, path, columns, works, args[0], factors)
         return (total, *output[1:]) if isinstance(output, tuple) else total
 
@@ -395,6 +478,15 @@ def writable(total: Tensor, first: Tensor, module: nn.Module) -> bool:
     if not total.is_contiguous():
         return False
     return total is not first or (type(module) in (nn.Linear, Conv1D) and not total._is_view())
+
+
+def _added(add: Add, module: nn.Module, x: Tensor, output: Any) -> Any:
+    """Add changes to a module's output; see `moa_peft.decoding`."""
+    if isinstance(output, tuple):
+        return (_added(add, module, x, output[0]), *output[1:])
+    if not writable(output, output, module):
+        output = output.clone(memory_format=torch.contiguous_format)
+    return add(output, x)
 
 
 def mixture_layers(model: nn.Module) -> list[tuple[str, MoALayer]]:
