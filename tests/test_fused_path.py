@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from moa_peft import LoraExpert, MoAConfig, RouterConfig, mixture_layers
 from moa_peft.bench.work import saved_bytes
-from moa_peft.fused import add_rows, rows_of
+from moa_peft.fused import PIECE, add_rows, read_through, rows_of
 from moa_peft.kept_weights import KeptWeights
 from moa_peft.presets import PROJECTIONS
 from moa_peft.tuner import MoALayer
@@ -48,11 +48,51 @@ def test_an_input_given_by_its_factors_gets_the_same_gradients_and_is_not_kept()
         with torch.autograd.graph.saved_tensors_hooks(
             lambda one, n=place: kept[n].append(one) or one, lambda one: one
         ):
-            product = rows_of(x, weight, factors=(first, second) if by_factors else None)
+            product = read_through(x, weight, None, (first, second) if by_factors else None)[1]
         assert any(one.data_ptr() == x.data_ptr() for one in kept[place]) is not by_factors
         gradients.append(torch.autograd.grad(product.sin().sum(), [first, second, weight]))
     for one, two in zip(*gradients, strict=True):
         torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_an_input_read_on_its_way_gets_the_same_gradients(in_place: bool, biased: bool) -> None:
+    torch.manual_seed(0)
+    new = {"dtype": torch.float64, "requires_grad": True}
+    x, weight, bias = torch.randn(2, 5, 7, **new), torch.randn(3, 7, **new), torch.randn(3, 1, **new)
+    frozen = torch.randn(4, 7, dtype=torch.float64)
+    leaves = [x, weight, bias] if biased else [x, weight]
+    found: list[tuple[Tensor, ...]] = []
+    for on_its_way in (False, True):
+        passed_on, product = x, rows_of(x, weight, bias if biased else None)
+        if on_its_way:
+            passed_on, product = read_through(x, weight, bias if biased else None, in_place=in_place)
+        loss = F.linear(passed_on, frozen).sin().sum() + product.sin().sum()
+        found.append(torch.autograd.grad(loss, leaves))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_tokens_beyond_one_piece_are_made_again_too() -> None:
+    torch.manual_seed(0)
+    first, second = (torch.randn(3, PIECE - 1, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
+    _, product = read_through(first * second, weight, None, (first, second))
+    [found] = torch.autograd.grad(product.sin().sum(), [weight])
+    [expected] = torch.autograd.grad(rows_of(first * second, weight).sin().sum(), [weight])
+    torch.testing.assert_close(found, expected)
+
+
+def test_somebody_who_watches_a_gradient_sees_that_of_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Tensor] = []
+    for fused in (True, False):
+        monkeypatch.setattr(MoALayer, "fused", fused)
+        model = mixture_model("llama", "lora").train()
+        down = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
+        down.register_full_backward_hook(lambda module, to_input, to_output: found.append(to_input[0]))
+        model(tokens()).logits.square().mean().backward()
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
 
 
 def test_the_change_is_added_in_place_of_the_linear_layers_output() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moa_peft.architecture import AttentionSite
 from moa_peft.experts.base import AttentionExpert, Bottleneck, LinearExpert
-from moa_peft.fused import add_attended, add_rows, compute_dtype, rows_of, stacked
+from moa_peft.fused import add_attended, add_rows, compute_dtype, read_through, rows_of, stacked
 from moa_peft.kept_weights import KeptWeights
 from moa_peft.layer import Place
 from moa_peft.plan import PROJECTION_INPUT, Columns, Plan, Readers, Work
@@ -53,10 +53,28 @@ class InputWeights(NamedTuple):
     routers: list[tuple[str, int, WeightsOfRows]]
     """Names, numbers of layers, and what makes gates of the rows."""
 
-    def multiply(self, x: Tensor, factors: tuple[Tensor, Tensor] | None = None) -> Sequence[Tensor]:
-        """Multiply an input, [..., D_in] (see `rows_of`): a part for each of ``sizes``, [K_part, M]."""
-        product = rows_of(x, self.joined, self.bias, factors)
+    def multiply(self, x: Tensor) -> Sequence[Tensor]:
+        """Multiply an input, [..., D_in]: a part for each of ``sizes``, [K_part, M]."""
+        return self._cut(rows_of(x, self.joined, self.bias))
+
+    def multiply_through(
+        self, x: Tensor, factors: tuple[Tensor, Tensor] | None, *, in_place: bool
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Do what `multiply` does on the input's way into a module; see `read_through`."""
+        through, product = read_through(x, self.joined, self.bias, factors, in_place=in_place)
+        return through, self._cut(product)
+
+    def _cut(self, product: Tensor) -> Sequence[Tensor]:
         return (product,) if len(self.sizes) == 1 else product.split_with_sizes(self.sizes)
+
+
+class Into(NamedTuple):
+    """The module that an input, which has a gradient, is on its way into."""
+
+    factors: tuple[Tensor, Tensor] | None
+    """Two tensors whose product is the input, if any."""
+    in_place: bool
+    """See `read_through`."""
 
 
 class BlockPass:
@@ -72,7 +90,7 @@ class BlockPass:
     """
 
     __slots__ = (
-        "_call", "_copies", "_gates", "_given", "_inputs", "_kept", "_rows", "_shape", "_tell", "mixture",
+        "_call", "_copies", "_experts", "_gates", "_given", "_inputs", "_kept", "_rows", "_shape", "_tell", "mixture",
         "plan", "uses",
     )  # fmt: skip
 
@@ -83,7 +101,10 @@ class BlockPass:
         self._shape: tuple[int, int] = (0, 0)  # B, T
         self._gates: Sequence[Tensor] = ()  # [C_part, M], one for each part of the plan's
         self._copies: dict[str, Tensor] = {}  # [M, N] or [B, T, N]
-        self._inputs: dict[str, Tensor] = {}  # [..., D_in]
+        self._inputs: dict[
+            str, tuple[Tensor, Tensor]
+        ] = {}  # [..., D_in], as they came and as they are passed on
+        self._experts: dict[str, Bottleneck] = {}
         self._given: dict[str, Read] = {}  # what a router's layers made
         self._rows: dict[
             str, list[Tensor]
@@ -101,7 +122,7 @@ class BlockPass:
         if not (mixture.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             self._kept = mixture.kept
             self._kept.begin(mixture, decoding=shape[1] == 1)
-        groups = self._multiply(PROJECTION_INPUT, projection_input, None)
+        _, groups = self._multiply(PROJECTION_INPUT, projection_input, None)
         if plan.router is not None:
             x = projection_input if plan.router.config.router_input == "projection" else block_input
             assert x is not None, "a block's input is noted before its projections run"
@@ -131,16 +152,23 @@ class BlockPass:
         copies = copies.view(*self._shape, -1)
         return copies if block is None else block * copies
 
-    def read(self, name: str, x: Tensor, factors: tuple[Tensor, Tensor] | None = None) -> None:
+    def read(self, name: str, x: Tensor, into: Into | None = None) -> Tensor:
         """Multiply an input by the weights of everything that reads it, once for as long as it is the same tensor.
 
         Args:
             name: The input's.
             x: Float, [..., D_in].
-            factors: As for `rows_of`.
+            into: The module that it is on its way into, where it shall be read on the way.
+
+        Returns:
+            What that module is to read.
         """
-        if self._inputs.get(name) is not x:
-            self._gate_experts(name, self._multiply(name, x, factors))
+        known = self._inputs.get(name)
+        if known is not None and (known[0] is x or known[1] is x):
+            return x
+        passed_on, groups = self._multiply(name, x, into)
+        self._gate_experts(name, groups)
+        return passed_on
 
     def add(
         self,
@@ -149,7 +177,6 @@ class BlockPass:
         columns: Columns,
         works: Sequence[Work],
         x: Tensor,
-        factors: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         """Add the changes of fused experts to a module's output, in place.
 
@@ -159,14 +186,13 @@ class BlockPass:
             columns: Those of ``output`` that the experts change.
             works: The experts' parts.
             x: Float, [..., D_in], what the module reads.
-            factors: Two tensors whose product is ``x``, if any; see `rows_of`.
 
         Returns:
             ``output``.
         """
         for work in works:
             if work.reads_own_input:
-                self.read(work.input_name, x, factors)
+                self.read(work.input_name, x)
         rows = self._rows[works[0].place.name]
         if len(works) > 1:
             rows = [one for work in works for one in self._rows[work.place.name]]
@@ -190,28 +216,31 @@ class BlockPass:
         return add_attended(output, query, prompt, None if gate is None else self._as_rows(gate), scaling)
 
     def _multiply(
-        self, name: str, x: Tensor, factors: tuple[Tensor, Tensor] | None
-    ) -> Iterable[tuple[GroupWeights, Tensor]]:
+        self, name: str, x: Tensor, into: Into | None
+    ) -> tuple[Tensor, Iterable[tuple[GroupWeights, Tensor]]]:
         """Multiply an input by the weights of everything that reads it.
 
         Returns:
-            The groups of experts with their rows, [n * r, M]. The rows of routers are noted.
+            The input, to be passed on, and the groups of experts with their rows, [n * r, M]. The rows of routers are noted.
         """
         readers = self.plan.readers.get(name)
         if readers is None:
-            return ()
-        self._inputs[name] = x
+            return x, ()
         dtype = compute_dtype(x)
         key = name, dtype
         weights: InputWeights | None = self._found(key)
         if weights is None:
             weights = self._keep(key, self._input_weights(readers, dtype))
-        parts = weights.multiply(x, factors)
+        if into is not None:
+            passed_on, parts = weights.multiply_through(x, into.factors, in_place=into.in_place)
+        else:
+            passed_on, parts = x, weights.multiply(x)
+        self._inputs[name] = x, passed_on
         start = len(weights.groups)
         for router, number, weigh in weights.routers:
             self._given[router] = Read(weigh, parts[start : start + number])
             start += number
-        return zip(weights.groups, parts, strict=False)  # the routers' come after
+        return passed_on, zip(weights.groups, parts, strict=False)  # the routers' come after
 
     def _gate_experts(self, input_name: str, groups: Iterable[tuple[GroupWeights, Tensor]]) -> None:
         """Gate the experts of an input and note their rows."""
@@ -251,8 +280,11 @@ class BlockPass:
         return stacked(ups, dtype, 1).t()
 
     def _bottleneck(self, name: str) -> Bottleneck:
-        expert: LinearExpert = self.mixture.experts[name]  # type: ignore[assignment]  # ModuleDict is untyped
-        return expert.bottleneck()
+        found = self._experts.get(name)
+        if found is None:
+            expert: LinearExpert = self.mixture.experts[name]  # type: ignore[assignment]  # ModuleDict is untyped
+            found = self._experts[name] = expert.bottleneck()
+        return found
 
     def _found(self, key: object) -> Any:
         """What was made of the mixture's weights and kept for decoding, or None."""
@@ -270,7 +302,7 @@ class BlockPass:
         name = group.names[0]
         if name not in self.plan.copied:
             return block
-        copies = self._as_rows(self._copy_weights(name, self._inputs[input_name]))
+        copies = self._as_rows(self._copy_weights(name, self._inputs[input_name][0]))
         return copies if block is None else copies * block
 
     def _as_rows(self, gates: Tensor) -> Tensor:

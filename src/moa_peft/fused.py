@@ -26,6 +26,9 @@ from moa_peft.products import at_least_float32, cast
 ALIGNMENT = 64
 """Bytes; where torch's own allocator puts a tensor."""
 
+PIECE = 128
+"""Tokens of an input that are made again at once."""
+
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which products with ``x`` are made: its own, or the one that autocast asks for."""
@@ -50,49 +53,104 @@ def _lies_askew(weight: Tensor) -> bool:
     return in_memory and weight.data_ptr() % ALIGNMENT != 0
 
 
-def rows_of(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, factors: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
+def rows_of(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply an input by a weight: ``weight @ x.T + bias``.
 
     Args:
         x: Float, [..., D_in]; cast to the weight's dtype, which is never a higher one.
         weight: Float, [K, D_in], in the dtype of the products; gradients flow to all three.
         bias: Float32, [K, 1], added in float32; None for none.
-        factors: Two tensors whose product is ``x``, which the frozen model keeps for its own backward pass; they are
-            kept then instead of ``x``.
 
     Returns:
         [K, M], in the dtype of the weight, or of the bias if that is higher.
     """
-    if factors is not None and torch.is_grad_enabled():
-        product = _ProductOfFactors.apply(x, *factors, weight)
-    else:
-        flat = cast(x, weight.dtype)
-        if flat.dim() > 2:
-            flat = flat.reshape(-1, x.shape[-1])
-        if bias is not None and bias.dtype == weight.dtype:
-            return torch.addmm(bias, weight, flat.t())
-        product = F.linear(weight, flat)
-    return product if bias is None else product + bias
+    flat = cast(x, weight.dtype)
+    if flat.dim() > 2:
+        flat = flat.reshape(-1, x.shape[-1])
+    if bias is None:
+        return F.linear(weight, flat)
+    if bias.dtype == weight.dtype:
+        return torch.addmm(bias, weight, flat.t())
+    return F.linear(weight, flat) + bias
 
 
-class _ProductOfFactors(torch.autograd.Function):
-    """``weight @ x.T`` where x is made again for the backward pass."""
+def read_through(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    factors: tuple[Tensor, Tensor] | None = None,
+    *,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Do what `rows_of` does with an input on its way into a module.
 
+    The gradient that the module gives its input comes back here, and that of the product is added to it: there are no two of
+    them, each of the input's size, for autograd to add.
+
+    Args:
+        x: As for `rows_of`, with a gradient.
+        weight: Likewise.
+        bias: Likewise.
+        factors: Two tensors whose product is ``x``, which the frozen model keeps for its own backward pass; they are
+            kept then instead of ``x``.
+        in_place: Whether the module's gradient is nobody else's, so that it may be added to in place.
+
+    Returns:
+        What the module is to read, and the product.
+    """
+    fits = bias is not None and bias.dtype == weight.dtype
+    through, product = _Through.apply(x, weight, bias if fits else None, *(factors or (None, None)), in_place)
+    return through, product if fits or bias is None else product + bias
+
+
+class _Through(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, one: Tensor, other: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(one, other, weight)
-        return weight @ cast(x, weight.dtype).view(-1, x.shape[-1]).t()
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        one: Tensor | None,
+        other: Tensor | None,
+        in_place: bool,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.by_factors, ctx.has_bias, ctx.in_place = one is not None, bias is not None, in_place
+        ctx.save_for_backward(*((x,) if one is None else (one, other)), weight)
+        return x.view_as(x), rows_of(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch calls it by position
-        one, other, weight = ctx.saved_tensors
-        x = one * other
-        to_weight = gradient @ cast(x, weight.dtype).view(-1, x.shape[-1])
-        to_x = (gradient.t() @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        return to_x, None, None, to_weight
+    def backward(ctx: Any, to_x: Tensor | None, to_rows: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch calls it by position
+        if to_rows is None:
+            return to_x, None, None, None, None, None
+        *inputs, weight = ctx.saved_tensors
+        to_weight = _product(to_rows, *inputs) if ctx.by_factors else to_rows @ _flat(inputs[0], weight.dtype)
+        to_bias = to_rows.sum(1, keepdim=True) if ctx.has_bias else None
+        own = to_rows.t()
+        if to_x is None:
+            to_x = cast(own @ weight, inputs[0].dtype).view(inputs[0].shape)
+        elif not ctx.in_place or to_x.dtype != weight.dtype or not to_x.is_contiguous():
+            to_x = to_x + (own @ weight).view(to_x.shape)
+        else:
+            to_x.view(-1, to_x.shape[-1]).addmm_(own, weight)
+        return to_x, to_weight, to_bias, None, None, None
+
+
+def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """View (or copy) [..., D] as [M, D]."""
+    return cast(x, dtype).reshape(-1, x.shape[-1])
+
+
+def _product(rows: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """``rows @ (one * other)`` for [K, M] and twice [..., D]; on a CPU piece by piece, each small enough for its caches."""
+    one, other = one.reshape(-1, one.shape[-1]), other.reshape(-1, other.shape[-1])
+    length = PIECE if rows.device.type == "cpu" else len(one)
+    total = rows.new_zeros((len(rows), one.shape[1]))
+    for start in range(0, len(one), length):
+        piece = slice(start, start + length)
+        total.addmm_(rows[:, piece], cast(one[piece] * other[piece], rows.dtype))
+    return total
 
 
 def add_rows(output: Tensor, rows: Tensor, up: Tensor, columns: tuple[int, int] | None = None) -> Tensor:

@@ -3,6 +3,8 @@
 Sizes: B rows, T tokens of a row, E experts. Everything here is float32, or float64 for float64 input.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -74,14 +76,30 @@ def sparse_gates(scores: Tensor, threshold: Tensor, *, bandwidth: float, at_leas
     rectangle, so that no threshold is ever too far away to learn; the factor is the score s, which equals Gamma at
     the jump.
     """
-    gates = scores * active_experts(scores, threshold, at_least_one)
-    if not threshold.requires_grad:
-        return gates
-    fixed = scores.detach()
-    estimate = fixed * torch.sigmoid((fixed - threshold) / bandwidth)  # its slope in Gamma is the one above
-    if at_least_one:  # the best expert is on whatever the threshold, so it tells nothing about it
-        estimate = estimate * (fixed < fixed.amax(dim=-1, keepdim=True))
-    return gates + (estimate - estimate.detach())  # adds exactly 0, and the estimate's gradient
+    return _SparseGates.apply(scores, threshold, bandwidth, at_least_one)
+
+
+class _SparseGates(torch.autograd.Function):
+    """See `sparse_gates`."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, threshold: Tensor, bandwidth: float, at_least_one: bool) -> Tensor:
+        active = active_experts(scores, threshold, at_least_one)
+        ctx.save_for_backward(scores, threshold, active)
+        ctx.bandwidth, ctx.at_least_one = bandwidth, at_least_one
+        return scores * active
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch calls it by position
+        scores, threshold, active = ctx.saved_tensors
+        to_threshold = None
+        if ctx.needs_input_grad[1]:
+            reached = torch.sigmoid((scores - threshold) / ctx.bandwidth)
+            pulled = gradient * scores * (reached - reached.square())
+            if ctx.at_least_one:  # the best expert is on whatever the threshold, so it tells nothing about it
+                pulled = pulled * (scores < scores.amax(dim=-1, keepdim=True))
+            to_threshold = pulled.sum(dim=-1, keepdim=True) * (-1 / ctx.bandwidth)
+        return gradient * active, to_threshold, None, None
 
 
 def top_k_gates(logits: Tensor, keep: int) -> Tensor:

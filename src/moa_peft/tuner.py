@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moa_peft.architecture import Block
 from moa_peft.attention import add_prompts, remove_prompts
-from moa_peft.block_pass import BlockPass
+from moa_peft.block_pass import BlockPass, Into
 from moa_peft.config import RouterConfig
 from moa_peft.decoding import Add, Decoding
 from moa_peft.errors import RunError, UsageError
@@ -127,10 +127,9 @@ class MoALayer(nn.Module, BaseTunerLayer):
             True: {},
         }  # by whether they are fused, and adapter
         self._now = _Now()
-        down = block.sites.get("down_proj")
-        self._down_path = None if down is None else down.path
-        self._factor_hooks: list[tuple[nn.Module, RemovableHandle]] = []  # the hooks that note them
+        self._factor_hooks: list[tuple[nn.Module, int]] = []  # the hooks that note them, by their ids
         self._handles: list[RemovableHandle] = []
+        self._training_handles: list[RemovableHandle] = []
 
     def add_mixture(self, adapter: str, experts: list[PlacedExpert], router: RouterConfig | None) -> None:
         """Make the mixture of one adapter and put it to work.
@@ -171,23 +170,27 @@ class MoALayer(nn.Module, BaseTunerLayer):
                 add_prompts(module, self)
             else:
                 self._handles.append(module.register_forward_hook(partial(self._add_at, path)))
-        self._connect_mlp()
+        self._connect_inputs()
 
-    def _connect_mlp(self) -> None:
+    def _connect_inputs(self) -> None:
         """See what the MLP reads."""
         if "mlp" in self._site_names():
             self._hook_pre(self.block.sites["mlp"].module, self._read_mlp)
-        self._connect_factors()
+        self._connect_training()
 
-    def _connect_factors(self) -> None:
-        """See, while training, the factors of what the MLP's last layer reads."""
-        for _, handle in self._factor_hooks:
+    def _connect_training(self) -> None:
+        """See, while training, what the MLP's last layer reads, and its factors."""
+        for handle in self._training_handles:
             handle.remove()
-        self._factor_hooks = []
+        self._training_handles, self._factor_hooks = [], []
         if self.training and "down_proj" in self._site_names():
             # These come after the hooks that add, so that what is noted has up_proj's changes.
             for module in self.block.mlp_factors:
-                self._factor_hooks.append((module, module.register_forward_hook(self._note_factor)))
+                handle = module.register_forward_hook(self._note_factor)
+                self._factor_hooks.append((module, handle.id))
+                self._training_handles.append(handle)
+            down = self.block.sites["down_proj"].module
+            self._training_handles.append(down.register_forward_pre_hook(self._read_down))
 
     def _site_names(self) -> set[str]:
         return {place.site.name for one in self.mixtures().values() for place in one.places}
@@ -198,14 +201,14 @@ class MoALayer(nn.Module, BaseTunerLayer):
         super().train(mode)
         self._now.generation = None
         if changed:
-            self._connect_factors()
+            self._connect_training()
         return self
 
     def disconnect(self) -> None:
         """Take every hook off the block's modules."""
-        for handle in (*self._handles, *[handle for _, handle in self._factor_hooks]):
+        for handle in (*self._handles, *self._training_handles):
             handle.remove()
-        self._handles, self._factor_hooks, self._now.generation = [], [], None
+        self._handles, self._training_handles, self._factor_hooks, self._now.generation = [], [], [], None
         attention = self.block.sites.get("attention")
         if attention is not None:
             remove_prompts(attention.module)
@@ -408,12 +411,24 @@ class MoALayer(nn.Module, BaseTunerLayer):
     def _read_mlp(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
         """Read the MLP's input for the experts beside it; a forward pre-hook."""
         decoding = self._now.decoding
-        if decoding is not None:
-            if MLP_INPUT in decoding.reads:
-                decoding.reads[MLP_INPUT](args[0])
-            return
+        if decoding is None:
+            for one in self._now.passes:
+                one.read(MLP_INPUT, args[0])
+        elif MLP_INPUT in decoding.reads:
+            decoding.reads[MLP_INPUT](args[0])
+
+    def _read_down(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Read what the MLP's last layer is about to read, while training; a forward pre-hook."""
+        x = passed_on = args[0]
+        if not (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return None
+        if _has_backward_hooks(module):  # then torch hands the module another tensor than what is passed on
+            return None
+        # The gradient that a linear layer gives its input is a new tensor, which nobody else holds.
+        into = Into(self._take_factors(), in_place=type(module) in (nn.Linear, Conv1D))
         for one in self._now.passes:
-            one.read(MLP_INPUT, args[0])
+            passed_on = one.read("down_proj", passed_on, into)
+        return (passed_on, *args[1:])
 
     def _note_factor(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG002
         """Note a factor of what down_proj is about to read; a forward hook."""
@@ -423,7 +438,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
     def _take_factors(self) -> tuple[Tensor, Tensor] | None:
         """The factors of what down_proj reads, where nobody can have changed them after us."""
         factors, self._now.factors = self._now.factors, []
-        last = all(next(reversed(one._forward_hooks)) == handle.id for one, handle in self._factor_hooks)
+        last = all(next(reversed(one._forward_hooks)) == number for one, number in self._factor_hooks)
         return (factors[0], factors[1]) if last and len(factors) == 2 else None
 
     def _add_at(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -440,12 +455,11 @@ class MoALayer(nn.Module, BaseTunerLayer):
         for one, site_work in taken:
             for work in site_work.single:
                 total = total + self._change(one, work.place, args[0], first)
-        factors = self._take_factors() if self._now.factors and path == self._down_path else None
         for one, site_work in taken:  # in place, so only when nobody needs the frozen output any more
             for columns, works in site_work.joint:
                 if not writable(total, first, module):
                     total = total.clone(memory_format=torch.contiguous_format)
-                total = one.add(total, path, columns, works, args[0], factors)
+                total = one.add(total, path, columns, works, args[0])
         return (total, *output[1:]) if isinstance(output, tuple) else total
 
     def _change(self, one: BlockPass, place: Place, x: Tensor, first: Tensor) -> Tensor:
@@ -487,6 +501,16 @@ def _added(add: Add, module: nn.Module, x: Tensor, output: Any) -> Any:
     if not writable(output, output, module):
         output = output.clone(memory_format=torch.contiguous_format)
     return add(output, x)
+
+
+def _has_backward_hooks(module: nn.Module) -> bool:
+    everywhere = torch.nn.modules.module
+    return bool(
+        module._backward_hooks
+        or module._backward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
+    )
 
 
 def mixture_layers(model: nn.Module) -> list[tuple[str, MoALayer]]:
