@@ -84,17 +84,6 @@ def test_tokens_beyond_one_piece_are_made_again_too() -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_somebody_who_watches_a_gradient_sees_that_of_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[Tensor] = []
-    for fused in (True, False):
-        monkeypatch.setattr(MoALayer, "fused", fused)
-        model = mixture_model("llama", "lora").train()
-        down = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
-        down.register_full_backward_hook(lambda module, to_input, to_output: found.append(to_input[0]))
-        model(tokens()).logits.square().mean().backward()
-    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
-
-
 def test_the_change_is_added_in_place_of_the_linear_layers_output() -> None:
     model = mixture_model("llama", "sparse-moa")
     made: dict[str, int] = {}

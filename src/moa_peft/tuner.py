@@ -422,8 +422,6 @@ class MoALayer(nn.Module, BaseTunerLayer):
         x = passed_on = args[0]
         if not (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return None
-        if _has_backward_hooks(module):  # then torch hands the module another tensor than what is passed on
-            return None
         # The gradient that a linear layer gives its input is a new tensor, which nobody else holds.
         into = Into(self._take_factors(), in_place=type(module) in (nn.Linear, Conv1D))
         for one in self._now.passes:
@@ -501,16 +499,6 @@ def _added(add: Add, module: nn.Module, x: Tensor, output: Any) -> Any:
     if not writable(output, output, module):
         output = output.clone(memory_format=torch.contiguous_format)
     return add(output, x)
-
-
-def _has_backward_hooks(module: nn.Module) -> bool:
-    everywhere = torch.nn.modules.module
-    return bool(
-        module._backward_hooks
-        or module._backward_pre_hooks
-        or everywhere._global_backward_hooks
-        or everywhere._global_backward_pre_hooks
-    )
 
 
 def mixture_layers(model: nn.Module) -> list[tuple[str, MoALayer]]:
