@@ -92,6 +92,12 @@ def test_operators_of_peft_lora_are_those_that_can_be_counted_by_hand() -> None:
     assert (row.operators, row.kernels) == (50, 20)
 
 
+def test_a_token_of_soft_moa_takes_no_more_kernels_than_one_of_lora() -> None:
+    rows = rows_of("decode", "soft-moa-no-prompt")
+    assert rows["peft-lora"].kernels == 20
+    assert rows["soft-moa-no-prompt"].kernels <= 20
+
+
 def test_bytes_kept_count_a_storage_once_and_no_parameter() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

@@ -172,10 +172,9 @@ def _piece(model: nn.Module, ids: Tensor, options: BenchOptions) -> None:
 
 def _counted(model: nn.Module, ids: Tensor, options: BenchOptions) -> dict[str, float]:
     """What is counted rather than timed."""
-    if options.kind == "decode":
-        return {}
     few = ids[:1, : min(16, ids.shape[1])]
-    every, kernels = work.operators(model, few)
+    count = work.decoding_operators if options.kind == "decode" else work.operators
+    every, kernels = count(model, few)
     found: dict[str, float] = {"operators": every, "kernels": kernels}
     if options.kind == "memory":
         found["saved"] = work.saved_bytes(model, ids)

@@ -50,7 +50,7 @@ class BenchRow:
     flops: float | None
     """Floating-point operations of one piece of work."""
     operators: float
-    """Operators that a block's forward pass has beyond the frozen block's, views included."""
+    """Operators that a block's forward pass has beyond the frozen block's, views included; in decoding, that of one token."""
     kernels: float
     """The same without views."""
     max_abs_err: float | None

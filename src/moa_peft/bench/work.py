@@ -98,6 +98,17 @@ def operators(model: nn.Module, ids: Tensor) -> tuple[int, int]:
     return count.all, count.kernels
 
 
+def decoding_operators(model: nn.Module, ids: Tensor) -> tuple[int, int]:
+    """Operators of one step of cached generation, all and without views: what a third new token adds to two."""
+    counts: list[_Operators] = []
+    for new_tokens in (2, 3):
+        with _Operators() as count:
+            decode(model, ids, new_tokens)
+        counts.append(count)
+    two, three = counts
+    return three.all - two.all, three.kernels - two.kernels
+
+
 def flop_counter() -> FlopCounterMode:
     """Torch's counter of floating-point operations, with the products that accumulate in place, which it does not know."""
 
