@@ -101,14 +101,10 @@ class BlockPass:
         self._shape: tuple[int, int] = (0, 0)  # B, T
         self._gates: Sequence[Tensor] = ()  # [C_part, M], one for each part of the plan's
         self._copies: dict[str, Tensor] = {}  # [M, N] or [B, T, N]
-        self._inputs: dict[
-            str, tuple[Tensor, Tensor]
-        ] = {}  # [..., D_in], as they came and as they are passed on
+        self._inputs: dict[str, tuple[Tensor, Tensor]] = {}  # [..., D_in], as they came and are passed on
         self._experts: dict[str, Bottleneck] = {}
         self._given: dict[str, Read] = {}  # what a router's layers made
-        self._rows: dict[
-            str, list[Tensor]
-        ] = {}  # an expert's gated rows, [N * r, M], and what its biases take
+        self._rows: dict[str, list[Tensor]] = {}  # of each expert; see `gate_group`
 
     def route(self, projection_input: Tensor, block_input: Tensor | None) -> None:
         """Make the block's gates, and those of the copies at the attention, which see no tokens themselves.
@@ -170,14 +166,7 @@ class BlockPass:
         self._gate_experts(name, groups)
         return passed_on
 
-    def add(
-        self,
-        output: Tensor,
-        path: str,
-        columns: Columns,
-        works: Sequence[Work],
-        x: Tensor,
-    ) -> Tensor:
+    def add(self, output: Tensor, path: str, columns: Columns, works: Sequence[Work], x: Tensor) -> Tensor:
         """Add the changes of fused experts to a module's output, in place.
 
         Args:

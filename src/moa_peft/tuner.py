@@ -75,15 +75,8 @@ class _Now:
     """Where a block's pass stands. It is no part of the module: to set an attribute of that takes torch a microsecond."""
 
     __slots__ = (
-        "active",
-        "block_input",
-        "call",
-        "decoding",
-        "factors",
-        "generation",
-        "last_decoding",
-        "passes",
-    )
+        "active", "block_input", "call", "decoding", "factors", "generation", "last_decoding", "passes",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.passes: tuple[BlockPass, ...] = ()  # those that have begun and not ended
@@ -419,14 +412,14 @@ class MoALayer(nn.Module, BaseTunerLayer):
 
     def _read_down(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Read what the MLP's last layer is about to read, while training; a forward pre-hook."""
-        x = passed_on = args[0]
+        x = args[0]
         if not (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return None
+        if len(self._now.passes) != 1:
+            return None  # several would read what the next one passes on
         # The gradient that a linear layer gives its input is a new tensor, which nobody else holds.
         into = Into(self._take_factors(), in_place=type(module) in (nn.Linear, Conv1D))
-        for one in self._now.passes:
-            passed_on = one.read("down_proj", passed_on, into)
-        return (passed_on, *args[1:])
+        return (self._now.passes[0].read("down_proj", x, into), *args[1:])
 
     def _note_factor(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG002
         """Note a factor of what down_proj is about to read; a forward hook."""
