@@ -40,7 +40,7 @@ def write_study(folder: Path) -> dict[str, Any]:
             "num_train_epochs": 1,
             "per_device_train_batch_size": 8,
             "gradient_accumulation_steps": 1,
-            "save_steps": 3,
+            "save_steps": 4,  # at a logged step, so that the loss of a resumed run is a mean over the same steps
             "logging_steps": 4,
             "use_cpu": True,
             "disable_tqdm": True,

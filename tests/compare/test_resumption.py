@@ -108,7 +108,7 @@ def test_a_study_killed_twice_goes_on_and_gives_the_rows_and_tables_of_the_whole
     assert ends == [[0, 0, 9], [9, 0, 1], [9, 0, 8], [0, 0, 9], [0, 0, 9]]
     runs = folder / "killed" / "runs"
     (trained,) = read_rows(runs / "soft-moa-lr0.03-seed0" / "results.jsonl")
-    assert trained["resumed_from"].endswith("checkpoint-3")
+    assert trained["resumed_from"].endswith("checkpoint-4")
     scored = read_rows(runs / "lora-lr0.03-seed1" / "evaluation" / "results.jsonl")
     assert [(row["task"], row["num_resumed"]) for row in scored] == [
         ("validation", 0),

@@ -42,7 +42,8 @@ class TrainingOutcome:
     steps: int
     """Optimiser steps of the whole run, those before a resumption included."""
     final_loss: float | None
-    """The training loss last logged, nats a token of the answers."""
+    """The training loss last logged, nats a token of the answers: a mean over the steps since the log before, or since the
+    checkpoint that the run went on from, so that it is the same only where checkpoints lie at logged steps."""
     validation_loss: float | None
     """The held-out loss at the end, nats a token of the answers; None without held-out rows."""
     step_s: float | None
