@@ -11,6 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from moa_peft import MoAConfig, mixture_layers
 from moa_peft.decoding import Decoding
+from moa_peft.errors import RunError
 from moa_peft.kept_weights import KeptWeights
 from moa_peft.tuner import GateRecord, MoALayer
 from tiny import awaken, mixture_model, tokens
@@ -162,3 +163,23 @@ def test_an_observer_that_comes_in_the_middle_sees_every_token_that_follows() ->
     records: list[GateRecord] = []
     generated(model, tokens(), lambda: setattr(layer, "observer", records.append))
     assert [tuple(one.gates.shape[:2]) for one in records] == [(3, 1)] * (NEW_TOKENS - 3)
+
+
+def test_a_module_that_runs_alone_after_a_generation_has_no_change_of_its_last_token() -> None:
+    model = mixture_model("llama", "soft-moa")
+    down = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
+    x = torch.randn(1, 1, 44)
+    generated(model, tokens())
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.equal(down(x), down.forward(x))
+    with pytest.raises(RunError, match="ran before the router of its block"):
+        down(x)
+
+
+def test_training_drops_what_a_generation_has_kept() -> None:
+    model = mixture_model("llama", "soft-moa")
+    layer = mixture_layers(model)[0][1]
+    generated(model, tokens())
+    assert layer._now.last_decoding is not None
+    model.train()
+    assert layer._now.last_decoding is None

@@ -40,6 +40,7 @@ class Decoding:
         adds: What changes a module's output, by the module's path.
         attends: What changes the attention's output.
         reads: What reads an input that is not that of q, k and v, by its name.
+        uses: How many modules of the pass have yet to run.
 
     Raises:
         KeyError: If `BlockPass` has not kept all that is needed.
@@ -47,7 +48,7 @@ class Decoding:
 
     __slots__ = (
         "_gate_parts", "_gate_rows", "_gates", "_inputs", "_logits", "_num_logits", "_of_rows", "_rows", "adds", "attends",
-        "reads",
+        "reads", "uses",
     )  # fmt: skip
 
     def __init__(self, plan: Plan, dtype: torch.dtype) -> None:
@@ -64,6 +65,7 @@ class Decoding:
         }
         if MLP_INPUT in self.reads:
             self.reads[MLP_INPUT] = _once(self.reads[MLP_INPUT])
+        self.uses = 0
         self.adds: dict[str, Add] = {}
         self.attends: list[Attend] = []
         for path, site_work in plan.work.items():
@@ -77,6 +79,7 @@ class Decoding:
 
     def route(self, x: Tensor) -> None:
         """Make the gates of each row's next token, [B, 1, D_in]."""
+        self.uses = len(self.adds) + bool(self.attends)
         weights = self._inputs.get(PROJECTION_INPUT)
         if weights is None:
             return
@@ -152,7 +155,8 @@ class Decoding:
             if self._gates:
                 shares = shares * self._gates[part]
             by_head = output.squeeze(1).transpose(0, 1)  # [H, B, D]
-            by_head.baddbmm_(cast(shares, values.dtype).transpose(1, 2), values)
+            dtype = output.dtype  # some attentions give another than their query's
+            by_head.baddbmm_(cast(shares, dtype).transpose(1, 2), cast(values, dtype))
             return output
 
         return attend

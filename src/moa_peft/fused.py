@@ -145,12 +145,14 @@ def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _product(rows: Tensor, one: Tensor, other: Tensor) -> Tensor:
     """``rows @ (one * other)`` for [K, M] and twice [..., D]; on a CPU piece by piece, each small enough for its caches."""
     one, other = one.reshape(-1, one.shape[-1]), other.reshape(-1, other.shape[-1])
-    length = PIECE if rows.device.type == "cpu" else len(one)
-    total = rows.new_zeros((len(rows), one.shape[1]))
-    for start in range(0, len(one), length):
-        piece = slice(start, start + length)
-        total.addmm_(rows[:, piece], cast(one[piece] * other[piece], rows.dtype))
-    return total
+    if rows.device.type != "cpu":
+        return rows @ cast(one * other, rows.dtype)
+    rows32 = at_least_float32(rows)  # of half precision, sums of pieces would be rounded one by one
+    total = rows32.new_zeros((len(rows), one.shape[1]))
+    for start in range(0, len(one), PIECE):
+        piece = slice(start, start + PIECE)
+        total.addmm_(rows32[:, piece], at_least_float32(one[piece] * other[piece]))
+    return cast(total, rows.dtype)
 
 
 def add_rows(output: Tensor, rows: Tensor, up: Tensor, columns: tuple[int, int] | None = None) -> Tensor:

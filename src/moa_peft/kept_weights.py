@@ -10,7 +10,7 @@ class KeptWeights:
     """Keeps what was made of a module's weights for calls of one token.
 
     A call with several tokens in a row makes it anew and leaves it for the calls of one token that follow: weights that
-    were changed, by whatever means, are never used beyond the next prompt. A change that torch counts is noticed at once.
+    were changed, by whatever means, are never used beyond the next prompt. A change that torch counts is noticed by the next `begin`.
     """
 
     def __init__(self) -> None:

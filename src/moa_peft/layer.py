@@ -5,7 +5,7 @@ Sizes: B rows, T tokens of a row, C gates of a block, N copies of an expert at i
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +130,11 @@ class Mixture(nn.Module):
         """Switch as torch does, and forget what was kept for decoding."""
         self.kept.clear()
         return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Move or cast as torch does, and forget what was kept of the weights as they were."""
+        self.kept.clear()
+        return super()._apply(fn, recurse)
 
     def _column(self, name: str, kind: str, router: RouterConfig | None) -> int:
         gate_name = kind if router is not None and router.gate_of == "kind" else name

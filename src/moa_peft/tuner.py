@@ -86,7 +86,11 @@ class _Now:
         self.decoding: Decoding | None = None  # takes the place of the passes where it can
         self.last_decoding: Decoding | None = None  # of the call before
         self.generation: object = None  # for which that was made
-        self.active: object = None  # likewise: the list of active adapters
+        self.active: str | None = None  # likewise: the active adapter
+
+    def forget(self) -> None:
+        """Forget what was made of weights."""
+        self.decoding = self.last_decoding = self.generation = self.active = None
 
 
 class MoALayer(nn.Module, BaseTunerLayer):
@@ -192,7 +196,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
         """Switch as torch does, and hook what only training needs."""
         changed = mode != self.training
         super().train(mode)
-        self._now.generation = None
+        self._now.forget()
         if changed:
             self._connect_training()
         return self
@@ -201,18 +205,21 @@ class MoALayer(nn.Module, BaseTunerLayer):
         """Take every hook off the block's modules."""
         for handle in (*self._handles, *self._training_handles):
             handle.remove()
-        self._handles, self._training_handles, self._factor_hooks, self._now.generation = [], [], [], None
+        self._handles, self._training_handles, self._factor_hooks = [], [], []
+        self._now.forget()
         attention = self.block.sites.get("attention")
         if attention is not None:
             remove_prompts(attention.module)
 
     def attend(self, output: Tensor, query: Tensor, scaling: float) -> Tensor:
         """Add the prompts' changes to the attention's output; see `PromptSource`."""
-        now = self._now
-        if now.decoding is not None:
-            if not output.is_contiguous():
-                output = output.contiguous()
-            for attend in now.decoding.attends:
+        decoding = self._now.decoding
+        if decoding is not None:
+            if not decoding.attends:
+                return output
+            self._done_with(decoding)
+            output = output.contiguous()
+            for attend in decoding.attends:
                 attend(output, query, scaling)
             return output
         total = output
@@ -318,13 +325,13 @@ class MoALayer(nn.Module, BaseTunerLayer):
         """
         if x.shape[1] != 1 or torch.is_grad_enabled() or self.training or self._disable_adapters:
             return None
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or not self.fused:
+            return None
         now, active, generation = self._now, self._active_adapter, self.watch.generation
-        if self.observer is not None or self.change_observer is not None:
+        if self.observer is not None or self.change_observer is not None or len(active) != 1:
             return None
-        if generation is not None and now.generation is generation and now.active is active:
+        if generation is not None and now.generation is generation and now.active == active[0]:
             return now.last_decoding
-        if len(active) != 1 or torch.is_autocast_enabled(x.device.type):
-            return None
         plan = self._plans_now().get(active[0])
         if plan is None or not plan.is_straight:
             return None
@@ -336,8 +343,14 @@ class MoALayer(nn.Module, BaseTunerLayer):
             with contextlib.suppress(KeyError):
                 decoding = Decoding(plan, x.dtype)
                 kept.keep(x.dtype, decoding)
-        now.last_decoding, now.generation, now.active = decoding, generation, active
+        now.last_decoding, now.generation, now.active = decoding, generation, active[0]
         return decoding
+
+    def _done_with(self, decoding: Decoding) -> None:
+        """Count a module whose output is changed; with the last one the pass ends."""
+        decoding.uses -= 1
+        if decoding.uses == 0:
+            self._now.decoding = None
 
     def _tell(self, plan: Plan, router: str, routing: Routing) -> None:
         if self.observer is None:
@@ -417,8 +430,9 @@ class MoALayer(nn.Module, BaseTunerLayer):
             return None
         if len(self._now.passes) != 1:
             return None  # several would read what the next one passes on
-        # The gradient that a linear layer gives its input is a new tensor, which nobody else holds.
-        into = Into(self._take_factors(), in_place=type(module) in (nn.Linear, Conv1D))
+        # The gradient that a linear layer gives its input is a new tensor, which nobody holds unless a hook has seen it.
+        alone = len(module._forward_hooks) == len(module._forward_pre_hooks) == 1
+        into = Into(self._take_factors(), in_place=alone and type(module) in (nn.Linear, Conv1D))
         return (self._now.passes[0].read("down_proj", x, into), *args[1:])
 
     def _note_factor(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG002
@@ -439,7 +453,10 @@ class MoALayer(nn.Module, BaseTunerLayer):
             add = decoding.adds.get(path)
             if add is None:
                 return output
-            return add(output, args[0]) if type(module) is nn.Linear else _added(add, module, args[0], output)
+            self._done_with(decoding)
+            if type(module) is nn.Linear and not output._is_view():
+                return add(output, args[0])
+            return _added(add, module, args[0], output)
         taken = self._take(path)
         # Some MLPs give their router's scores as well.
         total = first = output[0] if isinstance(output, tuple) else output
