@@ -40,7 +40,7 @@ class Decoding:
         adds: What changes a module's output, by the module's path.
         attends: What changes the attention's output.
         reads: What reads an input that is not that of q, k and v, by its name.
-        uses: How many modules of the pass have yet to run.
+        uses: How many hooked modules of the pass have yet to run.
 
     Raises:
         KeyError: If `BlockPass` has not kept all that is needed.
@@ -79,7 +79,6 @@ class Decoding:
 
     def route(self, x: Tensor) -> None:
         """Make the gates of each row's next token, [B, 1, D_in]."""
-        self.uses = len(self.adds) + bool(self.attends)
         weights = self._inputs.get(PROJECTION_INPUT)
         if weights is None:
             return

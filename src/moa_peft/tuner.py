@@ -124,6 +124,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
             True: {},
         }  # by whether they are fused, and adapter
         self._now = _Now()
+        self._num_sites = 0  # how many modules are hooked for their outputs
         self._factor_hooks: list[tuple[nn.Module, int]] = []  # the hooks that note them, by their ids
         self._handles: list[RemovableHandle] = []
         self._training_handles: list[RemovableHandle] = []
@@ -162,6 +163,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
             self._hook_pre(self.block.attention, self._receive_tokens, with_kwargs=True)
         self._hook_pre(self.block.projection_input, self._route)
         attention = self.block.sites.get("attention")
+        self._num_sites = len(self._sites())
         for path, module in self._sites().items():
             if attention is not None and path == attention.path:
                 add_prompts(module, self)
@@ -215,9 +217,9 @@ class MoALayer(nn.Module, BaseTunerLayer):
         """Add the prompts' changes to the attention's output; see `PromptSource`."""
         decoding = self._now.decoding
         if decoding is not None:
+            self._done_with(decoding)
             if not decoding.attends:
                 return output
-            self._done_with(decoding)
             output = output.contiguous()
             for attend in decoding.attends:
                 attend(output, query, scaling)
@@ -304,6 +306,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
         now, x = self._now, args[0]
         now.decoding = decoding = self._decoding(x)
         if decoding is not None:
+            decoding.uses = self._num_sites
             decoding.route(x)
             return
         call, now.call = now.call, None
@@ -347,7 +350,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
         return decoding
 
     def _done_with(self, decoding: Decoding) -> None:
-        """Count a module whose output is changed; with the last one the pass ends."""
+        """Count a module that is hooked; with the last one the pass ends."""
         decoding.uses -= 1
         if decoding.uses == 0:
             self._now.decoding = None
@@ -451,9 +454,9 @@ class MoALayer(nn.Module, BaseTunerLayer):
         decoding = self._now.decoding
         if decoding is not None:
             add = decoding.adds.get(path)
+            self._done_with(decoding)
             if add is None:
                 return output
-            self._done_with(decoding)
             if type(module) is nn.Linear and not output._is_view():
                 return add(output, args[0])
             return _added(add, module, args[0], output)
