@@ -100,20 +100,13 @@ class Decoding:
     def _read(self, weights: InputWeights) -> Read:
         """Give what multiplies an input by the weights of the experts that read it, and gates them."""
         noted, joined, bias = self._rows, weights.joined, weights.bias
-        (name, *others), part, scale, activation, _, has_up_bias = weights.groups[0]
-        if others or len(weights.groups) > 1 or scale != 1:
+        group, *others = weights.groups
+        if others:
             return lambda x: self._gate(weights, weights.multiply(x.squeeze(1)))
 
         def read(x: Tensor) -> None:
-            rows = rows_of(x.squeeze(1), joined, bias)
-            if activation is not None:
-                rows = activation(rows)
-            if self._gates:
-                gate = self._gates[part]
-                rows = rows * gate
-                noted[name] = [rows, gate] if has_up_bias else [rows]
-            else:
-                noted[name] = [rows, rows.new_ones((1, rows.shape[1]))] if has_up_bias else [rows]
+            gate = self._gates[group.part] if self._gates else None
+            gate_group(noted, group, rows_of(x.squeeze(1), joined, bias), gate)
 
         return read
 
