@@ -5,16 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from moa_peft import MoAConfig, mixture_layers
+from moa_peft import MoAConfig, RouterConfig, mixture_layers
 from moa_peft.decoding import Decoding
 from moa_peft.errors import RunError
 from moa_peft.kept_weights import KeptWeights
 from moa_peft.tuner import GateRecord, MoALayer
-from tiny import awaken, mixture_model, tokens
+from tiny import awaken, base_model, mixture_model, tokens
 
 NEW_TOKENS = 6
 
@@ -64,13 +64,18 @@ def close(found: tuple[Tensor, Tensor]) -> None:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The tokens that `Decoding` routed."""
     seen: list[Tensor] = []
-    route = Decoding.route
+    routing = Decoding._routing
 
-    def noting(self: Decoding, x: Tensor) -> None:
-        seen.append(x)
-        route(self, x)
+    def noting(self: Decoding, *given: Any) -> Callable[[Tensor], None]:
+        route = routing(self, *given)
 
-    monkeypatch.setattr(Decoding, "route", noting)
+        def note(x: Tensor) -> None:
+            seen.append(x)
+            route(x)
+
+        return note
+
+    monkeypatch.setattr(Decoding, "_routing", noting)
     return seen
 
 
@@ -82,6 +87,44 @@ def test_a_generation_equals_that_of_the_plain_path(
     model = mixture_model(family, method)
     close(both_ways(monkeypatch, lambda: generated(model, tokens())))
     assert len(decoded) == (NEW_TOKENS - 1) * len(mixture_layers(model))
+
+
+@pytest.mark.parametrize("method", ["soft-moa", "sparse-moa"])
+def test_half_precision_is_rounded_as_on_the_plain_path(
+    method: str, monkeypatch: pytest.MonkeyPatch, decoded: list[Tensor]
+) -> None:
+    """Both paths lie equally far from float32: what is added late, or in too low a precision, would lie further."""
+    prompt = tokens(rows=64)
+
+    def last(model: PeftModel) -> Tensor:
+        with torch.no_grad():
+            past = model(prompt[:, :-1], use_cache=True).past_key_values
+            return model(prompt[:, -1:], past_key_values=past).logits.float()
+
+    exact = last(mixture_model("llama", method))
+    model = mixture_model("llama", method, dtype=torch.bfloat16)
+    errors = [float((one - exact).norm()) for one in both_ways(monkeypatch, lambda: last(model))]
+    assert decoded
+    assert errors[0] <= 1.1 * errors[1], errors
+
+
+def test_a_softmax_router_of_a_block_is_decoded(
+    monkeypatch: pytest.MonkeyPatch, decoded: list[Tensor]
+) -> None:
+    config = MoAConfig.preset("soft-moa", router=RouterConfig(gate="softmax"))
+    model = get_peft_model(base_model("llama"), config)
+    awaken(model)
+    close(both_ways(monkeypatch, lambda: generated(model.eval(), tokens())))
+    assert decoded
+
+
+def test_a_router_without_biases_is_decoded_in_half_precision(decoded: list[Tensor]) -> None:
+    """Its logits are float32 all the same."""
+    config = MoAConfig.preset("soft-moa", router=RouterConfig(kind="swiglu", bias=False))
+    model = get_peft_model(base_model("llama", torch.bfloat16), config)
+    awaken(model)
+    assert generated(model.eval(), tokens()).isfinite().all()
+    assert decoded
 
 
 def test_copies_and_instance_gates_go_the_way_of_every_pass(decoded: list[Tensor]) -> None:
@@ -174,12 +217,15 @@ def test_a_module_that_runs_alone_after_a_generation_has_no_change_of_its_last_t
         assert torch.equal(down(x), down.forward(x))
     with pytest.raises(RunError, match="ran before the router of its block"):
         down(x)
+    attended, query = torch.randn(1, 1, 4, 8), torch.randn(1, 4, 1, 8)
+    with model.disable_adapter(), torch.no_grad():
+        assert mixture_layers(model)[0][1].attend(attended, query, 1.0) is attended
 
 
 def test_training_drops_what_a_generation_has_kept() -> None:
     model = mixture_model("llama", "soft-moa")
     layer = mixture_layers(model)[0][1]
     generated(model, tokens())
-    assert layer._now.last_decoding is not None
+    assert layer._now.decoding is not None
     model.train()
-    assert layer._now.last_decoding is None
+    assert layer._now.decoding is None

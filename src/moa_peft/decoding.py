@@ -1,17 +1,19 @@
 """Decoding: a block's pass for one token of each row, where Python's own time outweighs that of the arithmetic.
 
-It computes what `BlockPass` computes, of the weights that has kept, with every question asked beforehand that has one answer
-for all tokens.
+It computes what `BlockPass` computes, of the weights that has kept. Whatever has one answer for all tokens is asked beforehand:
+what is left is a function for each module, which holds the weights that it needs.
 
-Sizes: B rows, D_in and D_out of a module, H heads of size D, P vectors of a prompt.
+Sizes: B rows, D_in and D_out of a module, K rows of all weights that read one input, H heads of size D, P vectors of a prompt.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from moa_peft.block_pass import InputWeights, gate_group
+from moa_peft.block_pass import GroupWeights, InputWeights
 from moa_peft.experts.base import Prompt
 from moa_peft.fused import rows_of
 from moa_peft.plan import MLP_INPUT, PROJECTION_INPUT, Columns, Plan, Work
@@ -25,8 +27,8 @@ Read = Callable[[Tensor], None]
 """Takes a module's input, [B, 1, D_in]."""
 
 Attend = Callable[[Tensor, Tensor, float], Tensor]
-"""Takes the attention's output, [B, 1, H, D] and contiguous, its query, [B, H, 1, D], and the factor of its scores; adds a
-prompt's change to the output in place, and gives it back."""
+"""Takes the attention's output, [B, 1, H, D] and contiguous, its query, [B, H, 1, D], and the factor of its scores; adds the
+prompts' changes to the output in place, and gives it back."""
 
 
 class Decoding:
@@ -37,121 +39,209 @@ class Decoding:
         dtype: What the block computes in.
 
     Attributes:
+        route: Makes the gates of each row's next token, of what q, k and v read.
         adds: What changes a module's output, by the module's path.
-        attends: What changes the attention's output.
-        reads: What reads an input that is not that of q, k and v, by its name.
-        uses: How many hooked modules of the pass have yet to run.
+        attend: What changes the attention's output, if anything does.
+        read_mlp: What reads the MLP's input, if anything does.
 
     Raises:
         KeyError: If `BlockPass` has not kept all that is needed.
     """
 
-    __slots__ = (
-        "_gate_parts", "_gate_rows", "_gates", "_inputs", "_logits", "_num_logits", "_of_rows", "_rows", "adds", "attends",
-        "reads", "uses",
-    )  # fmt: skip
+    __slots__ = ("_gates", "_has_router", "_rows", "adds", "attend", "read_mlp", "route")
 
     def __init__(self, plan: Plan, dtype: torch.dtype) -> None:
-        kept, router = plan.mixture.kept, plan.router
-        self._inputs: dict[str, InputWeights] = {name: kept.made((name, dtype)) for name in plan.readers}
-        self._gate_parts, self._gate_rows = plan.gate_parts, plan.gate_rows
-        self._gates: Sequence[Tensor] = ()  # [C_part, B], one for each of the parts
-        self._rows: dict[str, list[Tensor]] = {}  # of each expert; see `gate_group`
-        if router is not None:
-            self._logits, self._num_logits = router.logits.of_rows(exact(dtype)), router.logits.num_linears
-            self._of_rows = router.gate.of_rows
-        self.reads = {
-            name: self._read(weights) for name, weights in self._inputs.items() if name != PROJECTION_INPUT
-        }
-        if MLP_INPUT in self.reads:
-            self.reads[MLP_INPUT] = _once(self.reads[MLP_INPUT])
-        self.uses = 0
+        kept = plan.mixture.kept
+        self._has_router = plan.router is not None
+        self._gates: list[Tensor] = []  # float32, [C_part, B] for each of the plan's parts
+        self._rows: dict[str, Tensor] = {}  # gated, of each expert, [r, B], and of its bias, [1, B]
+        inputs: dict[str, InputWeights] = {name: kept.made((name, dtype)) for name in plan.readers}
+        self.route = self._routing(plan, inputs.pop(PROJECTION_INPUT, None), dtype)
+        reads = {name: self._reading(weights) for name, weights in inputs.items()}
+        self.read_mlp = reads.get(MLP_INPUT)
+        works = [one for site_work in plan.work.values() for _, joint in site_work.joint for one in joint]
+        if self.read_mlp and any(one.reads_own_input and one.input_name == MLP_INPUT for one in works):
+            self.read_mlp = reads[MLP_INPUT] = _once(self.read_mlp)
         self.adds: dict[str, Add] = {}
-        self.attends: list[Attend] = []
+        self.attend: Attend | None = None
         for path, site_work in plan.work.items():
             for columns, works in site_work.joint:
                 if works[0].place.site.name == "attention":
-                    names = [one.place.name for one in works]
-                    self.attends += [self._attend(one, kept.made(("prompt", one, dtype))) for one in names]
+                    for name in [one.place.name for one in works]:
+                        part, _ = plan.gate_rows[name]
+                        self.attend = self._attending(part, kept.made(("prompt", name, dtype)), self.attend)
                 else:
                     up = kept.made((path, columns, dtype))
-                    self.adds[path] = self._add(works, columns, up, self.adds.get(path))
+                    own = {one.input_name for one in works if one.reads_own_input} - {PROJECTION_INPUT}
+                    rows = [row for one in works for row in self._row_names(plan, one, dtype)]
+                    before = [self.adds[path]] if path in self.adds else []
+                    self.adds[path] = self._adding(rows, columns, up, [reads[name] for name in own], before)
 
-    def route(self, x: Tensor) -> None:
-        """Make the gates of each row's next token, [B, 1, D_in]."""
-        weights = self._inputs.get(PROJECTION_INPUT)
+    def _row_names(self, plan: Plan, work: Work, dtype: torch.dtype) -> list[str]:
+        """Names of the rows of one expert."""
+        name = work.place.name
+        weights: InputWeights = plan.mixture.kept.made((work.input_name, dtype))
+        has_up_bias = any(group.has_up_bias for group in weights.groups if name in group.names)
+        return [name, _bias_of(name)] if has_up_bias else [name]
+
+    def _routing(self, plan: Plan, weights: InputWeights | None, dtype: torch.dtype) -> Read:
+        """Give what makes the gates, and multiplies what q, k and v read by the weights of experts."""
         if weights is None:
-            return
-        flat = x.squeeze(1)
-        parts = weights.multiply(flat)
-        if weights.routers:
-            first = len(weights.groups)
-            second = first + self._num_logits
-            logits = self._logits(*[at_least_float32(one) for one in parts[first:second]])
-            rest = [at_least_float32(one) for one in parts[second:]] if len(parts) > second else ()
-            self._gates = self._of_rows(flat, logits, *rest).split_with_sizes(self._gate_parts)
-        self._gate(weights, parts)
+            return lambda x: None  # noqa: ARG005  # nothing reads it
+        joined, bias, late_bias = _product(weights)
+        sizes, parts = weights.sizes, plan.gate_parts
+        gates, weigh = self._gates, None if plan.router is None else plan.router.gates_of_rows(dtype)
+        is_exact = dtype == exact(dtype)
+        gatings = [self._gating(group) for group in weights.groups]
+        first, only = len(gatings), gatings[0] if len(gatings) == 1 else None
 
-    def _gate(self, weights: InputWeights, parts: Sequence[Tensor]) -> None:
-        gates = self._gates
-        for group, rows in zip(weights.groups, parts, strict=False):  # those of routers come after
-            gate_group(self._rows, group, rows, gates[group.part] if gates else None)
+        def route(x: Tensor) -> None:
+            flat = x.squeeze(1)
+            product = F.linear(joined, flat) if bias is None else torch.addmm(bias, joined, flat.t())
+            if late_bias is not None:
+                product = product + late_bias
+            rows = product.split_with_sizes(sizes)
+            if weigh is not None:
+                read = rows[first:] if is_exact else [at_least_float32(one) for one in rows[first:]]
+                gates[:] = weigh(*read).split_with_sizes(parts)
+            if only is not None:
+                only(rows[0])
+                return
+            for gate, one in zip(gatings, rows, strict=False):  # those of the router come after
+                gate(one)
 
-    def _read(self, weights: InputWeights) -> Read:
+        return route
+
+    def _reading(self, weights: InputWeights) -> Read:
         """Give what multiplies an input by the weights of the experts that read it, and gates them."""
-        noted, joined, bias = self._rows, weights.joined, weights.bias
-        group, *others = weights.groups
-        if others:
-            return lambda x: self._gate(weights, weights.multiply(x.squeeze(1)))
+        if [len(group.names) for group in weights.groups] == [1]:
+            return self._gating_one(weights.groups[0], weights)
+        joined, bias = weights.joined.detach(), weights.bias
+        sizes, gatings = weights.sizes, [self._gating(group) for group in weights.groups]
 
         def read(x: Tensor) -> None:
-            gate = self._gates[group.part] if self._gates else None
-            gate_group(noted, group, rows_of(x.squeeze(1), joined, bias), gate)
+            parts = rows_of(x.squeeze(1), joined, bias).split_with_sizes(sizes)
+            for gate, rows in zip(gatings, parts, strict=True):
+                gate(rows)
 
         return read
 
-    def _add(self, works: Sequence[Work], columns: Columns, up: Tensor, before: Add | None) -> Add:
-        """Give what adds the changes of several experts, after those that are added before."""
-        noted, dtype = self._rows, up.dtype
-        names = [one.place.name for one in works]
-        only = names[0] if len(names) == 1 else None
-        inputs = {one.input_name for one in works if one.reads_own_input} - {PROJECTION_INPUT}
-        reads = [self.reads[one] for one in inputs]
+    def _gating(self, group: GroupWeights) -> Read:
+        """Give what gates the rows of a group of experts, each with one copy, as `gate_group` does."""
+        if len(group.names) == 1:
+            return self._gating_one(group)
+        names, part, scale, activation, width, _ = group
+        noted, gates, gated = self._rows, self._gates, self._has_router
 
-        def add(output: Tensor, x: Tensor) -> Tensor:
-            if before is not None:
-                before(output, x)
+        def gate_several(rows: Tensor) -> None:
+            if activation is not None:
+                rows = activation(rows)
+            if scale != 1:
+                rows = rows * scale
+            by_expert = rows.view(len(names), width, -1)
+            if gated:
+                by_expert = by_expert * gates[part].unsqueeze(1)
+            noted.update(zip(names, by_expert.unbind(), strict=True))
+
+        return gate_several
+
+    def _gating_one(self, group: GroupWeights, weights: InputWeights | None = None) -> Read:
+        """Give what gates the rows of one expert.
+
+        Args:
+            group: It.
+            weights: Of an input that it reads alone; the function then takes that input instead of the rows.
+        """
+        (name,), part, scale, activation, _, has_up_bias = group
+        noted, gates, gated, bias_name = self._rows, self._gates, self._has_router, _bias_of(name)
+        joined, bias, late_bias = (None, None, None) if weights is None else _product(weights)
+
+        def gate_one(rows: Tensor) -> None:
+            if joined is not None:
+                flat = rows.squeeze(1)
+                rows = F.linear(joined, flat) if bias is None else torch.addmm(bias, joined, flat.t())
+            if late_bias is not None:
+                rows = rows + late_bias
+            if activation is not None:
+                rows = activation(rows)
+            if scale != 1:
+                rows = rows * scale
+            gate = gates[part] if gated else None
+            if gate is not None:
+                rows = rows * gate
+            if has_up_bias:
+                noted[bias_name] = rows.new_ones((1, rows.shape[1])) if gate is None else gate
+            noted[name] = rows
+
+        return gate_one
+
+    def _adding(
+        self, rows: Sequence[str], columns: Columns, up: Tensor, reads: Sequence[Read], before: Sequence[Add]
+    ) -> Add:
+        """Give what adds the changes of several experts, after those that are added before."""
+        noted, dtype, first, up = self._rows, up.dtype, rows[0], up.detach().contiguous()
+        several = operator.itemgetter(*rows) if len(rows) > 1 else None
+        is_exact = dtype == exact(dtype)
+
+        def add_one(output: Tensor, x: Tensor) -> Tensor:
             for read in reads:
                 read(x)
-            rows = noted[only] if only is not None else [one for name in names for one in noted[name]]
-            joined = rows[0] if len(rows) == 1 else torch.cat(rows)
+            output.squeeze(1).addmm_(noted[first].t(), up)
+            return output
+
+        def add(output: Tensor, x: Tensor) -> Tensor:
+            for one in before:
+                one(output, x)
+            for read in reads:
+                read(x)
+            joined = noted[first] if several is None else torch.cat(several(noted))
             flat = output.squeeze(1)
             if columns is not None:
                 flat = flat[:, columns[0] : columns[1]]
-            flat.addmm_(cast(joined, dtype).t(), up)
+            flat.addmm_((joined if is_exact else cast(joined, dtype)).t(), up)
             return output
 
-        return add
+        return add_one if several is None and columns is None and not before and is_exact else add
 
-    def _attend(self, name: str, prompt: Prompt) -> Attend:
-        """Give what adds the change of a prompt: one with its heads' scales multiplied in."""
-        keys, values = (
+    def _attending(self, part: int, prompt: Prompt, before: Attend | None) -> Attend:
+        """Give what adds the change of a prompt, with its heads' scales multiplied in, after those of others."""
+        keys, heads, gates, gated = (
             prompt.keys,
-            cast(prompt.values * prompt.head_scale.view(-1, 1, 1), prompt.values.dtype),
+            prompt.head_scale.view(-1, 1, 1),
+            self._gates,
+            self._has_router,
         )
-        part, _ = self._gate_rows[name]
+        values = cast(prompt.values * heads, prompt.values.dtype)
 
         def attend(output: Tensor, query: Tensor, scaling: float) -> Tensor:
+            if before is not None:
+                before(output, query, scaling)
             vectors = query.squeeze(2).permute(1, 2, 0)  # [H, D, B]
             shares = at_least_float32(torch.bmm(keys, vectors) * scaling).softmax(1)  # [H, P, B]
-            if self._gates:
-                shares = shares * self._gates[part]
+            if gated:
+                shares = shares * gates[part]
             by_head = output.squeeze(1).transpose(0, 1)  # [H, B, D]
             dtype = output.dtype  # some attentions give another than their query's
             by_head.baddbmm_(cast(shares, dtype).transpose(1, 2), cast(values, dtype))
             return output
 
         return attend
+
+
+def _bias_of(name: str) -> str:
+    return f"{name}.up_bias"
+
+
+def _product(weights: InputWeights) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Weights of an input's product, [K, D_in], and their bias, [K, 1]: one that the product adds, or one to add to it.
+
+    Tensors that want gradients cost each operator a microsecond, though none are made.
+    """
+    joined, bias = weights.joined.detach(), weights.bias
+    if bias is None:
+        return joined, None, None
+    bias = bias.detach()
+    return (joined, bias, None) if bias.dtype == joined.dtype else (joined, None, bias)
 
 
 def _once(read: Read) -> Read:

@@ -21,6 +21,7 @@ from moa_peft.config import GATES, RouterConfig
 from moa_peft.errors import UsageError
 from moa_peft.products import zero_bias_linear
 from moa_peft.routing import (
+    active_experts,
     learned_threshold,
     sigmoid_gates,
     sparse_gates,
@@ -90,15 +91,13 @@ class Gate(nn.Module):
         """
         raise NotImplementedError
 
-    def of_rows(self, x: Tensor, logits: Tensor, *read: Tensor) -> Tensor:
-        """Give the gates alone, with a row for each expert, [E, M].
+    def of_rows(self) -> Callable[..., Tensor] | None:
+        """Give the function that makes the gates alone, for decoding; None to have that done by `forward`.
 
-        Args:
-            x: Float, [M, D], what the router reads.
-            logits: Float32, [E, M].
-            *read: Float32, [K, M] each.
+        It takes what `forward` takes but ``x``, with a column for each token, [E, M] and [K, M], and gives [E, M]; it need
+        have no gradients.
         """
-        return self.forward(x, logits.t(), *[one.t() for one in read]).gates.t()
+        return None
 
     def untrained(self) -> list[nn.Parameter]:
         """Parameters that the config declares untrained."""
@@ -151,9 +150,22 @@ class SigmoidGate(Gate):
         gates = sparse_gates(scores, threshold, bandwidth=sparse.bandwidth, at_least_one=sparse.at_least_one)
         return Weights(gates=gates, threshold=threshold)
 
-    def of_rows(self, x: Tensor, logits: Tensor, *read: Tensor) -> Tensor:
-        """Give the gates alone; see `Gate.of_rows`."""
-        return super().of_rows(x, logits, *read) if self.config.threshold else sigmoid_gates(logits)
+    def of_rows(self) -> Callable[..., Tensor]:
+        """Give the function that makes the gates alone; see `Gate.of_rows`."""
+        sparse = self.config.threshold
+        if sparse is None:
+            return torch.sigmoid
+        constant, maximum, at_least_one = sparse.constant, sparse.maximum or 1.0, sparse.at_least_one
+
+        def gates(logits: Tensor, *read: Tensor) -> Tensor:
+            scores = torch.sigmoid(logits)
+            if constant is None:
+                threshold = torch.sigmoid(read[0]).mul_(maximum)
+            else:
+                threshold = logits.new_full((1, 1), constant)
+            return scores.mul_(active_experts(scores, threshold, at_least_one, dim=0))
+
+        return gates
 
     def untrained(self) -> list[nn.Parameter]:
         """The parameters of the official dead threshold."""
@@ -180,6 +192,10 @@ class SoftmaxGate(Gate):
     def forward(self, x: Tensor, logits: Tensor, *read: Tensor) -> Weights:  # noqa: ARG002  # the base's signature
         """Weigh by the softmax; see `Gate.forward`."""
         return Weights(gates=logits.softmax(dim=-1))
+
+    def of_rows(self) -> Callable[..., Tensor]:
+        """Give the function that makes the gates alone; see `Gate.of_rows`."""
+        return lambda logits: logits.softmax(dim=0)
 
 
 @register_gate("top-k")

@@ -174,10 +174,12 @@ def plan(adapter: str, mixture: "Mixture", block: Block, *, fused: bool) -> Plan
         copied=frozenset(place.name for place in copied),
         copied_at_attention=tuple(one for one in copied if isinstance(one.site, AttentionSite)),
         uses=len(paths),
-        is_straight=not single
-        and not copied
-        and (mixture.router is None or mixture.router.reads_projection_input),
+        is_straight=not single and not copied and (mixture.router is None or _is_straight(mixture.router)),
     )
+
+
+def _is_straight(router: Router) -> bool:
+    return router.reads_projection_input and router.gate.of_rows() is not None
 
 
 def _neighbours(mixture: "Mixture", places: Sequence["Place"]) -> list[list["Place"]]:

@@ -37,9 +37,9 @@ class LinearRouter(nn.Module):
         """Give the float32 logits [..., E] as the layer made them."""
         return logits
 
-    def of_rows(self, dtype: torch.dtype) -> "LogitsOfRows":  # noqa: ARG002  # nothing is left to multiply
-        """Give the function that does what `forward` does with a column for each token."""
-        return self.forward
+    def of_rows(self, dtype: torch.dtype, then: "RowsOfRows | None" = None) -> "RowsOfRows":  # noqa: ARG002  # nothing is left to multiply
+        """Give the function that does what `forward` does with a column for each token; see `SwiGLURouter.of_rows`."""
+        return then or self.forward
 
 
 class SwiGLURouter(nn.Module):
@@ -65,17 +65,24 @@ class SwiGLURouter(nn.Module):
         """Map what W1 and W3 made, float32 [..., hidden], to float32 logits [..., E]."""
         return low_precision_product(F.silu(first) * third, self.w2)
 
-    def of_rows(self, dtype: torch.dtype) -> "LogitsOfRows":
-        """Give the function that does what `forward` does with a column for each token, in ``dtype``.
+    def of_rows(self, dtype: torch.dtype, then: "RowsOfRows | None" = None) -> "RowsOfRows":
+        """Give the function that does what `forward` does with a column for each token.
 
         It holds the weights as they are now.
+
+        Args:
+            dtype: Of the product.
+            then: Takes the logits, and the rows of what follows the router's own layers; None to give the logits.
         """
         weight = cast(self.w2.weight, dtype)
         bias = None if self.w2.bias is None else cast(self.w2.bias, dtype).unsqueeze(1)
+        if not torch.is_grad_enabled():
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
 
-        def logits(first: Tensor, third: Tensor) -> Tensor:
+        def logits(first: Tensor, third: Tensor, *others: Tensor) -> Tensor:
             hidden = F.silu(first) * third
-            return weight @ hidden if bias is None else torch.addmm(bias, weight, hidden)
+            made = weight @ hidden if bias is None else torch.addmm(bias, weight, hidden)
+            return made if then is None else then(made, *others)
 
         return logits
 
@@ -83,8 +90,8 @@ class SwiGLURouter(nn.Module):
 _LOGITS: dict[str, type[LinearRouter] | type[SwiGLURouter]] = {"linear": LinearRouter, "swiglu": SwiGLURouter}
 
 
-LogitsOfRows = Callable[..., Tensor]
-"""Takes what each of a router's layers makes of M tokens, float32 [K, M] each, and gives the logits [E, M]."""
+RowsOfRows = Callable[..., Tensor]
+"""Takes what each of several layers makes of M tokens, float32 [K, M] each, and gives logits or gates, float32 [E, M]."""
 
 
 class Routing(NamedTuple):
@@ -178,6 +185,20 @@ class Router(nn.Module):
             return gate(x, logits(*rows[:num_logits]).t(), *[one.t() for one in rows[num_logits:]])
 
         return weigh
+
+    def gates_of_rows(self, dtype: torch.dtype) -> "RowsOfRows | None":
+        """Give the function that makes the gates alone of what each layer made, [K, M] each, without gradients.
+
+        It holds the weights as they are now.
+
+        Args:
+            dtype: That of the products.
+
+        Returns:
+            It gives float32, [E, M]; None for a gate that has no `Gate.of_rows`.
+        """
+        gate = self.gate.of_rows()
+        return None if gate is None else self.logits.of_rows(exact(dtype), gate)
 
     @property
     def reads_projection_input(self) -> bool:

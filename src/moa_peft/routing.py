@@ -40,19 +40,20 @@ def learned_threshold(logits: Tensor, maximum: float) -> Tensor:
     return maximum * torch.sigmoid(at_least_float32(logits))
 
 
-def active_experts(scores: Tensor, threshold: Tensor, at_least_one: bool) -> Tensor:
+def active_experts(scores: Tensor, threshold: Tensor, at_least_one: bool, dim: int = -1) -> Tensor:
     """Say which experts are on: those whose score reaches the threshold.
 
     Args:
         scores: Float32, [B, T, E].
         threshold: Float32, broadcastable to [B, T, 1].
         at_least_one: Also keep the best expert of a token (all of them on a tie).
+        dim: Where the experts are, if not last.
 
     Returns:
         Bool, [B, T, E].
     """
     if at_least_one:
-        threshold = torch.minimum(threshold, scores.amax(dim=-1, keepdim=True))
+        threshold = torch.minimum(threshold, scores.amax(dim=dim, keepdim=True))
     return scores >= threshold
 
 

@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
@@ -22,7 +23,7 @@ from moa_peft.architecture import Block
 from moa_peft.attention import add_prompts, remove_prompts
 from moa_peft.block_pass import BlockPass, Into
 from moa_peft.config import RouterConfig
-from moa_peft.decoding import Add, Decoding
+from moa_peft.decoding import Add, Attend, Decoding, Read
 from moa_peft.errors import RunError, UsageError
 from moa_peft.layer import Mixture, Place, PlacedExpert
 from moa_peft.plan import MLP_INPUT, Plan, SiteWork, plan
@@ -35,6 +36,7 @@ MERGE_REFUSAL = (
 )
 CHILD = "moa"
 """The name under which a block holds its tuner layer."""
+_NO_GENERATION = object()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +77,7 @@ class _Now:
     """Where a block's pass stands. It is no part of the module: to set an attribute of that takes torch a microsecond."""
 
     __slots__ = (
-        "active", "block_input", "call", "decoding", "factors", "generation", "last_decoding", "passes",
+        "adds", "attend", "block_input", "call", "decoding", "factors", "generation", "passes", "read_mlp",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -83,14 +85,16 @@ class _Now:
         self.call: CallTokens | None = None  # of the pass that has begun, until its tokens are routed
         self.block_input: Tensor | None = None  # likewise
         self.factors: list[Tensor] = []  # of what down_proj is about to read
-        self.decoding: Decoding | None = None  # takes the place of the passes where it can
-        self.last_decoding: Decoding | None = None  # of the call before
-        self.generation: object = None  # for which that was made
-        self.active: str | None = None  # likewise: the active adapter
+        self.decoding: Decoding | None = None  # takes the place of the passes where it can: the one used last
+        self.generation: object = _NO_GENERATION  # for which that was found
+        # What decoding has yet to do in this pass; each is taken by the module that does it.
+        self.adds: dict[str, Add] = {}
+        self.attend: Attend | None = None
+        self.read_mlp: Read | None = None
 
     def forget(self) -> None:
-        """Forget what was made of weights."""
-        self.decoding = self.last_decoding = self.generation = self.active = None
+        """Forget what was found for a generation."""
+        self.decoding, self.generation = None, _NO_GENERATION
 
 
 class MoALayer(nn.Module, BaseTunerLayer):
@@ -124,7 +128,6 @@ class MoALayer(nn.Module, BaseTunerLayer):
             True: {},
         }  # by whether they are fused, and adapter
         self._now = _Now()
-        self._num_sites = 0  # how many modules are hooked for their outputs
         self._factor_hooks: list[tuple[nn.Module, int]] = []  # the hooks that note them, by their ids
         self._handles: list[RemovableHandle] = []
         self._training_handles: list[RemovableHandle] = []
@@ -163,13 +166,24 @@ class MoALayer(nn.Module, BaseTunerLayer):
             self._hook_pre(self.block.attention, self._receive_tokens, with_kwargs=True)
         self._hook_pre(self.block.projection_input, self._route)
         attention = self.block.sites.get("attention")
-        self._num_sites = len(self._sites())
         for path, module in self._sites().items():
             if attention is not None and path == attention.path:
                 add_prompts(module, self)
             else:
-                self._handles.append(module.register_forward_hook(partial(self._add_at, path)))
+                joined = any(path in one.work for one in self._plans[True].values())
+                add = self._add_at if joined else self._add_unless_fused
+                self._handles.append(module.register_forward_hook(partial(add, path)))
         self._connect_inputs()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off; see `BaseTunerLayer.enable_adapters`."""
+        self._now.forget()
+        super().enable_adapters(enabled)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the adapters that are on; see `BaseTunerLayer.set_adapter`."""
+        self._now.forget()
+        super().set_adapter(adapter_names, inference_mode)
 
     def _connect_inputs(self) -> None:
         """See what the MLP reads."""
@@ -215,15 +229,9 @@ class MoALayer(nn.Module, BaseTunerLayer):
 
     def attend(self, output: Tensor, query: Tensor, scaling: float) -> Tensor:
         """Add the prompts' changes to the attention's output; see `PromptSource`."""
-        decoding = self._now.decoding
-        if decoding is not None:
-            self._done_with(decoding)
-            if not decoding.attends:
-                return output
-            output = output.contiguous()
-            for attend in decoding.attends:
-                attend(output, query, scaling)
-            return output
+        attend, self._now.attend = self._now.attend, None
+        if attend is not None:
+            return attend(output.contiguous(), query, scaling)
         total = output
         for one, site_work in self._take(self.block.sites["attention"].path):
             for work in site_work.single:
@@ -304,11 +312,16 @@ class MoALayer(nn.Module, BaseTunerLayer):
     def _route(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
         """Make the gates of the active adapters where q, k and v read their tokens; a forward pre-hook."""
         now, x = self._now, args[0]
-        now.decoding = decoding = self._decoding(x)
-        if decoding is not None:
-            decoding.uses = self._num_sites
-            decoding.route(x)
-            return
+        if not is_compiling() and x.shape[1] == 1 and not torch.is_grad_enabled():
+            unobserved = self.observer is None and self.change_observer is None
+            known = unobserved and now.generation is self.watch.generation
+            decoding = now.decoding if known else self._decoding(x)
+            if decoding is not None:
+                now.passes, now.adds = (), decoding.adds.copy()
+                now.attend, now.read_mlp = decoding.attend, decoding.read_mlp
+                decoding.route(x)
+                return
+        now.adds, now.attend, now.read_mlp = {}, None, None
         call, now.call = now.call, None
         block_input, now.block_input = now.block_input, None
         now.factors, now.passes = [], ()
@@ -324,36 +337,25 @@ class MoALayer(nn.Module, BaseTunerLayer):
     def _decoding(self, x: Tensor) -> Decoding | None:
         """What goes on with one token of each row, where a pass before has kept all that it needs.
 
-        Weights are looked at once in a generation: each look at all of them costs more than what they compute.
+        It holds for the whole of a generation: each look at all weights costs more than what they compute.
         """
-        if x.shape[1] != 1 or torch.is_grad_enabled() or self.training or self._disable_adapters:
+        now, active = self._now, self._active()
+        now.forget()
+        autocast = torch.is_autocast_enabled(x.device.type)
+        observed = self.observer is not None or self.change_observer is not None
+        if self.training or not self.fused or autocast or observed or len(active) != 1:
             return None
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or not self.fused:
-            return None
-        now, active, generation = self._now, self._active_adapter, self.watch.generation
-        if self.observer is not None or self.change_observer is not None or len(active) != 1:
-            return None
-        if generation is not None and now.generation is generation and now.active == active[0]:
-            return now.last_decoding
-        plan = self._plans_now().get(active[0])
-        if plan is None or not plan.is_straight:
-            return None
+        plan = self._plans[True][active[0]]
         kept = plan.mixture.kept
-        if not kept.begin(plan.mixture, decoding=True):
+        if not plan.is_straight or not kept.begin(plan.mixture, decoding=True):
             return None
-        decoding = kept.find(x.dtype)
+        decoding: Decoding | None = kept.find(x.dtype)
         if decoding is None:
             with contextlib.suppress(KeyError):
                 decoding = Decoding(plan, x.dtype)
                 kept.keep(x.dtype, decoding)
-        now.last_decoding, now.generation, now.active = decoding, generation, active[0]
+        now.decoding, now.generation = decoding, self.watch.generation or _NO_GENERATION
         return decoding
-
-    def _done_with(self, decoding: Decoding) -> None:
-        """Count a module that is hooked; with the last one the pass ends."""
-        decoding.uses -= 1
-        if decoding.uses == 0:
-            self._now.decoding = None
 
     def _tell(self, plan: Plan, router: str, routing: Routing) -> None:
         if self.observer is None:
@@ -405,7 +407,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
 
     def _plans_now(self) -> dict[str, Plan]:
         """The plans of a pass, by adapter."""
-        fused = self.fused and self.change_observer is None and not torch.compiler.is_compiling()
+        fused = self.fused and self.change_observer is None and not is_compiling()
         return self._plans[fused]
 
     def _refuse_order(self, path: str) -> None:
@@ -419,17 +421,16 @@ class MoALayer(nn.Module, BaseTunerLayer):
 
     def _read_mlp(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
         """Read the MLP's input for the experts beside it; a forward pre-hook."""
-        decoding = self._now.decoding
-        if decoding is None:
-            for one in self._now.passes:
-                one.read(MLP_INPUT, args[0])
-        elif MLP_INPUT in decoding.reads:
-            decoding.reads[MLP_INPUT](args[0])
+        read, self._now.read_mlp = self._now.read_mlp, None
+        if read is not None:
+            read(args[0])
+        for one in self._now.passes:
+            one.read(MLP_INPUT, args[0])
 
     def _read_down(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Read what the MLP's last layer is about to read, while training; a forward pre-hook."""
         x = args[0]
-        if not (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        if not (x.requires_grad and torch.is_grad_enabled()) or is_compiling():
             return None
         if len(self._now.passes) != 1:
             return None  # several would read what the next one passes on
@@ -440,7 +441,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
 
     def _note_factor(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG002
         """Note a factor of what down_proj is about to read; a forward hook."""
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not is_compiling():
             self._now.factors.append(output)
 
     def _take_factors(self) -> tuple[Tensor, Tensor] | None:
@@ -451,12 +452,8 @@ class MoALayer(nn.Module, BaseTunerLayer):
 
     def _add_at(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Add the experts' changes to a module's output; a forward hook, and the one place that adds."""
-        decoding = self._now.decoding
-        if decoding is not None:
-            add = decoding.adds.get(path)
-            self._done_with(decoding)
-            if add is None:
-                return output
+        add = self._now.adds.pop(path, None)
+        if add is not None:
             if type(module) is nn.Linear and not output._is_view():
                 return add(output, args[0])
             return _added(add, module, args[0], output)
@@ -472,6 +469,10 @@ class MoALayer(nn.Module, BaseTunerLayer):
                     total = total.clone(memory_format=torch.contiguous_format)
                 total = one.add(total, path, columns, works, args[0])
         return (total, *output[1:]) if isinstance(output, tuple) else total
+
+    def _add_unless_fused(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Do what `_add_at` does where it is not done elsewhere, with the changes of another module; a forward hook."""
+        return output if self._plans_now() is self._plans[True] else self._add_at(path, module, args, output)
 
     def _change(self, one: BlockPass, place: Place, x: Tensor, first: Tensor) -> Tensor:
         """The change of one expert by its own definition."""
@@ -528,7 +529,7 @@ def mixture_layers(model: nn.Module) -> list[tuple[str, MoALayer]]:
 
 def _unobserved() -> bool:
     """Whether the pass is a compiled one, or recomputes one that was observed."""
-    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1
+    return is_compiling() or torch._C._current_graph_task_id() != -1
 
 
 def _reads_block(mixture: Mixture) -> bool:
