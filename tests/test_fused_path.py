@@ -1,5 +1,6 @@
 """The fused path's own arithmetic, and what it keeps; that it computes a mixture is for the tests that run both paths."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ def test_output_and_every_gradient_equal_those_of_plain_products(columns: tuple[
     expected = own + change
     expected_gradients = torch.autograd.grad(expected.sin().sum(), [x, down, up])
 
-    found = add_rows(F.linear(x, frozen), rows_of(x, down), up.T, columns)
+    found = add_rows(F.linear(x, frozen), rows_of(x, down), up, columns)
     gradients = torch.autograd.grad(found.sin().sum(), [x, down, up])
     torch.testing.assert_close(found, expected)
     for one, two in zip(gradients, expected_gradients, strict=True):
@@ -177,6 +178,30 @@ def test_a_change_is_noticed_beside_a_weight_that_counts_none() -> None:
         module.weight.mul_(2)
     kept.begin(module, decoding=True)
     assert kept.find("key") is None
+
+
+@pytest.mark.parametrize("method", ["soft-moa", "molora"])
+def test_a_training_pass_finds_weights_that_were_replaced_and_those_of_a_copied_model(method: str) -> None:
+    model = mixture_model("llama", method).train()
+    model(tokens())
+    twin = copy.deepcopy(model)
+    names = [name for name, one in twin.named_parameters() if one.requires_grad]
+    for name in names:
+        module, _, last = name.rpartition(".")
+        setattr(
+            twin.get_submodule(module), last, nn.Parameter(torch.randn_like(twin.get_parameter(name)) * 0.3)
+        )
+    gradients: list[list[Tensor]] = []
+    for fused in (True, False):
+        for _, layer in mixture_layers(twin):
+            layer.fused = fused
+        twin(tokens()).logits.sin().sum().backward()
+        gradients.append([twin.get_parameter(name).grad.clone() for name in names])
+        twin.zero_grad()
+    for name, one, two in zip(names, *gradients, strict=True):
+        torch.testing.assert_close(
+            one, two, rtol=1e-2, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_training_drops_what_was_kept() -> None:

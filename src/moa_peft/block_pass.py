@@ -13,31 +13,19 @@ import torch
 from torch import Tensor
 
 from moa_peft.architecture import AttentionSite
-from moa_peft.experts.base import AttentionExpert, Bottleneck, LinearExpert
+from moa_peft.experts.base import AttentionExpert
 from moa_peft.fused import add_attended, add_rows, compute_dtype, read_through, rows_of, stacked
 from moa_peft.kept_weights import KeptWeights
 from moa_peft.layer import Place
-from moa_peft.plan import PROJECTION_INPUT, Columns, Plan, Readers, Work
+from moa_peft.plan import PROJECTION_INPUT, Columns, Group, Plan, Source, Work, sources
 from moa_peft.products import at_least_float32, cast
-from moa_peft.router import Read, Router, Routing, WeightsOfRows
+from moa_peft.router import Read, Router, Routing, RowsOfRows, WeightsOfRows
 from moa_peft.tokens import CallTokens
 
 Made = TypeVar("Made")
 
 Tell = Callable[[Plan, str, Routing], None]
 """Takes an adapter's plan, a router's name, and what it said."""
-
-
-class GroupWeights(NamedTuple):
-    """What a group of experts does beside its share in the joint product; see `Bottleneck`."""
-
-    names: tuple[str, ...]
-    part: int
-    scale: float
-    activation: Callable[[Tensor], Tensor] | None
-    width: int
-    """N * r, how many rows each of its experts has after gating."""
-    has_up_bias: bool
 
 
 class InputWeights(NamedTuple):
@@ -49,9 +37,11 @@ class InputWeights(NamedTuple):
     """Float32, [K, 1], zero for who has none; None where nobody has one."""
     sizes: list[int]
     """How many of the K rows each group of experts and each layer of a router has."""
-    groups: list[GroupWeights]
+    groups: tuple[Group, ...]
     routers: list[tuple[str, int, WeightsOfRows]]
     """Names, numbers of layers, and what makes gates of the rows."""
+    block_gates: RowsOfRows | None
+    """What makes the gates alone of the rows of the block's router, which are the last and then not among ``routers``."""
 
     def multiply(self, x: Tensor) -> Sequence[Tensor]:
         """Multiply an input, [..., D_in]: a part for each of ``sizes``, [K_part, M]."""
@@ -90,7 +80,7 @@ class BlockPass:
     """
 
     __slots__ = (
-        "_call", "_copies", "_experts", "_gates", "_given", "_inputs", "_kept", "_rows", "_shape", "_tell", "mixture",
+        "_call", "_copies", "_gates", "_given", "_inputs", "_kept", "_made", "_rows", "_shape", "_tell", "mixture",
         "plan", "uses",
     )  # fmt: skip
 
@@ -99,10 +89,12 @@ class BlockPass:
         self._call, self._tell = call, tell
         self._kept: KeptWeights | None = None
         self._shape: tuple[int, int] = (0, 0)  # B, T
+        self._made: Tensor | None = (
+            None  # the gates, [C, M], where they were made together with what reads their input
+        )
         self._gates: Sequence[Tensor] = ()  # [C_part, M], one for each part of the plan's
         self._copies: dict[str, Tensor] = {}  # [M, N] or [B, T, N]
         self._inputs: dict[str, tuple[Tensor, Tensor]] = {}  # [..., D_in], as they came and are passed on
-        self._experts: dict[str, Bottleneck] = {}
         self._given: dict[str, Read] = {}  # what a router's layers made
         self._rows: dict[str, list[Tensor]] = {}  # of each expert; see `gate_group`
 
@@ -122,7 +114,9 @@ class BlockPass:
         if plan.router is not None:
             x = projection_input if plan.router.config.router_input == "projection" else block_input
             assert x is not None, "a block's input is noted before its projections run"
-            gates = self._as_rows(self._block_gates(plan.router, x))
+            gates = self._made
+            if gates is None:
+                gates = self._as_rows(self._block_gates(plan.router, x))
             self._gates = gates.split_with_sizes(plan.gate_parts)
         for place in plan.copied_at_attention:
             self._copies[place.name] = self._copy_weights(place.name, projection_input)
@@ -206,7 +200,7 @@ class BlockPass:
 
     def _multiply(
         self, name: str, x: Tensor, into: Into | None
-    ) -> tuple[Tensor, Iterable[tuple[GroupWeights, Tensor]]]:
+    ) -> tuple[Tensor, Iterable[tuple[Group, Tensor]]]:
         """Multiply an input by the weights of everything that reads it.
 
         Returns:
@@ -219,7 +213,7 @@ class BlockPass:
         key = name, dtype
         weights: InputWeights | None = self._found(key)
         if weights is None:
-            weights = self._keep(key, self._input_weights(readers, dtype))
+            weights = self._keep(key, self._input_weights(name, readers.groups, x.device, dtype))
         if into is not None:
             passed_on, parts = weights.multiply_through(x, into.factors, in_place=into.in_place)
         else:
@@ -229,51 +223,50 @@ class BlockPass:
         for router, number, weigh in weights.routers:
             self._given[router] = Read(weigh, parts[start : start + number])
             start += number
+        if weights.block_gates is not None:
+            self._made = weights.block_gates(*[at_least_float32(one) for one in parts[start:]])
         return passed_on, zip(weights.groups, parts, strict=False)  # the routers' come after
 
-    def _gate_experts(self, input_name: str, groups: Iterable[tuple[GroupWeights, Tensor]]) -> None:
+    def _gate_experts(self, input_name: str, groups: Iterable[tuple[Group, Tensor]]) -> None:
         """Gate the experts of an input and note their rows."""
         for group, rows in groups:
             gate_group(self._rows, group, rows, self._gate_rows(group, input_name))
 
-    def _input_weights(self, readers: Readers, dtype: torch.dtype) -> InputWeights:
-        weights: list[Tensor] = []
-        biases: list[Tensor | None] = []
-        sizes: list[int] = []
-        groups: list[GroupWeights] = []
-        routers: list[tuple[str, int, WeightsOfRows]] = []
-        for names, part in readers.groups:
-            experts = [self._bottleneck(name) for name in names]
-            weights += [one.down for one in experts]
-            biases += [one.down_bias for one in experts]
-            sizes.append(len(experts) * len(experts[0].down))
-            one = experts[0]
-            its = GroupWeights(
-                names, part, one.scale, one.activation, one.up.shape[1], one.up_bias is not None
-            )
-            groups.append(its)
-        for name, router in readers.routers:
-            linears = router.linears()
-            weights += [one.weight for one in linears]
-            biases += [one.bias for one in linears]
-            sizes += [one.out_features for one in linears]
-            routers.append((name, len(linears), router.of_rows(dtype)))
-        return InputWeights(stacked(weights, dtype), _joined_bias(weights, biases), sizes, groups, routers)
+    def _input_weights(
+        self, name: str, groups: tuple[Group, ...], device: torch.device, dtype: torch.dtype
+    ) -> InputWeights:
+        key = name, self.mixture.training
+        found = self.plan.sources.get(key)
+        if found is None:
+            found = self.plan.sources[key] = sources(self.mixture, self.plan.readers[name])
+        weights = [source() for source in found.weights]
+        bias = None if found.biases is None else _joined_bias(found.biases)
+        routers, block_gates = found.routers, self._gates_alone(found.routers, device, dtype)
+        if block_gates is not None:
+            routers = routers[:-1]
+        return InputWeights(
+            joined=stacked(weights, dtype),
+            bias=bias,
+            sizes=found.sizes,
+            groups=groups,
+            routers=[(router, number, one.of_rows(dtype)) for router, one, number in routers],
+            block_gates=block_gates,
+        )
+
+    def _gates_alone(
+        self, routers: Sequence[tuple[str, Router, int]], device: torch.device, dtype: torch.dtype
+    ) -> RowsOfRows | None:
+        """What makes the gates of the block's router, the last one, if they are all that anybody wants of it."""
+        name, router, _ = routers[-1] if routers else ("", None, 0)
+        if router is None or name or router.has_losses or self._tell is not None or self._kept is not None:
+            return None
+        if torch.is_autocast_enabled(device.type):  # it would round what is to be float32
+            return None
+        return router.gates_of_rows(dtype)
 
     def _joined_ups(self, works: Sequence[Work], dtype: torch.dtype) -> Tensor:
-        """What multiplies the gated rows of several experts, [K, D_out]."""
-        ups: list[Tensor] = []
-        for work in works:
-            expert = self._bottleneck(work.place.name)
-            ups += [expert.up] if expert.up_bias is None else [expert.up, expert.up_bias]
-        return stacked(ups, dtype, 1).t()
-
-    def _bottleneck(self, name: str) -> Bottleneck:
-        found = self._experts.get(name)
-        if found is None:
-            expert: LinearExpert = self.mixture.experts[name]  # type: ignore[assignment]  # ModuleDict is untyped
-            found = self._experts[name] = expert.bottleneck()
-        return found
+        """What multiplies the gated rows of several experts, [D_out, K]."""
+        return stacked([source() for work in works for source in work.ups], dtype, 1)
 
     def _found(self, key: object) -> Any:
         """What was made of the mixture's weights and kept for decoding, or None."""
@@ -285,7 +278,7 @@ class BlockPass:
             self._kept.keep(key, made)
         return made
 
-    def _gate_rows(self, group: GroupWeights, input_name: str) -> Tensor | None:
+    def _gate_rows(self, group: Group, input_name: str) -> Tensor | None:
         """The gates of a group, float32, [n, M], or of the copies of its one expert, [N, M]; None for 1."""
         block = self._gates[group.part] if self._gates else None
         name = group.names[0]
@@ -342,9 +335,7 @@ class BlockPass:
         self._tell(self.plan, router, routing)
 
 
-def gate_group(
-    noted: dict[str, list[Tensor]], group: GroupWeights, rows: Tensor, gate: Tensor | None
-) -> None:
+def gate_group(noted: dict[str, list[Tensor]], group: Group, rows: Tensor, gate: Tensor | None) -> None:
     """Gate the experts of a group.
 
     Args:
@@ -376,18 +367,9 @@ def gate_group(
     noted[first] = [gated, biases] if has_up_bias else [gated]
 
 
-def _joined_bias(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
+def _joined_bias(biases: Sequence[Source | int]) -> Tensor:
     """Join biases to [K, 1], float32; zeros stand where there is none."""
-    if all(one is None for one in biases):
-        return None
-    joined: list[Tensor] = []
-    missing = 0
-    for weight, bias in zip(weights, biases, strict=True):
-        if bias is None:
-            missing += len(weight)
-            continue
-        joined += [bias] if missing == 0 else [bias.new_zeros(missing), bias]
-        missing = 0
-    if missing:
-        joined.append(joined[0].new_zeros(missing))
+    found = [source if isinstance(source, int) else source() for source in biases]
+    like = next(one for one in found if not isinstance(one, int))
+    joined = [like.new_zeros(one) if isinstance(one, int) else one for one in found]
     return at_least_float32(joined[0] if len(joined) == 1 else torch.cat(joined)).unsqueeze(1)

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moa_peft.block_pass import GroupWeights, InputWeights
+from moa_peft.block_pass import InputWeights
 from moa_peft.experts.base import Prompt
 from moa_peft.fused import rows_of
-from moa_peft.plan import MLP_INPUT, PROJECTION_INPUT, Columns, Plan, Work
+from moa_peft.plan import MLP_INPUT, PROJECTION_INPUT, Columns, Group, Plan, Work
 from moa_peft.products import at_least_float32, cast, exact
 
 Add = Callable[[Tensor, Tensor], Tensor]
@@ -126,7 +126,7 @@ class Decoding:
 
         return read
 
-    def _gating(self, group: GroupWeights) -> Read:
+    def _gating(self, group: Group) -> Read:
         """Give what gates the rows of a group of experts, each with one copy, as `gate_group` does."""
         if len(group.names) == 1:
             return self._gating_one(group)
@@ -145,7 +145,7 @@ class Decoding:
 
         return gate_several
 
-    def _gating_one(self, group: GroupWeights, weights: InputWeights | None = None) -> Read:
+    def _gating_one(self, group: Group, weights: InputWeights | None = None) -> Read:
         """Give what gates the rows of one expert.
 
         Args:
@@ -179,7 +179,7 @@ class Decoding:
         self, rows: Sequence[str], columns: Columns, up: Tensor, reads: Sequence[Read], before: Sequence[Add]
     ) -> Add:
         """Give what adds the changes of several experts, after those that are added before."""
-        noted, dtype, first, up = self._rows, up.dtype, rows[0], up.detach().contiguous()
+        noted, dtype, first, up = self._rows, up.dtype, rows[0], up.detach().t().contiguous()
         several = operator.itemgetter(*rows) if len(rows) > 1 else None
         is_exact = dtype == exact(dtype)
 

@@ -156,12 +156,12 @@ def _product(rows: Tensor, one: Tensor, other: Tensor) -> Tensor:
 
 
 def add_rows(output: Tensor, rows: Tensor, up: Tensor, columns: tuple[int, int] | None = None) -> Tensor:
-    """Add ``rows.T @ up`` to a site's output, in place.
+    """Add ``rows.T @ up.T`` to a site's output, in place.
 
     Args:
         output: Float, contiguous, [..., D_out], the frozen layer's own; it is overwritten.
         rows: Of its dtype, [K, M], gated; gradients flow to them.
-        up: Of its dtype, [K, D_out], likewise.
+        up: Of its dtype, [D_out, K], likewise.
         columns: Start and end of the columns of ``output`` that the change is for; None for all.
 
     Returns:
@@ -169,7 +169,7 @@ def add_rows(output: Tensor, rows: Tensor, up: Tensor, columns: tuple[int, int] 
     """
     if torch.is_grad_enabled():
         return _AddRows.apply(output, rows, up, columns)
-    _columns(output, columns).addmm_(rows.t(), up)
+    _columns(output, columns).addmm_(rows.t(), up.t())
     return output
 
 
@@ -187,7 +187,7 @@ class _AddRows(torch.autograd.Function):
         ctx.mark_dirty(output)
         ctx.save_for_backward(rows, up)
         ctx.columns = columns
-        _columns(output, columns).addmm_(rows.t(), up)
+        _columns(output, columns).addmm_(rows.t(), up.t())
         return output
 
     @staticmethod
@@ -195,7 +195,7 @@ class _AddRows(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch calls it by position
         rows, up = ctx.saved_tensors
         above = _columns(gradient.contiguous(), ctx.columns)  # [M, D_out]
-        return gradient, up @ above.t(), rows @ above, None
+        return gradient, up.t() @ above.t(), (rows @ above).t(), None
 
 
 def add_attended(

@@ -92,10 +92,9 @@ class Gate(nn.Module):
         raise NotImplementedError
 
     def of_rows(self) -> Callable[..., Tensor] | None:
-        """Give the function that makes the gates alone, for decoding; None to have that done by `forward`.
+        """Give the function that makes the gates alone, where nobody asks for more; None to have that done by `forward`.
 
-        It takes what `forward` takes but ``x``, with a column for each token, [E, M] and [K, M], and gives [E, M]; it need
-        have no gradients.
+        It takes what `forward` takes but ``x``, with a column for each token, [E, M] and [K, M], and gives [E, M].
         """
         return None
 
@@ -156,13 +155,17 @@ class SigmoidGate(Gate):
         if sparse is None:
             return torch.sigmoid
         constant, maximum, at_least_one = sparse.constant, sparse.maximum or 1.0, sparse.at_least_one
+        bandwidth, is_dead = sparse.bandwidth, sparse.gradient == "none"
 
         def gates(logits: Tensor, *read: Tensor) -> Tensor:
             scores = torch.sigmoid(logits)
             if constant is None:
-                threshold = torch.sigmoid(read[0]).mul_(maximum)
+                threshold = torch.sigmoid(read[0]) * maximum
             else:
                 threshold = logits.new_full((1, 1), constant)
+            if torch.is_grad_enabled():
+                threshold = threshold.detach() if is_dead else threshold
+                return sparse_gates(scores, threshold, bandwidth=bandwidth, at_least_one=at_least_one, dim=0)
             return scores.mul_(active_experts(scores, threshold, at_least_one, dim=0))
 
         return gates

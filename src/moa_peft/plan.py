@@ -4,11 +4,13 @@ It is made once, when the block's modules are hooked, so that a pass has little 
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from operator import getitem
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from moa_peft.architecture import AttentionSite, Block, LinearSite, Slot
 from moa_peft.experts.base import AttentionExpert, LinearExpert
@@ -29,12 +31,33 @@ Columns = tuple[int, int] | None
 """The columns of a fused layer's output that one projection has; None for all."""
 
 
+Source = Callable[[], Tensor]
+"""Gives a weight as it is now."""
+
+
 class Group(NamedTuple):
-    """Experts that read one input and are gated by one multiplication."""
+    """Experts that read one input and are gated by one multiplication; see `Bottleneck`."""
 
     names: tuple[str, ...]
     part: int
     """Which part of the block's gates is theirs, a row for each of them; see `Plan.gate_parts`."""
+    scale: float
+    activation: Callable[[Tensor], Tensor] | None
+    width: int
+    """N * r, how many rows each of its experts has after gating."""
+    has_up_bias: bool
+
+
+class Sources(NamedTuple):
+    """Where the weights of everything that reads one input are, so that a pass need not look for them."""
+
+    weights: tuple[Source, ...]
+    biases: tuple[Source | int, ...] | None
+    """For each weight its bias, or of how many rows there is none; None where nobody has one."""
+    sizes: list[int]
+    """How many rows each group of experts and each layer of a router has."""
+    routers: tuple[tuple[str, Router, int], ...]
+    """Names, routers, and the number of layers of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +78,8 @@ class Work:
     columns: Columns
     reads_own_input: bool
     """Whether it reads what the module reads; else what the MLP around the module reads."""
+    ups: tuple[Source, ...] = ()
+    """What multiplies its gated rows, [D_out, K] each, if it is joined with others at a linear layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +116,8 @@ class Plan:
     """Those of them that are at the attention."""
     uses: int
     """How many modules' outputs are changed."""
+    sources: dict[tuple[str, bool], Sources] = field(default_factory=dict, compare=False, kw_only=True)
+    """By the name of an input and whether the pass is one of training; found by the first such pass."""
     is_straight: bool
     """Whether all is joined and all gates come of what q, k and v read, so that `moa_peft.decoding` can follow it."""
 
@@ -135,6 +162,7 @@ def plan(adapter: str, mixture: "Mixture", block: Block, *, fused: bool) -> Plan
             input_name=input_of(site),
             columns=None if slot is None else (slot.start, slot.start + slot.size),
             reads_own_input=path == site.path,
+            ups=_ups(expert) if joins and isinstance(expert, LinearExpert) else (),
         )
         if joins:
             together = joint.setdefault(path, {})
@@ -161,7 +189,7 @@ def plan(adapter: str, mixture: "Mixture", block: Block, *, fused: bool) -> Plan
         readers={
             name: Readers(
                 groups=tuple(
-                    Group(tuple(place.name for place in places), part_of[places[0].column][0])
+                    _group(mixture, places, part_of[places[0].column][0])
                     for places in neighbours.get(name, ())
                 ),
                 routers=tuple(routers.get(name, ())),
@@ -180,6 +208,72 @@ def plan(adapter: str, mixture: "Mixture", block: Block, *, fused: bool) -> Plan
 
 def _is_straight(router: Router) -> bool:
     return router.reads_projection_input and router.gate.of_rows() is not None
+
+
+def sources(mixture: "Mixture", readers: Readers) -> Sources:
+    """Find the weights of everything that reads one input; routers may have other layers in training."""
+    weights: list[Source] = []
+    biases: list[Source | int] = []
+    sizes: list[int] = []
+    routers: list[tuple[str, Router, int]] = []
+    for group in readers.groups:
+        sizes.append(0)
+        for name in group.names:
+            expert: LinearExpert = mixture.experts[name]  # type: ignore[assignment]  # ModuleDict is untyped
+            made = expert.bottleneck()
+            weights.append(_source(expert, "down"))
+            biases.append(len(made.down) if made.down_bias is None else _source(expert, "down_bias"))
+            sizes[-1] += len(made.down)
+    for name, router in readers.routers:
+        linears = router.linears()
+        weights += [_parameter(one, "weight") for one in linears]
+        biases += [one.out_features if one.bias is None else _parameter(one, "bias") for one in linears]
+        sizes += [one.out_features for one in linears]
+        routers.append((name, router, len(linears)))
+    has_bias = any(not isinstance(one, int) for one in biases)
+    return Sources(tuple(weights), tuple(biases) if has_bias else None, sizes, tuple(routers))
+
+
+def _ups(expert: LinearExpert) -> tuple[Source, ...]:
+    up, made = _source(expert, "up"), expert.bottleneck()
+    if made.up_bias is None:
+        return (up,)
+    return up, partial(_columns, _source(expert, "up_bias"), len(made.up))
+
+
+def _columns(bias: Source, outputs: int) -> Tensor:
+    return bias().view(outputs, -1)
+
+
+def _source(expert: LinearExpert, field: str) -> Source:
+    """Say where a tensor of a bottleneck comes from: mostly a parameter, which a module's own way of asking is slow for."""
+    tensor = getattr(expert.bottleneck(), field)
+    for module in expert.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is tensor:
+                return _parameter(module, name)
+    return partial(_made, expert, field)
+
+
+def _parameter(module: nn.Module, name: str) -> Source:
+    return partial(getitem, module._parameters, name)  # type: ignore[return-value]  # it is there
+
+
+def _made(expert: LinearExpert, field: str) -> Tensor:
+    return getattr(expert.bottleneck(), field)
+
+
+def _group(mixture: "Mixture", places: Sequence["Place"], part: int) -> Group:
+    expert: LinearExpert = mixture.experts[places[0].name]  # type: ignore[assignment]  # ModuleDict is untyped
+    one = expert.bottleneck()
+    return Group(
+        names=tuple(place.name for place in places),
+        part=part,
+        scale=one.scale,
+        activation=one.activation,
+        width=one.up.shape[1],
+        has_up_bias=one.up_bias is not None,
+    )
 
 
 def _neighbours(mixture: "Mixture", places: Sequence["Place"]) -> list[list["Place"]]:

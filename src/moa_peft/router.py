@@ -187,7 +187,7 @@ class Router(nn.Module):
         return weigh
 
     def gates_of_rows(self, dtype: torch.dtype) -> "RowsOfRows | None":
-        """Give the function that makes the gates alone of what each layer made, [K, M] each, without gradients.
+        """Give the function that makes the gates alone of what each layer made, [K, M] each.
 
         It holds the weights as they are now.
 

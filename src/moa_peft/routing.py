@@ -57,7 +57,9 @@ def active_experts(scores: Tensor, threshold: Tensor, at_least_one: bool, dim: i
     return scores >= threshold
 
 
-def sparse_gates(scores: Tensor, threshold: Tensor, *, bandwidth: float, at_least_one: bool) -> Tensor:
+def sparse_gates(
+    scores: Tensor, threshold: Tensor, *, bandwidth: float, at_least_one: bool, dim: int = -1
+) -> Tensor:
     """Switch off the experts below the threshold, with a gradient for a learned threshold.
 
     Args:
@@ -65,6 +67,7 @@ def sparse_gates(scores: Tensor, threshold: Tensor, *, bandwidth: float, at_leas
         threshold: Float32, [B, T, 1]; one without a gradient (constant, or the official dead one) stays as it is.
         bandwidth: Width of the estimate, in units of the score; above 0.
         at_least_one: Keep the best expert of a token on even below the threshold.
+        dim: Where the experts are, if not last.
 
     Returns:
         Float32, [B, T, E]: the score where an expert is on, 0 where it is off. The scores get the exact gradient of
@@ -77,17 +80,19 @@ def sparse_gates(scores: Tensor, threshold: Tensor, *, bandwidth: float, at_leas
     rectangle, so that no threshold is ever too far away to learn; the factor is the score s, which equals Gamma at
     the jump.
     """
-    return _SparseGates.apply(scores, threshold, bandwidth, at_least_one)
+    return _SparseGates.apply(scores, threshold, bandwidth, at_least_one, dim)
 
 
 class _SparseGates(torch.autograd.Function):
     """See `sparse_gates`."""
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, threshold: Tensor, bandwidth: float, at_least_one: bool) -> Tensor:
-        active = active_experts(scores, threshold, at_least_one)
+    def forward(
+        ctx: Any, scores: Tensor, threshold: Tensor, bandwidth: float, at_least_one: bool, dim: int
+    ) -> Tensor:
+        active = active_experts(scores, threshold, at_least_one, dim)
         ctx.save_for_backward(scores, threshold, active)
-        ctx.bandwidth, ctx.at_least_one = bandwidth, at_least_one
+        ctx.bandwidth, ctx.at_least_one, ctx.dim = bandwidth, at_least_one, dim
         return scores * active
 
     @staticmethod
@@ -98,9 +103,9 @@ class _SparseGates(torch.autograd.Function):
             reached = torch.sigmoid((scores - threshold) / ctx.bandwidth)
             pulled = gradient * scores * (reached - reached.square())
             if ctx.at_least_one:  # the best expert is on whatever the threshold, so it tells nothing about it
-                pulled = pulled * (scores < scores.amax(dim=-1, keepdim=True))
-            to_threshold = pulled.sum(dim=-1, keepdim=True) * (-1 / ctx.bandwidth)
-        return gradient * active, to_threshold, None, None
+                pulled = pulled * (scores < scores.amax(dim=ctx.dim, keepdim=True))
+            to_threshold = pulled.sum(dim=ctx.dim, keepdim=True) * (-1 / ctx.bandwidth)
+        return gradient * active, to_threshold, None, None, None
 
 
 def top_k_gates(logits: Tensor, keep: int) -> Tensor:

@@ -40,7 +40,7 @@ class Bottleneck(NamedTuple):
     down_bias: Tensor | None = None
     """[N * r] or [r]."""
     up_bias: Tensor | None = None
-    """[D_out, N]."""
+    """[D_out * N], the N of an output side by side."""
     activation: Callable[[Tensor], Tensor] | None = None
 
 

@@ -88,6 +88,6 @@ class BottleneckChange(LinearExpert):
             down=self.down.weight,
             up=self.up.weight,
             down_bias=self.down.bias,
-            up_bias=self.up.bias.unflatten(0, (-1, self.copies)),
+            up_bias=self.up.bias,
             activation=F.silu,
         )
