@@ -90,7 +90,7 @@ class BlockPass:
         self._kept: KeptWeights | None = None
         self._shape: tuple[int, int] = (0, 0)  # B, T
         self._made: Tensor | None = (
-            None  # the gates, [C, M], where they were made together with what reads their input
+            None  # the block's gates, [C, M], if they were made with what reads their input
         )
         self._gates: Sequence[Tensor] = ()  # [C_part, M], one for each part of the plan's
         self._copies: dict[str, Tensor] = {}  # [M, N] or [B, T, N]

@@ -204,14 +204,9 @@ class Decoding:
         return add_one if several is None and columns is None and not before and is_exact else add
 
     def _attending(self, part: int, prompt: Prompt, before: Attend | None) -> Attend:
-        """Give what adds the change of a prompt, with its heads' scales multiplied in, after those of others."""
-        keys, heads, gates, gated = (
-            prompt.keys,
-            prompt.head_scale.view(-1, 1, 1),
-            self._gates,
-            self._has_router,
-        )
-        values = cast(prompt.values * heads, prompt.values.dtype)
+        """Give what adds the change of a prompt, its heads' scales multiplied in beforehand, after those of others."""
+        gates, gated, keys = self._gates, self._has_router, prompt.keys
+        values = cast(prompt.values * prompt.head_scale.view(-1, 1, 1), prompt.values.dtype)
 
         def attend(output: Tensor, query: Tensor, scaling: float) -> Tensor:
             if before is not None:

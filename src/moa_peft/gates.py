@@ -21,7 +21,6 @@ from moa_peft.config import GATES, RouterConfig
 from moa_peft.errors import UsageError
 from moa_peft.products import zero_bias_linear
 from moa_peft.routing import (
-    active_experts,
     learned_threshold,
     sigmoid_gates,
     sparse_gates,
@@ -166,7 +165,9 @@ class SigmoidGate(Gate):
             if torch.is_grad_enabled():
                 threshold = threshold.detach() if is_dead else threshold
                 return sparse_gates(scores, threshold, bandwidth=bandwidth, at_least_one=at_least_one, dim=0)
-            return scores.mul_(active_experts(scores, threshold, at_least_one, dim=0))
+            if at_least_one:
+                threshold = torch.minimum(threshold, scores.amax(dim=0, keepdim=True))
+            return scores.masked_fill_(scores < threshold, 0)
 
         return gates
 

@@ -53,7 +53,7 @@ class Sources(NamedTuple):
 
     weights: tuple[Source, ...]
     biases: tuple[Source | int, ...] | None
-    """For each weight its bias, or of how many rows there is none; None where nobody has one."""
+    """In the order of the rows: a bias, or how many rows have none; None where nobody has one."""
     sizes: list[int]
     """How many rows each group of experts and each layer of a router has."""
     routers: tuple[tuple[str, Router, int], ...]
@@ -230,8 +230,18 @@ def sources(mixture: "Mixture", readers: Readers) -> Sources:
         biases += [one.out_features if one.bias is None else _parameter(one, "bias") for one in linears]
         sizes += [one.out_features for one in linears]
         routers.append((name, router, len(linears)))
-    has_bias = any(not isinstance(one, int) for one in biases)
-    return Sources(tuple(weights), tuple(biases) if has_bias else None, sizes, tuple(routers))
+    return Sources(tuple(weights), _with_gaps_joined(biases), sizes, tuple(routers))
+
+
+def _with_gaps_joined(biases: Sequence[Source | int]) -> tuple[Source | int, ...] | None:
+    joined: list[Source | int] = []
+    for one in biases:
+        last = joined[-1] if joined else None
+        if isinstance(one, int) and isinstance(last, int):
+            joined[-1] = last + one
+        else:
+            joined.append(one)
+    return tuple(joined) if any(not isinstance(one, int) for one in joined) else None
 
 
 def _ups(expert: LinearExpert) -> tuple[Source, ...]:
