@@ -74,19 +74,22 @@ class BlockPass:
         plan: The adapter's mixture, and what of it runs where.
         call: The tokens of the call; None where no router needs them.
         tell: Is told of every router; None where nobody wants to know.
+        observed: Whether somebody looks at the routers; also where a recomputation, which must do the same, tells nobody.
 
     Attributes:
         uses: How many of the plan's modules have yet to run.
     """
 
     __slots__ = (
-        "_call", "_copies", "_gates", "_given", "_inputs", "_kept", "_made", "_rows", "_shape", "_tell", "mixture",
+        "_call", "_copies", "_gates", "_given", "_inputs", "_kept", "_made", "_observed", "_rows", "_shape", "_tell", "mixture",
         "plan", "uses",
     )  # fmt: skip
 
-    def __init__(self, plan: Plan, call: CallTokens | None, tell: Tell | None) -> None:
+    def __init__(
+        self, plan: Plan, call: CallTokens | None, tell: Tell | None, *, observed: bool = False
+    ) -> None:
         self.plan, self.mixture, self.uses = plan, plan.mixture, plan.uses
-        self._call, self._tell = call, tell
+        self._call, self._tell, self._observed = call, tell, observed
         self._kept: KeptWeights | None = None
         self._shape: tuple[int, int] = (0, 0)  # B, T
         self._made: Tensor | None = (
@@ -258,7 +261,7 @@ class BlockPass:
     ) -> RowsOfRows | None:
         """What makes the gates of the block's router, the last one, if they are all that anybody wants of it."""
         name, router, _ = routers[-1] if routers else ("", None, 0)
-        if router is None or name or router.has_losses or self._tell is not None or self._kept is not None:
+        if router is None or name or router.has_losses or self._observed or self._kept is not None:
             return None
         if torch.is_autocast_enabled(device.type):  # it would round what is to be float32
             return None

@@ -330,7 +330,12 @@ class MoALayer(nn.Module, BaseTunerLayer):
             return
         plans = self._plans_now()
         tell = None if self.observer is None or _unobserved() else self._tell
-        now.passes = tuple([BlockPass(plans[adapter], call, tell) for adapter in adapters])
+        now.passes = tuple(
+            [
+                BlockPass(plans[adapter], call, tell, observed=self.observer is not None)
+                for adapter in adapters
+            ]
+        )
         for one in now.passes:
             one.route(x, block_input)
 
