@@ -92,9 +92,7 @@ class BlockPass:
         self._call, self._tell, self._observed = call, tell, observed
         self._kept: KeptWeights | None = None
         self._shape: tuple[int, int] = (0, 0)  # B, T
-        self._made: Tensor | None = (
-            None  # the block's gates, [C, M], if they were made with what reads their input
-        )
+        self._made: Tensor | None = None  # the block's gates, [C, M], if made alone with the product
         self._gates: Sequence[Tensor] = ()  # [C_part, M], one for each part of the plan's
         self._copies: dict[str, Tensor] = {}  # [M, N] or [B, T, N]
         self._inputs: dict[str, tuple[Tensor, Tensor]] = {}  # [..., D_in], as they came and are passed on
