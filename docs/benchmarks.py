@@ -47,6 +47,14 @@ def source(row: Row) -> str:
     return f"`{command}` at commit `{made['commit'][:9]}`; {made['device']}, {made['threads']} threads; {versions}; {made['taken_at']}."
 
 
+def speed(row: Row) -> str:
+    """Tokens a second."""
+    if not row["pairs"]:
+        return "-"
+    each = row["new_tokens"] if row["kind"] == "decode" else row["length"]
+    return f"{row['batch_size'] * each / row['step_ms'][1] * 1e3:,.0f}"
+
+
 def spread(values: Sequence[float] | None) -> str:
     """A median with its quartiles."""
     return "-" if values is None else f"{values[1]:.3f} ({values[0]:.3f}-{values[2]:.3f})"
@@ -64,10 +72,12 @@ COLUMNS: Sequence[tuple[str, Callable[[Row], str]]] = (
     ),
     ("parameters", number("trainable_parameters", ",")),
     ("ms", lambda row: f"{row['step_ms'][1]:,.0f}" if row["pairs"] else "-"),
+    ("tokens/s", speed),
     ("over `{baseline}`", lambda row: spread(row["over_baseline"])),
     ("over `frozen`", lambda row: spread(row["over_frozen"])),
     ("kept for backward, MiB", number("saved_mib", ",.1f")),
     ("peak, MiB", number("peak_mib", ",.0f")),
+    ("held of the device, MiB", lambda row: f"{held:,.0f}" if (held := row.get("device_mib")) else "-"),
     ("GFLOP", lambda row: "-" if row["flops"] is None else f"{row['flops'] / 1e9:,.0f}"),
     ("operators a block", lambda row: f"{row['operators']:.0f}" if row["operators"] else "-"),
     ("of these no views", lambda row: f"{row['kernels']:.0f}" if row["kernels"] else "-"),

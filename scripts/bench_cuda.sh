@@ -7,15 +7,22 @@ OUT=${OUT:-bench_cuda.jsonl}
 DEVICE=${DEVICE:-cuda}
 MODEL=${MODEL:-llama-3.1-8b}
 PAIRS=${PAIRS:-15}
-METHODS=${METHODS:-peft-lora-again,soft-moa-no-prompt,soft-moa,sparse-moa,molora,hydralora,topk-moe-lora,adamole}
-common=(--model "$MODEL" --device "$DEVICE" --dtype bfloat16 --methods "$METHODS" --out "$OUT" ${LAYERS:+--layers "$LAYERS"})
+METHODS=${METHODS:-peft-lora-again,soft-moa-no-prompt,soft-moa,sparse-moa}
+NEW_TOKENS=${NEW_TOKENS:-64}
+common=(--model "$MODEL" --device "$DEVICE" --dtype bfloat16 --pairs "$PAIRS" --out "$OUT" ${LAYERS:+--layers "$LAYERS"})
+over_lora=("${common[@]}" --methods "$METHODS")
+over_soft=("${common[@]}" --methods sparse-moa --baseline soft-moa-no-prompt)
 small=${LAYERS:+16}  # tokens of a row when it is only tried
 
 for extra in "" --checkpointing; do
-  moa bench train "${common[@]}" --pairs "$PAIRS" --batch-size 1 --length "${small:-2048}" $extra
-  moa bench train "${common[@]}" --pairs "$PAIRS" --batch-size 8 --length "${small:-512}" $extra
-  moa bench memory "${common[@]}" --batch-size 1 --length "${small:-512}" $extra
+  moa bench memory "${over_lora[@]}" --batch-size 1 --length "${small:-512}" $extra
+  moa bench train "${over_lora[@]}" --batch-size 1 --length "${small:-2048}" $extra
+  moa bench train "${over_lora[@]}" --batch-size 8 --length "${small:-512}" $extra
 done
 for batch in 1 32; do
-  moa bench decode "${common[@]}" --pairs "$PAIRS" --batch-size "$batch" --length "${small:-64}" --new-tokens "${small:-64}"
+  moa bench decode "${over_lora[@]}" --batch-size "$batch" --new-tokens "${small:-$NEW_TOKENS}"
+  moa bench decode "${over_soft[@]}" --batch-size "$batch" --new-tokens "${small:-$NEW_TOKENS}"
+done
+for batch in 1 2 4 8; do
+  moa bench train "${over_soft[@]}" --batch-size "$batch" --length "${small:-512}"
 done

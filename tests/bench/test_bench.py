@@ -148,6 +148,14 @@ def test_objections_name_a_dirty_tree_and_too_few_pairs() -> None:
     assert "error nan against the plain path" in unknown.objections()[0]
 
 
+def test_tokens_a_second_are_those_read_in_training_and_those_decoded() -> None:
+    row = dataclasses.replace(rows_of("train")["peft-lora"], step_ms=(1.0, 4.0, 5.0))  # 2 x 6 tokens
+    assert row.tokens_per_second == 3000
+    decoded = dataclasses.replace(row, kind="decode", new_tokens=3)
+    assert decoded.tokens_per_second == 1500
+    assert dataclasses.replace(row, kind="memory", pairs=0).tokens_per_second is None
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

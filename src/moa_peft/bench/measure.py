@@ -106,17 +106,24 @@ def measure(options: BenchOptions, on_turn: Callable[[], None] = lambda: None) -
     )
     names = dict.fromkeys((subjects.FROZEN, options.baseline, *options.methods))
     variants = [(name, count) for name in names for count in _counts(name, options)]
-    models = {_label(*one): _prepared(base, *one, options) for one in variants}
     ids = work.random_tokens(base, options.batch_size, options.length)
-    pieces = {name: partial(_piece, model, ids, options) for name, model in models.items()}
-    times = {} if options.kind == "memory" else take_turns(pieces, options.pairs, on_turn=on_turn)
-    counted = {name: _counted(model, ids, options) for name, model in models.items()}
+    models: dict[str, nn.Module] = {}  # all at once where they are taken in turn
+    times: Mapping[str, Sequence[float]] = {}
+    if options.kind != "memory":
+        models = {_label(*one): _prepared(base, *one, options) for one in variants}
+        pieces = {name: partial(_piece, model, ids, options) for name, model in models.items()}
+        times = take_turns(pieces, options.pairs, on_turn=on_turn)
+        del pieces
     made = provenance()
+    frozen: Mapping[str, float] = {}
     for name, count in variants:
         label = _label(name, count)
-        model, own = models[label], counted[label]
+        model = models.pop(label) if models else _prepared(base, name, count, options)
+        own = _counted(model, ids, options)
+        frozen = frozen or own  # the first
         layers = len(list(_blocks(model)))
         error = _error(model, ids)
+        peak, device = _peaks(model, ids, name, count, options) if options.kind == "memory" else (None, None)
         yield BenchRow(
             kind=options.kind,
             method=name,
@@ -133,11 +140,12 @@ def measure(options: BenchOptions, on_turn: Callable[[], None] = lambda: None) -
             over_baseline=_over(times, label, options.baseline),
             over_frozen=_over(times, label, subjects.FROZEN),
             pairs=options.pairs if times else 0,
-            saved_mib=_difference(own, counted[subjects.FROZEN], "saved", MIB),
-            peak_mib=_peak(options, name, count) if options.kind == "memory" else None,
+            saved_mib=_difference(own, frozen, "saved", MIB),
+            peak_mib=peak,
+            device_mib=device,
             flops=own.get("flops"),
-            operators=_difference(own, counted[subjects.FROZEN], "operators", layers) or 0.0,
-            kernels=_difference(own, counted[subjects.FROZEN], "kernels", layers) or 0.0,
+            operators=_difference(own, frozen, "operators", layers) or 0.0,
+            kernels=_difference(own, frozen, "kernels", layers) or 0.0,
             max_abs_err=error,
             err_limit=None if error is None else ERR_LIMITS[options.dtype],
             dtype=options.dtype,
@@ -214,28 +222,36 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
     yield from max(found, key=len)
 
 
-def _peak(options: BenchOptions, name: str, count: int | None) -> float:
-    """Peak memory of a few training steps above that before them, in a process of its own; MiB."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_peak_here, (options, name, count))
+def _peaks(
+    model: nn.Module, ids: Tensor, name: str, count: int | None, options: BenchOptions
+) -> tuple[float, float | None]:
+    """Peak memory of a few training steps above that before them; on CUDA also all that was held of the device; MiB."""
+    if options.device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _few(model, ids, options)
+        return (torch.cuda.max_memory_allocated() - before) / MIB, torch.cuda.max_memory_reserved() / MIB
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process's peak never falls
+        return pool.apply(_peak_here, (name, count, options)), None
 
 
-def _peak_here(options: BenchOptions, name: str, count: int | None) -> float:
+def _peak_here(name: str, count: int | None, options: BenchOptions) -> float:
     base = subjects.base_model(
         options.model, layers=options.layers, dtype=DTYPES[options.dtype], device=options.device
     )
     model = _prepared(base, name, count, options)
     ids = work.random_tokens(base, options.batch_size, options.length)
     gc.collect()
-    cuda = options.device == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if cuda else _resident_bytes()
+    before = _resident_bytes()
+    _few(model, ids, options)
+    return (_peak_bytes() - before) / MIB
+
+
+def _few(model: nn.Module, ids: Tensor, options: BenchOptions) -> None:
     for _ in range(2):
         _piece(model, ids, options)
-    peak = torch.cuda.max_memory_allocated() if cuda else _peak_bytes()
-    return (peak - before) / MIB
 
 
 def _peak_bytes() -> int:

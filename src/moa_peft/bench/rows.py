@@ -46,7 +46,9 @@ class BenchRow:
     saved_mib: float | None
     """What autograd keeps for the backward pass beyond the frozen model's, 2**20 bytes; parameters excluded."""
     peak_mib: float | None
-    """Peak memory of a process of its own (of the device, on CUDA) above that before the first step, 2**20 bytes."""
+    """Peak memory of a process of its own (of what is allocated, on CUDA) above that before the first step, 2**20 bytes."""
+    device_mib: float | None
+    """What the process held of a CUDA device at that peak, the model's weights included, 2**20 bytes."""
     flops: float | None
     """Floating-point operations of one piece of work."""
     operators: float
@@ -63,6 +65,12 @@ class BenchRow:
     """Whether activations are recomputed."""
     provenance: dict[str, Any]
     """Commit, command, versions, device, threads, time."""
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens of all rows, or those decoded, by the median time; the reading of prompts is part of that."""
+        each = self.new_tokens if self.kind == "decode" else self.length
+        return self.batch_size * (each or 0) / self.step_ms[1] * 1e3 if self.pairs else None
 
     def objections(self) -> list[str]:
         """Reasons not to publish this row; empty when there are none."""

@@ -132,10 +132,12 @@ def print_table(rows: "list[BenchRow]") -> None:
     columns = {
         "param- eters": [f"{row.trainable_parameters:,}" for row in rows],
         "ms": [f"{row.step_ms[1]:,.1f}" if row.pairs else "-" for row in rows],
+        "tokens/s": ["-" if not (speed := row.tokens_per_second) else f"{speed:,.0f}" for row in rows],
         f"over {first.baseline}": [_in_two_lines(row.over_baseline) for row in rows],
         "over frozen": [_in_two_lines(row.over_frozen) for row in rows],
         "saved MiB": ["-" if row.saved_mib is None else f"{row.saved_mib:,.1f}" for row in rows],
         "peak MiB": ["-" if row.peak_mib is None else f"{row.peak_mib:,.0f}" for row in rows],
+        "of the device": ["-" if row.device_mib is None else f"{row.device_mib:,.0f}" for row in rows],
         "oper- ators": [f"{row.operators:.0f}" if row.operators else "-" for row in rows],
         "no views": [f"{row.kernels:.0f}" if row.kernels else "-" for row in rows],
         "error": ["-" if row.max_abs_err is None else f"{row.max_abs_err:.0e}" for row in rows],
