@@ -49,6 +49,7 @@ def test_a_row_has_the_ratios_to_baseline_and_frozen_model_and_an_error_that_is_
         error = rows[name].max_abs_err
         assert error is not None
         assert 0 < error < 1e-3  # the experts speak, so rounding shows
+        assert 0 < (rows[name].rms_err or 0) < 1e-5
 
 
 def test_an_error_of_the_fused_path_shows_and_is_an_objection(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +145,7 @@ def test_objections_name_a_dirty_tree_and_too_few_pairs() -> None:
     assert "2 pairs, 15 needed" in dataclasses.replace(clean, pairs=2).objections()[0]
     dirty = dataclasses.replace(clean, provenance={**row.provenance, "dirty": True})
     assert "the working tree differs from commit" in dirty.objections()[0]
-    unknown = dataclasses.replace(clean, max_abs_err=float("nan"), err_limit=1e-3)
+    unknown = dataclasses.replace(clean, rms_err=float("nan"), err_limit=1e-3)
     assert "error nan against the plain path" in unknown.objections()[0]
 
 

@@ -57,8 +57,10 @@ class BenchRow:
     """The same without views."""
     max_abs_err: float | None
     """Largest difference of the logits from the plain path's, on the same input; None without a mixture."""
+    rms_err: float | None
+    """The difference's root mean square over that of the plain path's logits."""
     err_limit: float | None
-    """What it may be: written down before the run, for the dtype."""
+    """What that may be: written down before the run, for the dtype."""
     dtype: str
     """Of the base; adapters are float32."""
     checkpointing: bool
@@ -79,6 +81,6 @@ class BenchRow:
             reasons.append(f"the working tree differs from commit {self.provenance.get('commit')}")
         if self.pairs < LEAST_PAIRS and self.kind != "memory":
             reasons.append(f"{self.pairs} pairs, {LEAST_PAIRS} needed for quartiles")
-        if self.max_abs_err is not None and not self.max_abs_err <= (self.err_limit or 0):  # also catches NaN
-            reasons.append(f"error {self.max_abs_err:g} against the plain path, limit {self.err_limit:g}")
+        if self.rms_err is not None and not self.rms_err <= (self.err_limit or 0):  # also catches NaN
+            reasons.append(f"error {self.rms_err:g} against the plain path, limit {self.err_limit:g}")
         return reasons

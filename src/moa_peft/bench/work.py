@@ -82,12 +82,19 @@ class _Operators(TorchDispatchMode):
         self.kernels = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # torch's
+        result = func(*args, **(kwargs or {}))
         self.all += 1
-        self.kernels += not (func.is_view or func in _VIEWS)
-        return func(*args, **(kwargs or {}))
+        self.kernels += not ((func.is_view or func in _VIEWS) and _is_of(result, args[0]))
+        return result
 
 
 _VIEWS = (torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default)
+
+
+def _is_of(result: Any, given: Any) -> bool:
+    """Whether a view is one: a cast or a change of layout, which could have given its input back, may have copied."""
+    first = result[0] if isinstance(result, (list, tuple)) else result
+    return first.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
 
 
 def operators(model: nn.Module, ids: Tensor) -> tuple[int, int]:
