@@ -121,7 +121,7 @@ class BlockPass:
             self._gates = gates.split_with_sizes(plan.gate_parts)
         for place in plan.copied_at_attention:
             self._copies[place.name] = self._copy_weights(place.name, projection_input)
-        self._gate_experts(PROJECTION_INPUT, groups)
+        self._gate_experts(PROJECTION_INPUT, groups, compute_dtype(projection_input))
 
     def gate(self, place: Place, x: Tensor | None = None) -> Tensor | None:
         """Join a block's gate for an expert with the weights of its copies.
@@ -158,7 +158,7 @@ class BlockPass:
         if known is not None and (known[0] is x or known[1] is x):
             return x
         passed_on, groups = self._multiply(name, x, into)
-        self._gate_experts(name, groups)
+        self._gate_experts(name, groups, compute_dtype(x))
         return passed_on
 
     def add(self, output: Tensor, path: str, columns: Columns, works: Sequence[Work], x: Tensor) -> Tensor:
@@ -184,7 +184,8 @@ class BlockPass:
         key = path, columns, dtype
         up = self._found(key)
         if up is None:
-            up = self._keep(key, self._joined_ups(works, dtype))
+            ups = [source() for work in works for source in work.ups]
+            up = self._keep(key, stacked(ups, ups[0].dtype if self._kept is None else dtype, 1))
         return add_rows(output, cast(rows[0] if len(rows) == 1 else torch.cat(rows), dtype), up, columns)
 
     def attend(self, output: Tensor, work: Work, query: Tensor, scaling: float) -> Tensor:
@@ -228,10 +229,12 @@ class BlockPass:
             self._made = weights.block_gates(*[at_least_float32(one) for one in parts[start:]])
         return passed_on, zip(weights.groups, parts, strict=False)  # the routers' come after
 
-    def _gate_experts(self, input_name: str, groups: Iterable[tuple[Group, Tensor]]) -> None:
+    def _gate_experts(
+        self, input_name: str, groups: Iterable[tuple[Group, Tensor]], dtype: torch.dtype
+    ) -> None:
         """Gate the experts of an input and note their rows."""
         for group, rows in groups:
-            gate_group(self._rows, group, rows, self._gate_rows(group, input_name))
+            gate_group(self._rows, group, rows, self._gate_rows(group, input_name), dtype)
 
     def _input_weights(
         self, name: str, groups: tuple[Group, ...], device: torch.device, dtype: torch.dtype
@@ -264,10 +267,6 @@ class BlockPass:
         if torch.is_autocast_enabled(device.type):  # it would round what is to be float32
             return None
         return router.gates_of_rows(dtype)
-
-    def _joined_ups(self, works: Sequence[Work], dtype: torch.dtype) -> Tensor:
-        """What multiplies the gated rows of several experts, [D_out, K]."""
-        return stacked([source() for work in works for source in work.ups], dtype, 1)
 
     def _found(self, key: object) -> Any:
         """What was made of the mixture's weights and kept for decoding, or None."""
@@ -336,7 +335,9 @@ class BlockPass:
         self._tell(self.plan, router, routing)
 
 
-def gate_group(noted: dict[str, list[Tensor]], group: Group, rows: Tensor, gate: Tensor | None) -> None:
+def gate_group(
+    noted: dict[str, list[Tensor]], group: Group, rows: Tensor, gate: Tensor | None, dtype: torch.dtype
+) -> None:
     """Gate the experts of a group.
 
     Args:
@@ -344,6 +345,7 @@ def gate_group(noted: dict[str, list[Tensor]], group: Group, rows: Tensor, gate:
         group: The group, of n experts.
         rows: Float, [n * N * r, M], or [r, M] of one expert whose N copies share it.
         gate: Float32, [n, M], or [N, M] of the copies of one expert; None for 1.
+        dtype: Of the products with what several experts have made; they are cast together.
     """
     (first, *others), _, scale, activation, width, has_up_bias = group
     if activation is not None:
@@ -354,7 +356,7 @@ def gate_group(noted: dict[str, list[Tensor]], group: Group, rows: Tensor, gate:
         parts = rows.view(len(group.names), width, -1)
         if gate is not None:
             parts = parts * gate.unsqueeze(1)
-        for name, part in zip(group.names, parts.unbind(), strict=True):
+        for name, part in zip(group.names, cast(parts, dtype).unbind(), strict=True):
             noted[name] = [part]
         return
     if gate is None:

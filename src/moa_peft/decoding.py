@@ -92,7 +92,7 @@ class Decoding:
         sizes, parts = weights.sizes, plan.gate_parts
         gates, weigh = self._gates, None if plan.router is None else plan.router.gates_of_rows(dtype)
         is_exact = dtype == exact(dtype)
-        gatings = [self._gating(group) for group in weights.groups]
+        gatings = [self._gating(group, dtype) for group in weights.groups]
         first, only = len(gatings), gatings[0] if len(gatings) == 1 else None
 
         def route(x: Tensor) -> None:
@@ -117,7 +117,7 @@ class Decoding:
         if [len(group.names) for group in weights.groups] == [1]:
             return self._gating_one(weights.groups[0], weights)
         joined, bias = weights.joined.detach(), weights.bias
-        sizes, gatings = weights.sizes, [self._gating(group) for group in weights.groups]
+        sizes, gatings = weights.sizes, [self._gating(group, joined.dtype) for group in weights.groups]
 
         def read(x: Tensor) -> None:
             parts = rows_of(x.squeeze(1), joined, bias).split_with_sizes(sizes)
@@ -126,12 +126,12 @@ class Decoding:
 
         return read
 
-    def _gating(self, group: Group) -> Read:
+    def _gating(self, group: Group, dtype: torch.dtype) -> Read:
         """Give what gates the rows of a group of experts, each with one copy, as `gate_group` does."""
         if len(group.names) == 1:
             return self._gating_one(group)
         names, part, scale, activation, width, _ = group
-        noted, gates, gated = self._rows, self._gates, self._has_router
+        noted, gates, gated, is_exact = self._rows, self._gates, self._has_router, dtype == exact(dtype)
 
         def gate_several(rows: Tensor) -> None:
             if activation is not None:
@@ -141,6 +141,8 @@ class Decoding:
             by_expert = rows.view(len(names), width, -1)
             if gated:
                 by_expert = by_expert * gates[part].unsqueeze(1)
+            if not is_exact:
+                by_expert = cast(by_expert, dtype)
             noted.update(zip(names, by_expert.unbind(), strict=True))
 
         return gate_several

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moa_peft.experts.base import Prompt
-from moa_peft.products import at_least_float32, cast
+from moa_peft.products import at_least_float32, cast, exact
 
 ALIGNMENT = 64
 """Bytes; where torch's own allocator puts a tensor."""
@@ -161,7 +161,7 @@ def add_rows(output: Tensor, rows: Tensor, up: Tensor, columns: tuple[int, int] 
     Args:
         output: Float, contiguous, [..., D_out], the frozen layer's own; it is overwritten.
         rows: Of its dtype, [K, M], gated; gradients flow to them.
-        up: Of its dtype, [D_out, K], likewise.
+        up: Float, [D_out, K], likewise; cast to the dtype of ``output``.
         columns: Start and end of the columns of ``output`` that the change is for; None for all.
 
     Returns:
@@ -169,7 +169,7 @@ def add_rows(output: Tensor, rows: Tensor, up: Tensor, columns: tuple[int, int] 
     """
     if torch.is_grad_enabled():
         return _AddRows.apply(output, rows, up, columns)
-    _columns(output, columns).addmm_(rows.t(), up.t())
+    _columns(output, columns).addmm_(rows.t(), cast(up, output.dtype).t())
     return output
 
 
@@ -185,8 +185,9 @@ class _AddRows(torch.autograd.Function):
         ctx: Any, output: Tensor, rows: Tensor, up: Tensor, columns: tuple[int, int] | None
     ) -> Tensor:
         ctx.mark_dirty(output)
+        ctx.columns, ctx.up_dtype = columns, up.dtype
+        up = cast(up, output.dtype)
         ctx.save_for_backward(rows, up)
-        ctx.columns = columns
         _columns(output, columns).addmm_(rows.t(), up.t())
         return output
 
@@ -195,7 +196,10 @@ class _AddRows(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch calls it by position
         rows, up = ctx.saved_tensors
         above = _columns(gradient.contiguous(), ctx.columns)  # [M, D_out]
-        return gradient, up.t() @ above.t(), (rows @ above).t(), None
+        to_up = (rows @ above).t()
+        if ctx.up_dtype != up.dtype:  # one copy that casts and lies as a parameter's gradient shall lie
+            to_up = torch.empty(up.shape, dtype=ctx.up_dtype, device=up.device).copy_(to_up)
+        return gradient, up.t() @ above.t(), to_up, None
 
 
 def add_attended(
@@ -247,10 +251,11 @@ class _AddAttended(torch.autograd.Function):
         to_weight = (to_gated * shares).unflatten(1, (weight.shape[1], -1)).sum(2)  # [H, N, M]
         to_shares = _weighted(to_gated, weight)
         mean = (to_weight * weight).sum(1, keepdim=True)  # of the gradient of the shares, over the prompt
-        to_scores = cast(shares * (to_shares - mean) * ctx.scaling, dtype)
-        to_query = torch.bmm(to_scores.transpose(1, 2), keys)  # [H, M, D]
+        to_scores = cast(shares * (to_shares - mean), dtype)
+        to_query = _scaled_product(to_scores.transpose(1, 2), keys, ctx.scaling)  # [H, M, D]
         to_query = to_query.view(len(keys), len(query), -1, keys.shape[-1]).transpose(0, 1)
-        return gradient, to_query, torch.bmm(to_scores, vectors), to_values, to_weight, None
+        to_keys = _scaled_product(to_scores, vectors, ctx.scaling)
+        return gradient, to_query, to_keys, to_values, to_weight, None
 
 
 def _token_vectors(query: Tensor) -> Tensor:
@@ -260,7 +265,13 @@ def _token_vectors(query: Tensor) -> Tensor:
 
 def _shares(vectors: Tensor, keys: Tensor, scaling: float) -> Tensor:
     """Softmax over a prompt for each token and head: float32, [H, P, M]."""
-    return at_least_float32(torch.bmm(keys, vectors.transpose(1, 2)) * scaling).softmax(1)
+    scores = _scaled_product(keys, vectors.transpose(1, 2), scaling)
+    return scores.softmax(1, dtype=exact(scores.dtype))
+
+
+def _scaled_product(one: Tensor, other: Tensor, scaling: float) -> Tensor:
+    """``scaling * (one @ other)`` for two batches of matrices, rounded once."""
+    return torch.baddbmm(one.new_empty(()), one, other, beta=0, alpha=scaling)
 
 
 def _weighted(shares: Tensor, weight: Tensor) -> Tensor:
