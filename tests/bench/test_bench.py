@@ -1,9 +1,11 @@
 """`moa bench`: rows that say what was done, and when they must not be published."""
 
 import dataclasses
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +101,9 @@ def test_a_token_of_soft_moa_takes_no_more_kernels_than_one_of_lora() -> None:
     assert rows["soft-moa-no-prompt"].kernels <= 20
 
 
-def test_bytes_kept_count_a_storage_once_and_no_parameter() -> None:
+def test_bytes_kept_count_a_storage_once_and_no_parameter_and_are_freed() -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -111,10 +115,14 @@ def test_bytes_kept_count_a_storage_once_and_no_parameter() -> None:
 
         def forward(self, inputs_embeds: torch.Tensor, labels: Any, use_cache: bool) -> Any:
             x = inputs_embeds * self.weight
-            return type("Output", (), {"loss": (x * x + x.view(-1).exp().view(x.shape)).sum()})
+            kept_by_its_own_node = x.view(-1).exp()
+            made.append(weakref.ref(kept_by_its_own_node))
+            return type("Output", (), {"loss": (x * x + kept_by_its_own_node.view(x.shape)).sum()})
 
     kept = work.saved_bytes(Twice(), torch.zeros(1, 3, dtype=torch.long))
     assert kept == 3 * (3 * 4 * 4)  # the embedded tokens, x, and exp's own result
+    gc.collect()
+    assert made[0]() is None
 
 
 def test_a_copy_shares_the_frozen_weights_and_every_expert_speaks() -> None:

@@ -66,7 +66,7 @@ def saved_bytes(model: nn.Module, ids: Tensor) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             seen[storage.data_ptr()] = storage  # kept alive, so that no address is used twice
-        return tensor
+        return tensor.detach()  # a node that held its own output would never be freed
 
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)  # type: ignore[operator]  # a language model's
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
