@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from moa_peft import MoAConfig, RouterConfig, mixture_layers
+from moa_peft import MoAConfig, RouterConfig, ThresholdConfig, mixture_layers
 from moa_peft.decoding import Decoding
 from moa_peft.errors import RunError
 from moa_peft.kept_weights import KeptWeights
@@ -87,6 +87,26 @@ def test_a_generation_equals_that_of_the_plain_path(
     model = mixture_model(family, method)
     close(both_ways(monkeypatch, lambda: generated(model, tokens())))
     assert len(decoded) == (NEW_TOKENS - 1) * len(mixture_layers(model))
+
+
+@pytest.mark.parametrize(
+    "threshold", [{"maximum": 0.5}, {"maximum": 1.0, "at_least_one": False}, {"constant": 0.5}]
+)
+def test_every_kind_of_threshold_is_decoded(
+    threshold: dict[str, Any], monkeypatch: pytest.MonkeyPatch, decoded: list[Tensor]
+) -> None:
+    config = MoAConfig.preset(
+        "sparse-moa", router=RouterConfig(kind="swiglu", threshold=ThresholdConfig(**threshold))
+    )
+    model = get_peft_model(base_model("llama"), config)
+    awaken(model)
+    close(both_ways(monkeypatch, lambda: generated(model.eval(), tokens())))
+    assert decoded
+    gates: list[Tensor] = []
+    [(_, layer), *_] = mixture_layers(model)
+    layer.observer = lambda record: gates.append(record.gates)
+    model(tokens())
+    assert 0 < (gates[0] == 0).sum() < gates[0].numel()  # some are off
 
 
 @pytest.mark.parametrize("method", ["soft-moa", "sparse-moa"])

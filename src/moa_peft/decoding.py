@@ -1,7 +1,8 @@
 """Decoding: a block's pass for one token of each row, where Python's own time outweighs that of the arithmetic.
 
 It computes what `BlockPass` computes, of the weights that has kept. Whatever has one answer for all tokens is asked beforehand:
-what is left is a function for each module, which holds the weights that it needs.
+what is left is a function for each module, which holds the weights that it needs. Small vectors lie with a row for each
+token here, as the modules' outputs do, and need not be turned about.
 
 Sizes: B rows, D_in and D_out of a module, K rows of all weights that read one input, H heads of size D, P vectors of a prompt.
 """
@@ -10,12 +11,10 @@ import operator
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moa_peft.block_pass import InputWeights
 from moa_peft.experts.base import Prompt
-from moa_peft.fused import rows_of
 from moa_peft.plan import MLP_INPUT, PROJECTION_INPUT, Columns, Group, Plan, Work
 from moa_peft.products import at_least_float32, cast, exact
 
@@ -53,8 +52,8 @@ class Decoding:
     def __init__(self, plan: Plan, dtype: torch.dtype) -> None:
         kept = plan.mixture.kept
         self._has_router = plan.router is not None
-        self._gates: list[Tensor] = []  # float32, [C_part, B] for each of the plan's parts
-        self._rows: dict[str, Tensor] = {}  # gated, of each expert, [r, B], and of its bias, [1, B]
+        self._gates: list[Tensor] = []  # float32, [B, C_part] for each of the plan's parts
+        self._rows: dict[str, Tensor] = {}  # gated, of each expert, [B, r], and of its bias, [B, 1]
         inputs: dict[str, InputWeights] = {name: kept.made((name, dtype)) for name in plan.readers}
         self.route = self._routing(plan, inputs.pop(PROJECTION_INPUT, None), dtype)
         reads = {name: self._reading(weights) for name, weights in inputs.items()}
@@ -90,20 +89,20 @@ class Decoding:
             return lambda x: None  # noqa: ARG005  # nothing reads it
         joined, bias, late_bias = _product(weights)
         sizes, parts = weights.sizes, plan.gate_parts
-        gates, weigh = self._gates, None if plan.router is None else plan.router.gates_of_rows(dtype)
+        gates, weigh = self._gates, None if plan.router is None else plan.router.gates_of_rows(dtype, 1)
         is_exact = dtype == exact(dtype)
         gatings = [self._gating(group, dtype) for group in weights.groups]
         first, only = len(gatings), gatings[0] if len(gatings) == 1 else None
 
         def route(x: Tensor) -> None:
             flat = x.squeeze(1)
-            product = F.linear(joined, flat) if bias is None else torch.addmm(bias, joined, flat.t())
+            product = torch.mm(flat, joined) if bias is None else torch.addmm(bias, flat, joined)
             if late_bias is not None:
                 product = product + late_bias
-            rows = product.split_with_sizes(sizes)
+            rows = product.split_with_sizes(sizes, 1)
             if weigh is not None:
                 read = rows[first:] if is_exact else [at_least_float32(one) for one in rows[first:]]
-                gates[:] = weigh(*read).split_with_sizes(parts)
+                gates[:] = weigh(*read).split_with_sizes(parts, 1)
             if only is not None:
                 only(rows[0])
                 return
@@ -116,12 +115,15 @@ class Decoding:
         """Give what multiplies an input by the weights of the experts that read it, and gates them."""
         if [len(group.names) for group in weights.groups] == [1]:
             return self._gating_one(weights.groups[0], weights)
-        joined, bias = weights.joined.detach(), weights.bias
+        joined, bias, late_bias = _product(weights)
         sizes, gatings = weights.sizes, [self._gating(group, joined.dtype) for group in weights.groups]
 
         def read(x: Tensor) -> None:
-            parts = rows_of(x.squeeze(1), joined, bias).split_with_sizes(sizes)
-            for gate, rows in zip(gatings, parts, strict=True):
+            flat = x.squeeze(1)
+            product = torch.mm(flat, joined) if bias is None else torch.addmm(bias, flat, joined)
+            if late_bias is not None:
+                product = product + late_bias
+            for gate, rows in zip(gatings, product.split_with_sizes(sizes, 1), strict=True):
                 gate(rows)
 
         return read
@@ -138,12 +140,12 @@ class Decoding:
                 rows = activation(rows)
             if scale != 1:
                 rows = rows * scale
-            by_expert = rows.view(len(names), width, -1)
+            by_expert = rows.view(-1, len(names), width)
             if gated:
-                by_expert = by_expert * gates[part].unsqueeze(1)
+                by_expert = by_expert * gates[part].unsqueeze(2)
             if not is_exact:
                 by_expert = cast(by_expert, dtype)
-            noted.update(zip(names, by_expert.unbind(), strict=True))
+            noted.update(zip(names, by_expert.unbind(1), strict=True))
 
         return gate_several
 
@@ -161,7 +163,7 @@ class Decoding:
         def gate_one(rows: Tensor) -> None:
             if joined is not None:
                 flat = rows.squeeze(1)
-                rows = F.linear(joined, flat) if bias is None else torch.addmm(bias, joined, flat.t())
+                rows = torch.mm(flat, joined) if bias is None else torch.addmm(bias, flat, joined)
             if late_bias is not None:
                 rows = rows + late_bias
             if activation is not None:
@@ -172,7 +174,7 @@ class Decoding:
             if gate is not None:
                 rows = rows * gate
             if has_up_bias:
-                noted[bias_name] = rows.new_ones((1, rows.shape[1])) if gate is None else gate
+                noted[bias_name] = rows.new_ones((len(rows), 1)) if gate is None else gate
             noted[name] = rows
 
         return gate_one
@@ -188,7 +190,7 @@ class Decoding:
         def add_one(output: Tensor, x: Tensor) -> Tensor:
             for read in reads:
                 read(x)
-            output.squeeze(1).addmm_(noted[first].t(), up)
+            output.squeeze(1).addmm_(noted[first], up)
             return output
 
         def add(output: Tensor, x: Tensor) -> Tensor:
@@ -196,30 +198,31 @@ class Decoding:
                 one(output, x)
             for read in reads:
                 read(x)
-            joined = noted[first] if several is None else torch.cat(several(noted))
+            joined = noted[first] if several is None else torch.cat(several(noted), 1)
             flat = output.squeeze(1)
             if columns is not None:
                 flat = flat[:, columns[0] : columns[1]]
-            flat.addmm_((joined if is_exact else cast(joined, dtype)).t(), up)
+            flat.addmm_(joined if is_exact else cast(joined, dtype), up)
             return output
 
         return add_one if several is None and columns is None and not before and is_exact else add
 
     def _attending(self, part: int, prompt: Prompt, before: Attend | None) -> Attend:
         """Give what adds the change of a prompt, its heads' scales multiplied in beforehand, after those of others."""
-        gates, gated, keys = self._gates, self._has_router, prompt.keys
+        gates, gated, keys = self._gates, self._has_router, prompt.keys.transpose(1, 2)  # [H, D, P]
         values = cast(prompt.values * prompt.head_scale.view(-1, 1, 1), prompt.values.dtype)
+        nothing, score_dtype = keys.new_empty(()), exact(keys.dtype)
 
         def attend(output: Tensor, query: Tensor, scaling: float) -> Tensor:
             if before is not None:
                 before(output, query, scaling)
-            vectors = query.squeeze(2).permute(1, 2, 0)  # [H, D, B]
-            shares = at_least_float32(torch.bmm(keys, vectors) * scaling).softmax(1)  # [H, P, B]
+            vectors = query.squeeze(2).transpose(0, 1)  # [H, B, D]
+            scores = torch.baddbmm(nothing, vectors, keys, beta=0, alpha=scaling)  # [H, B, P]
+            shares = scores.softmax(2, dtype=score_dtype)
             if gated:
                 shares = shares * gates[part]
-            by_head = output.squeeze(1).transpose(0, 1)  # [H, B, D]
             dtype = output.dtype  # some attentions give another than their query's
-            by_head.baddbmm_(cast(shares, dtype).transpose(1, 2), cast(values, dtype))
+            output.squeeze(1).transpose(0, 1).baddbmm_(cast(shares, dtype), cast(values, dtype))
             return output
 
         return attend
@@ -230,14 +233,14 @@ def _bias_of(name: str) -> str:
 
 
 def _product(weights: InputWeights) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Weights of an input's product, [K, D_in], and their bias, [K, 1]: one that the product adds, or one to add to it.
+    """Weights of an input's product, [D_in, K], and their bias, [1, K]: one that the product adds, or one to add to it.
 
     Tensors that want gradients cost each operator a microsecond, though none are made.
     """
-    joined, bias = weights.joined.detach(), weights.bias
-    if bias is None:
+    joined = weights.joined.detach().t()
+    if weights.bias is None:
         return joined, None, None
-    bias = bias.detach()
+    bias = weights.bias.detach().t()
     return (joined, bias, None) if bias.dtype == joined.dtype else (joined, None, bias)
 
 

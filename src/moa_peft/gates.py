@@ -90,10 +90,14 @@ class Gate(nn.Module):
         """
         raise NotImplementedError
 
-    def of_rows(self) -> Callable[..., Tensor] | None:
+    def of_rows(self, dim: int = 0) -> Callable[..., Tensor] | None:  # noqa: ARG002  # for subclasses
         """Give the function that makes the gates alone, where nobody asks for more; None to have that done by `forward`.
 
-        It takes what `forward` takes but ``x``, with a column for each token, [E, M] and [K, M], and gives [E, M].
+        Args:
+            dim: Where the experts are: 0, with a column for each token; 1, with a row for each.
+
+        Returns:
+            It takes what `forward` takes but ``x``, [E, M] and [K, M] (or [M, E] and [M, K]), and gives [E, M] (or [M, E]).
         """
         return None
 
@@ -148,7 +152,7 @@ class SigmoidGate(Gate):
         gates = sparse_gates(scores, threshold, bandwidth=sparse.bandwidth, at_least_one=sparse.at_least_one)
         return Weights(gates=gates, threshold=threshold)
 
-    def of_rows(self) -> Callable[..., Tensor]:
+    def of_rows(self, dim: int = 0) -> Callable[..., Tensor]:
         """Give the function that makes the gates alone; see `Gate.of_rows`."""
         sparse = self.config.threshold
         if sparse is None:
@@ -164,9 +168,11 @@ class SigmoidGate(Gate):
                 threshold = logits.new_full((1, 1), constant)
             if torch.is_grad_enabled():
                 threshold = threshold.detach() if is_dead else threshold
-                return sparse_gates(scores, threshold, bandwidth=bandwidth, at_least_one=at_least_one, dim=0)
+                return sparse_gates(
+                    scores, threshold, bandwidth=bandwidth, at_least_one=at_least_one, dim=dim
+                )
             if at_least_one:
-                threshold = torch.minimum(threshold, scores.amax(dim=0, keepdim=True))
+                threshold = torch.minimum(threshold, scores.amax(dim=dim, keepdim=True))
             return scores.masked_fill_(scores < threshold, 0)
 
         return gates
@@ -197,9 +203,9 @@ class SoftmaxGate(Gate):
         """Weigh by the softmax; see `Gate.forward`."""
         return Weights(gates=logits.softmax(dim=-1))
 
-    def of_rows(self) -> Callable[..., Tensor]:
+    def of_rows(self, dim: int = 0) -> Callable[..., Tensor]:
         """Give the function that makes the gates alone; see `Gate.of_rows`."""
-        return lambda logits: logits.softmax(dim=0)
+        return lambda logits: logits.softmax(dim=dim)
 
 
 @register_gate("top-k")

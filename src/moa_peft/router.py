@@ -37,7 +37,7 @@ class LinearRouter(nn.Module):
         """Give the float32 logits [..., E] as the layer made them."""
         return logits
 
-    def of_rows(self, dtype: torch.dtype, then: "RowsOfRows | None" = None) -> "RowsOfRows":  # noqa: ARG002  # nothing is left to multiply
+    def of_rows(self, dtype: torch.dtype, then: "RowsOfRows | None" = None, dim: int = 0) -> "RowsOfRows":  # noqa: ARG002  # nothing is left to multiply
         """Give the function that does what `forward` does with a column for each token; see `SwiGLURouter.of_rows`."""
         return then or self.forward
 
@@ -65,23 +65,27 @@ class SwiGLURouter(nn.Module):
         """Map what W1 and W3 made, float32 [..., hidden], to float32 logits [..., E]."""
         return low_precision_product(F.silu(first) * third, self.w2)
 
-    def of_rows(self, dtype: torch.dtype, then: "RowsOfRows | None" = None) -> "RowsOfRows":
-        """Give the function that does what `forward` does with a column for each token.
+    def of_rows(self, dtype: torch.dtype, then: "RowsOfRows | None" = None, dim: int = 0) -> "RowsOfRows":
+        """Give the function that does what `forward` does with a column for each token, or a row.
 
         It holds the weights as they are now.
 
         Args:
             dtype: Of the product.
             then: Takes the logits, and the rows of what follows the router's own layers; None to give the logits.
+            dim: Where the hidden units are: 0, with a column for each token; 1, with a row for each.
         """
         weight = cast(self.w2.weight, dtype)
         bias = None if self.w2.bias is None else cast(self.w2.bias, dtype).unsqueeze(1)
         if not torch.is_grad_enabled():
             weight, bias = weight.detach(), None if bias is None else bias.detach()
+        if dim == 1:
+            weight, bias = weight.t(), None if bias is None else bias.t()
 
         def logits(first: Tensor, third: Tensor, *others: Tensor) -> Tensor:
             hidden = F.silu(first) * third
-            made = weight @ hidden if bias is None else torch.addmm(bias, weight, hidden)
+            factors = (weight, hidden) if dim == 0 else (hidden, weight)
+            made = torch.mm(*factors) if bias is None else torch.addmm(bias, *factors)
             return made if then is None else then(made, *others)
 
         return logits
@@ -186,19 +190,20 @@ class Router(nn.Module):
 
         return weigh
 
-    def gates_of_rows(self, dtype: torch.dtype) -> "RowsOfRows | None":
-        """Give the function that makes the gates alone of what each layer made, [K, M] each.
+    def gates_of_rows(self, dtype: torch.dtype, dim: int = 0) -> "RowsOfRows | None":
+        """Give the function that makes the gates alone of what each layer made, [K, M] each, or [M, K].
 
         It holds the weights as they are now.
 
         Args:
             dtype: That of the products.
+            dim: Where the K are, and the experts of what it gives.
 
         Returns:
-            It gives float32, [E, M]; None for a gate that has no `Gate.of_rows`.
+            It gives float32, [E, M] or [M, E]; None for a gate that has no `Gate.of_rows`.
         """
-        gate = self.gate.of_rows()
-        return None if gate is None else self.logits.of_rows(exact(dtype), gate)
+        gate = self.gate.of_rows(dim)
+        return None if gate is None else self.logits.of_rows(exact(dtype), gate, dim)
 
     @property
     def reads_projection_input(self) -> bool:
