@@ -11,14 +11,18 @@ Row = Mapping[str, Any]
 
 
 def benchmarks() -> str:
-    """One table for each piece of work; rows with objections are left out."""
+    """One table for each piece of work, by device; rows with objections are left out."""
     rows = [row for row in read_rows(FILE) if not row["objections"]]
-    groups: dict[tuple[Any, ...], list[Row]] = {}
+    devices: dict[str, dict[tuple[Any, ...], list[Row]]] = {}
     for row in rows:
-        groups.setdefault(
-            (row["kind"], row["work"], row["model"], row["num_layers"], row["dtype"]), []
-        ).append(row)
-    return "\n\n".join(table(group) for group in groups.values())
+        groups = devices.setdefault(row["provenance"]["device"], {})
+        key = (row["kind"], row["work"], row["model"], row["num_layers"], row["dtype"], row["baseline"])
+        groups.setdefault(key, []).append(row)
+    sections = [
+        "\n\n".join([f"## {device}", *[table(group) for group in groups.values()]])
+        for device, groups in devices.items()
+    ]
+    return "\n\n".join(sections)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -26,9 +30,9 @@ def table(rows: Sequence[Row]) -> str:
     first = rows[0]
     columns = [one for one in COLUMNS if any(one[1](row) != "-" for row in rows)]
     lines = [
-        f"## {first['kind'].capitalize()}: {first['work']}",
+        f"### {first['kind'].capitalize()}: {first['work']}",
         "",
-        f"{first['model']}, {first['num_layers']} blocks, {first['dtype']}.",
+        f"{first['model']}, {first['num_layers']} blocks, {first['dtype']}, in turn with `{first['baseline']}`.",
         "",
         "| " + " | ".join(name.format(**first) for name, _ in columns) + " |",
         "|" + " --- |" * len(columns),
