@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moa_peft.block_pass import InputWeights
 from moa_peft.experts.base import Prompt
+from moa_peft.fused import rows_of
 from moa_peft.plan import MLP_INPUT, PROJECTION_INPUT, Columns, Group, Plan, Work
 from moa_peft.products import at_least_float32, cast, exact
 
@@ -115,15 +116,12 @@ class Decoding:
         """Give what multiplies an input by the weights of the experts that read it, and gates them."""
         if [len(group.names) for group in weights.groups] == [1]:
             return self._gating_one(weights.groups[0], weights)
-        joined, bias, late_bias = _product(weights)
+        joined, bias = weights.joined.detach(), weights.bias
         sizes, gatings = weights.sizes, [self._gating(group, joined.dtype) for group in weights.groups]
 
         def read(x: Tensor) -> None:
-            flat = x.squeeze(1)
-            product = torch.mm(flat, joined) if bias is None else torch.addmm(bias, flat, joined)
-            if late_bias is not None:
-                product = product + late_bias
-            for gate, rows in zip(gatings, product.split_with_sizes(sizes, 1), strict=True):
+            parts = rows_of(x.squeeze(1), joined, bias).t().split_with_sizes(sizes, 1)
+            for gate, rows in zip(gatings, parts, strict=True):
                 gate(rows)
 
         return read
