@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moa_peft.bench.rows import tokens_per_second
 from moa_peft.json_lines import read_rows
 
 FILE = Path(__file__).parent / "results" / "bench.jsonl"
@@ -51,14 +52,6 @@ def source(row: Row) -> str:
     return f"`{command}` at commit `{made['commit'][:9]}`; {made['device']}, {made['threads']} threads; {versions}; {made['taken_at']}."
 
 
-def speed(row: Row) -> str:
-    """Tokens a second."""
-    if not row["pairs"]:
-        return "-"
-    each = row["new_tokens"] if row["kind"] == "decode" else row["length"]
-    return f"{row['batch_size'] * each / row['step_ms'][1] * 1e3:,.0f}"
-
-
 def spread(values: Sequence[float] | None) -> str:
     """A median with its quartiles."""
     return "-" if values is None else f"{values[1]:.3f} ({values[0]:.3f}-{values[2]:.3f})"
@@ -76,7 +69,7 @@ COLUMNS: Sequence[tuple[str, Callable[[Row], str]]] = (
     ),
     ("parameters", number("trainable_parameters", ",")),
     ("ms", lambda row: f"{row['step_ms'][1]:,.0f}" if row["pairs"] else "-"),
-    ("tokens/s", speed),
+    ("tokens/s", lambda row: f"{speed:,.0f}" if (speed := tokens_per_second(row)) else "-"),
     ("over `{baseline}`", lambda row: spread(row["over_baseline"])),
     ("over `frozen`", lambda row: spread(row["over_frozen"])),
     ("kept for backward, MiB", number("saved_mib", ",.1f")),

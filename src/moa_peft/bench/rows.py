@@ -1,5 +1,7 @@
 """One measurement, and when it must not be published."""
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -71,8 +73,7 @@ class BenchRow:
     @property
     def tokens_per_second(self) -> float | None:
         """Tokens of all rows, or those decoded, by the median time; the reading of prompts is part of that."""
-        each = self.new_tokens if self.kind == "decode" else self.length
-        return self.batch_size * (each or 0) / self.step_ms[1] * 1e3 if self.pairs else None
+        return tokens_per_second(dataclasses.asdict(self))
 
     def objections(self) -> list[str]:
         """Reasons not to publish this row; empty when there are none."""
@@ -84,3 +85,9 @@ class BenchRow:
         if self.rms_err is not None and not self.rms_err <= (self.err_limit or 0):  # also catches NaN
             reasons.append(f"error {self.rms_err:g} against the plain path, limit {self.err_limit:g}")
         return reasons
+
+
+def tokens_per_second(row: Mapping[str, Any]) -> float | None:
+    """Do what `BenchRow.tokens_per_second` does with a row as a file of results holds it."""
+    each = row["new_tokens"] if row["kind"] == "decode" else row["length"]
+    return row["batch_size"] * each / row["step_ms"][1] * 1e3 if row["pairs"] else None
