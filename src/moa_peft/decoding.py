@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moa_peft.block_pass import InputWeights
 from moa_peft.experts.base import Prompt
-from moa_peft.fused import rows_of
+from moa_peft.fused import prompt_shares, rows_of
 from moa_peft.plan import MLP_INPUT, PROJECTION_INPUT, Columns, Group, Plan, Work
 from moa_peft.products import at_least_float32, cast, exact
 
@@ -207,20 +207,23 @@ class Decoding:
 
     def _attending(self, part: int, prompt: Prompt, before: Attend | None) -> Attend:
         """Give what adds the change of a prompt, its heads' scales multiplied in beforehand, after those of others."""
-        gates, gated, keys = self._gates, self._has_router, prompt.keys.transpose(1, 2)  # [H, D, P]
+        gates, gated, keys = self._gates, self._has_router, prompt.keys
         values = cast(prompt.values * prompt.head_scale.view(-1, 1, 1), prompt.values.dtype)
-        nothing, score_dtype = keys.new_empty(()), exact(keys.dtype)
 
         def attend(output: Tensor, query: Tensor, scaling: float) -> Tensor:
             if before is not None:
                 before(output, query, scaling)
             vectors = query.squeeze(2).transpose(0, 1)  # [H, B, D]
-            scores = torch.baddbmm(nothing, vectors, keys, beta=0, alpha=scaling)  # [H, B, P]
-            shares = scores.softmax(2, dtype=score_dtype)
+            shares = prompt_shares(vectors, keys, scaling)  # [H, P, B]
             if gated:
-                shares = shares * gates[part]
+                shares = shares * gates[part].t()
+            by_head = output.squeeze(1).transpose(0, 1)  # [H, B, D]
             dtype = output.dtype  # some attentions give another than their query's
-            output.squeeze(1).transpose(0, 1).baddbmm_(cast(shares, dtype), cast(values, dtype))
+            factors = cast(shares, dtype).transpose(1, 2), cast(values, dtype)
+            if by_head.is_cpu and not by_head.is_contiguous():  # torch would multiply head by head
+                by_head.add_(torch.bmm(*factors))
+            else:
+                by_head.baddbmm_(*factors)
             return output
 
         return attend

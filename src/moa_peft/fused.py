@@ -233,7 +233,7 @@ class _AddAttended(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(query, keys, values, weight)
         ctx.scaling = scaling
-        gated = _weighted(_shares(_token_vectors(query), keys, scaling), weight)
+        gated = _weighted(prompt_shares(_token_vectors(query), keys, scaling), weight)
         total = output.clone(memory_format=torch.contiguous_format)
         by_head = total.view(-1, *total.shape[-2:]).transpose(0, 1)  # [H, M, D]
         by_head.baddbmm_(cast(gated, total.dtype).transpose(1, 2), cast(values, total.dtype))
@@ -244,7 +244,7 @@ class _AddAttended(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch calls it by position
         query, keys, values, weight = ctx.saved_tensors
         vectors, dtype = _token_vectors(query), keys.dtype
-        shares = _shares(vectors, keys, ctx.scaling)
+        shares = prompt_shares(vectors, keys, ctx.scaling)
         above = cast(gradient, dtype).reshape(-1, *gradient.shape[-2:]).transpose(0, 1)  # [H, M, D]
         to_values = torch.bmm(cast(_weighted(shares, weight), dtype), above)
         to_gated = at_least_float32(torch.bmm(values, above.transpose(1, 2)))  # [H, P, M]
@@ -263,8 +263,8 @@ def _token_vectors(query: Tensor) -> Tensor:
     return query.transpose(0, 1).flatten(1, 2)
 
 
-def _shares(vectors: Tensor, keys: Tensor, scaling: float) -> Tensor:
-    """Softmax over a prompt for each token and head: float32, [H, P, M]."""
+def prompt_shares(vectors: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """Softmax over a prompt for each token and head: float32, [H, P, M], of [H, M, D] and [H, P, D]."""
     scores = _scaled_product(keys, vectors.transpose(1, 2), scaling)
     return scores.softmax(1, dtype=exact(scores.dtype))
 
