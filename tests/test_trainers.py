@@ -94,7 +94,13 @@ def test_continuous_batching_gives_the_greedy_tokens_of_plain_generation(method:
 
     end = alone(prompts[0], -1)[2]  # the first request ends early, so that another starts among running ones
     greedy = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=end)
-    batching = ContinuousBatchingConfig(allow_block_sharing=False, max_requests_per_batch=3, page_size=4)
+    batching = ContinuousBatchingConfig(
+        allow_block_sharing=False,
+        max_requests_per_batch=3,
+        page_size=4,
+        num_blocks=32,  # by itself it takes nearly all memory, which two tests at once do not find
+        max_batch_tokens=64,
+    )
     outputs = model.get_base_model().generate_batch(
         inputs=prompts, generation_config=greedy, continuous_batching_config=batching
     )
