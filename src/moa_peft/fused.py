@@ -12,7 +12,7 @@ Sizes: B rows, T tokens of a row, M = B * T, D_in and D_out of a site, K rows of
 P vectors of a prompt, N copies of an expert.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,19 @@ ALIGNMENT = 64
 
 PIECE = 128
 """Tokens of an input that are made again at once."""
+
+
+Backward = Callable[..., tuple[Tensor | None, ...]]
+
+
+def _differentiable_once(backward: Backward) -> Backward:
+    """Do what torch's decorator does, which takes 6 us a call, only where somebody asks for a graph of the backward pass."""
+    guarded: Backward = once_differentiable(backward)
+
+    def as_asked(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, *gradients)
+
+    return as_asked
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -120,8 +133,8 @@ class _Through(torch.autograd.Function):
         return x.view_as(x), rows_of(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, to_x: Tensor | None, to_rows: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch calls it by position
+    @_differentiable_once
+    def backward(ctx: Any, to_x: Tensor | None, to_rows: Tensor | None) -> tuple[Tensor | None, ...]:
         if to_rows is None:
             return to_x, None, None, None, None, None
         *inputs, weight = ctx.saved_tensors
@@ -192,14 +205,14 @@ class _AddRows(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch calls it by position
+    @_differentiable_once
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, up = ctx.saved_tensors
         above = _columns(gradient.contiguous(), ctx.columns)  # [M, D_out]
-        to_up = (rows @ above).t()
+        to_up = torch.mm(rows, above).t()
         if ctx.up_dtype != up.dtype:  # one copy that casts and lies as a parameter's gradient shall lie
             to_up = torch.empty(up.shape, dtype=ctx.up_dtype, device=up.device).copy_(to_up)
-        return gradient, up.t() @ above.t(), to_up, None
+        return gradient, torch.mm(up.t(), above.t()), to_up, None
 
 
 def add_attended(
@@ -240,8 +253,8 @@ class _AddAttended(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch calls it by position
+    @_differentiable_once
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, keys, values, weight = ctx.saved_tensors
         vectors, dtype = _token_vectors(query), keys.dtype
         shares = prompt_shares(vectors, keys, ctx.scaling)
