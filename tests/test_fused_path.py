@@ -75,6 +75,17 @@ def test_an_input_read_on_its_way_gets_the_same_gradients(in_place: bool, biased
         torch.testing.assert_close(one, two)
 
 
+def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
+    new = {"dtype": torch.float64, "requires_grad": True}
+    x, down, up = torch.randn(2, 5, 7, **new), torch.randn(3, 7, **new), torch.randn(6, 3, **new)
+    through, rows = read_through(x, down)
+    output = add_rows(F.linear(through, torch.randn(6, 7, dtype=torch.float64)), rows, up)
+    for one in (down, up):
+        (first,) = torch.autograd.grad(output.square().sum(), one, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            first.sum().backward()
+
+
 def test_tokens_beyond_one_piece_are_made_again_too() -> None:
     torch.manual_seed(0)
     first, second = (torch.randn(3, PIECE - 1, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
