@@ -29,12 +29,11 @@ ALIGNMENT = 64
 PIECE = 128
 """Tokens of an input that are made again at once."""
 
-
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 def _differentiable_once(backward: Backward) -> Backward:
-    """Do what torch's decorator does, which takes 6 us a call, only where somebody asks for a graph of the backward pass."""
+    """Do what torch's decorator does, which each call pays for, only where somebody asks for a graph of the backward pass."""
     guarded: Backward = once_differentiable(backward)
 
     def as_asked(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -1,7 +1,7 @@
 """Timing in turn, so that a machine whose speed drifts is as slow for each: A B C, B A C, ...
 
-The order changes from round to round: whoever always ran after the same other would always find the memory that it leaves
-(LoRA after the frozen model took 4 % more page faults than LoRA after LoRA, and 1 % more time).
+The order changes from round to round: whoever always ran after the same other would always find the memory that it leaves,
+and pay for what is missing.
 """
 
 import random
