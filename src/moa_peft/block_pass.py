@@ -17,7 +17,7 @@ from moa_peft.experts.base import AttentionExpert
 from moa_peft.fused import add_attended, add_rows, compute_dtype, read_through, rows_of, stacked
 from moa_peft.kept_weights import KeptWeights
 from moa_peft.layer import Place
-from moa_peft.plan import PROJECTION_INPUT, Columns, Group, Plan, Source, Work, sources
+from moa_peft.plan import PROJECTION_INPUT, Columns, Group, Plan, Source, Work
 from moa_peft.products import at_least_float32, cast
 from moa_peft.router import Read, Router, Routing, RowsOfRows, WeightsOfRows
 from moa_peft.tokens import CallTokens
@@ -239,17 +239,19 @@ class BlockPass:
     def _input_weights(
         self, name: str, groups: tuple[Group, ...], device: torch.device, dtype: torch.dtype
     ) -> InputWeights:
-        key = name, self.mixture.training
-        found = self.plan.sources.get(key)
-        if found is None:
-            found = self.plan.sources[key] = sources(self.mixture, self.plan.readers[name])
-        weights = [source() for source in found.weights]
-        bias = None if found.biases is None else _joined_bias(found.biases)
+        found = self.plan.sources_of(name)
+        beside = self.mixture.side_by_side.get(name)
+        laid = beside.joined() if beside is not None and beside.sources is found else None
+        if laid is None:
+            weight = stacked([source() for source in found.weights], dtype)
+            bias = None if found.biases is None else _joined_bias(found.biases)
+        else:
+            weight, bias = cast(laid[0], dtype), None if laid[1] is None else at_least_float32(laid[1])
         routers, block_gates = found.routers, self._gates_alone(found.routers, device, dtype)
         if block_gates is not None:
             routers = routers[:-1]
         return InputWeights(
-            joined=stacked(weights, dtype),
+            joined=weight,
             bias=bias,
             sizes=found.sizes,
             groups=groups,

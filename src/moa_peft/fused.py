@@ -181,7 +181,7 @@ def add_rows(output: Tensor, rows: Tensor, up: Tensor, columns: tuple[int, int] 
     """
     if torch.is_grad_enabled():
         return _AddRows.apply(output, rows, up, columns)
-    _columns(output, columns).addmm_(rows.t(), cast(up, output.dtype).t())
+    _columns(output, columns).t().addmm_(cast(up, output.dtype), rows)
     return output
 
 
@@ -200,7 +200,7 @@ class _AddRows(torch.autograd.Function):
         ctx.columns, ctx.up_dtype = columns, up.dtype
         up = cast(up, output.dtype)
         ctx.save_for_backward(rows, up)
-        _columns(output, columns).addmm_(rows.t(), up.t())
+        _columns(output, columns).t().addmm_(up, rows)
         return output
 
     @staticmethod

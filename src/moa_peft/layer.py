@@ -17,6 +17,7 @@ from moa_peft.router import Router
 
 if TYPE_CHECKING:
     from moa_peft.experts.base import AttentionExpert, LinearExpert
+    from moa_peft.side_by_side import SideBySide
 
 PlacedExpert = tuple[ExpertConfig, LinearSite | AttentionSite]
 """An expert to be made and the site it will work at."""
@@ -42,6 +43,7 @@ class Mixture(nn.Module):
         router: The block's router; None where every gate is 1.
         copy_routers: Routers of the experts that have several copies at their site, by the expert's name.
         kept: Stacked weights, keys and values for decoding.
+        side_by_side: By the name of an input: the weights of everything that reads it on the fused path.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Mixture(nn.Module):
             self._share_prompt_gate()
         self.router = None if router is None else Router(hidden_size, len(self.gate_names), router)
         self.kept = KeptWeights()
+        self.side_by_side: dict[str, SideBySide] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -132,9 +135,13 @@ class Mixture(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Move or cast as torch does, and forget what was kept of the weights as they were."""
+        """Move or cast as torch does, each weight to a place of its own; forget what was kept, and lay what lay side by side."""
         self.kept.clear()
-        return super()._apply(fn, recurse)
+        laid = [one for one in self.side_by_side.values() if one.lies()]
+        super()._apply(fn, recurse)
+        for one in laid:
+            one.follow()
+        return self
 
     def _column(self, name: str, kind: str, router: RouterConfig | None) -> int:
         gate_name = kind if router is not None and router.gate_of == "kind" else name

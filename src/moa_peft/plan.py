@@ -121,6 +121,14 @@ class Plan:
     is_straight: bool
     """Whether all is joined and all gates come of what q, k and v read, so that `moa_peft.decoding` can follow it."""
 
+    def sources_of(self, name: str) -> Sources:
+        """Where the weights of everything that reads an input are; looked for once, and once more in the other mode."""
+        key = name, self.mixture.training
+        found = self.sources.get(key)
+        if found is None:
+            found = self.sources[key] = _sources(self.mixture, self.readers[name])
+        return found
+
 
 def input_of(site: LinearSite | AttentionSite) -> str:
     """The name of what a site reads, the same for sites that read the same tensor."""
@@ -210,7 +218,7 @@ def _is_straight(router: Router) -> bool:
     return router.reads_projection_input and router.gate.of_rows() is not None
 
 
-def sources(mixture: "Mixture", readers: Readers) -> Sources:
+def _sources(mixture: "Mixture", readers: Readers) -> Sources:
     """Find the weights of everything that reads one input; routers may have other layers in training."""
     weights: list[Source] = []
     biases: list[Source | int] = []

@@ -28,6 +28,7 @@ from moa_peft.errors import RunError, UsageError
 from moa_peft.layer import Mixture, Place, PlacedExpert
 from moa_peft.plan import MLP_INPUT, Plan, SiteWork, plan
 from moa_peft.router import Routing
+from moa_peft.side_by_side import lay_readers
 from moa_peft.tokens import ARGUMENT, CallTokens, TokenWatch
 
 MERGE_REFUSAL = (
@@ -154,6 +155,8 @@ class MoALayer(nn.Module, BaseTunerLayer):
             }
             for fused in (False, True)
         }
+        for one in self._plans[True].values():
+            lay_readers(one)
         routed = [mixture for mixture in self.mixtures().values() if mixture.routers()]
         if any(_reads_block(mixture) for mixture in routed) and self.block.block_input is not None:
             self._hook_pre(self.block.block_input, self._note_block_input)

@@ -103,6 +103,13 @@ def test_operators_of_peft_lora_are_those_that_can_be_counted_by_hand() -> None:
     assert (row.operators, row.kernels) == (50, 20)
 
 
+def test_a_training_step_of_soft_moa_takes_no_more_operators_than_one_of_lora() -> None:
+    rows = rows_of("train", "soft-moa-no-prompt")
+    lora, soft = rows["peft-lora"], rows["soft-moa-no-prompt"]
+    assert soft.operators <= lora.operators
+    assert soft.kernels <= lora.kernels
+
+
 def test_a_token_of_soft_moa_takes_no_more_kernels_than_one_of_lora() -> None:
     rows = rows_of("decode", "soft-moa-no-prompt")
     assert rows["peft-lora"].kernels == 20

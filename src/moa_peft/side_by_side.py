@@ -1,0 +1,164 @@
+"""Weights that lie side by side in memory, so that one product with all of them needs no copy of them.
+
+As with torch's recurrent layers, each stays a parameter of its own, whose data is a part of one tensor. Where somebody has
+given a parameter other data since (a sharding, a copy of the model, a load that replaces it), that is noticed, and weights
+are joined by copying.
+
+Sizes: K rows of all weights that read one input, D_in of that input.
+"""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moa_peft.plan import Plan, Sources
+
+
+def lay_readers(plan: Plan) -> None:
+    """Lay the weights of everything that reads one input side by side, input by input."""
+    laid = {name: SideBySide(plan.sources_of(name)) for name in plan.readers}
+    for one in laid.values():
+        one.lay()
+    plan.mixture.side_by_side = laid
+
+
+@dataclass(frozen=True, slots=True)
+class _Laid:
+    """Parameters in their places."""
+
+    parameters: list[Tensor]
+    """Weights, then biases."""
+    addresses: list[int]
+    weight: Tensor
+    """All weights, [K, D_in]."""
+    bias: Tensor | None
+    """All biases, [K, 1], zero for who has none; None where nobody has one."""
+    cut: "_Cut"
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """How what is shaped like the joined tensors falls into parts."""
+
+    sizes: list[int]
+    """Rows of each weight."""
+    bias_sizes: list[int]
+    """Rows of each bias, and of each gap where there is none."""
+    biases: list[int]
+    """Which of those are biases."""
+
+    def __call__(self, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+        """Give the part of each parameter."""
+        parts = list(weight.split_with_sizes(self.sizes))
+        if bias is None:
+            return parts
+        rows = bias.view(-1).split_with_sizes(self.bias_sizes)
+        return parts + [rows[place] for place in self.biases]
+
+
+class SideBySide:
+    """The weights of everything that reads one input, and their biases.
+
+    Args:
+        sources: Where they are.
+
+    Attributes:
+        sources: As given.
+    """
+
+    def __init__(self, sources: Sources) -> None:
+        self.sources = sources
+        self._laid: _Laid | None = None
+
+    def lay(self) -> None:
+        """Give the parameters their places, if they are several that can lie side by side."""
+        self._laid = None
+        parameters = self._parameters()
+        count, entries = len(self.sources.weights), self.sources.biases or ()
+        weights, biases = parameters[:count], parameters[count:]
+        if count < 2 or not (_are_alike(weights, 2) and _are_alike(biases, 1)):
+            return
+        cut = _Cut(
+            sizes=[len(one) for one in weights],
+            bias_sizes=[one if isinstance(one, int) else len(one()) for one in entries],
+            biases=[place for place, one in enumerate(entries) if not isinstance(one, int)],
+        )
+        rows = sum(cut.sizes)
+        weight = weights[0].new_empty((rows, weights[0].shape[1]), requires_grad=False)
+        bias = biases[0].new_zeros((rows, 1), requires_grad=False) if biases else None
+        for parameter, part in zip(parameters, cut(weight, bias), strict=True):
+            parameter.data = _apart(part.copy_(parameter.detach()))
+        self._laid = _Laid(parameters, [one.data_ptr() for one in parameters], weight, bias, cut)
+
+    def follow(self) -> None:
+        """Lay parameters that lay side by side, and went to another device or dtype, again; leave others, as in shared memory."""
+        if self._laid is None:
+            return
+        first, weight = self._parameters()[0], self._laid.weight
+        if (first.device, first.dtype) != (weight.device, weight.dtype):
+            self.lay()
+
+    def lies(self) -> bool:
+        """Whether the parameters are those that were laid, in their places."""
+        if self._laid is None:
+            return False
+        parameters = self._parameters()
+        are_those = all(map(operator.is_, parameters, self._laid.parameters))
+        return are_those and [one.data_ptr() for one in parameters] == self._laid.addresses
+
+    def joined(self) -> tuple[Tensor, Tensor | None] | None:
+        """Give all weights, [K, D_in], and all biases, [K, 1], zero for who has none; gradients flow to the parameters.
+
+        Returns:
+            None where they do not lie side by side; None instead of the biases where nobody has one.
+        """
+        if self._laid is None or not self.lies():
+            return None
+        if torch.is_grad_enabled():
+            return _Joined.apply(self._laid, *self._laid.parameters)
+        return self._laid.weight, self._laid.bias
+
+    def _parameters(self) -> list[Tensor]:
+        """What the sources give now: weights, then biases."""
+        found = [source() for source in self.sources.weights]
+        return found + [source() for source in self.sources.biases or () if not isinstance(source, int)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return SideBySide(self.sources).__dict__  # the parameters of a copy have other places
+
+
+def _are_alike(tensors: Sequence[Tensor], dim: int) -> bool:
+    """Whether tensors are parameters, with data of one kind that may get other places."""
+    kinds = {(one.dtype, one.device, one.shape[1:]) for one in tensors}
+    return len(kinds) <= 1 and all(
+        type(one) is nn.Parameter
+        and one.dim() == dim
+        and one.numel() > 0
+        and not (one.is_meta or one.is_inference())
+        for one in tensors
+    )
+
+
+def _apart(part: Tensor) -> Tensor:
+    """Give a part of a tensor, in its place, a storage of its own: accelerate saves one alone of parameters that share one."""
+    start = part.storage_offset() * part.element_size()
+    own = part.untyped_storage()[start : start + part.nbytes]
+    return part.new_empty(0).set_(own, 0, part.shape, part.stride())
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, laid: _Laid, *parameters: Tensor) -> tuple[Tensor, Tensor | None]:
+        ctx.cut = laid.cut
+        # Torch notices then if they are changed before the backward pass.
+        ctx.save_for_backward(*parameters)
+        return laid.weight.detach(), None if laid.bias is None else laid.bias.detach()
+
+    @staticmethod
+    def backward(ctx: Any, to_weight: Tensor, to_bias: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.saved_tensors  # noqa: B018  # torch looks when they are asked for
+        return None, *ctx.cut(to_weight, to_bias)
