@@ -84,6 +84,14 @@ def test_a_command_that_is_missing_is_named_with_what_brings_it(monkeypatch: pyt
         exec_(["lm-eval"])
 
 
+def test_a_script_whose_interpreter_is_gone_is_named_with_what_helps(tmp_path: Path) -> None:
+    script = tmp_path / "moved"
+    script.write_text("#!/nosuch/python\n")
+    script.chmod(0o755)
+    with pytest.raises(UsageError, match=r"moved cannot be run: No such file .* install it again"):
+        exec_([str(script)])
+
+
 @pytest.mark.parametrize("module", EXTRAS["eval"])
 def test_a_missing_module_of_an_extra_is_named_with_what_brings_it(
     module: str, monkeypatch: pytest.MonkeyPatch

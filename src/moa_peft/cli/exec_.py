@@ -41,7 +41,12 @@ def exec_(
         raise UsageError(f"there is no command {command[0]!r}{hint}")
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(program, [program, *command[1:]], environment)
+    try:
+        os.execve(program, [program, *command[1:]], environment)
+    except OSError as error:  # a script whose interpreter is gone is "no such file", though it is there
+        raise UsageError(
+            f"{program} cannot be run: {error.strerror}. If its first line names an interpreter that has moved, install it again"
+        ) from None
 
 
 def with_autoload(environment: Mapping[str, str]) -> dict[str, str]:
