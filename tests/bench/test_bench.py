@@ -55,6 +55,31 @@ def test_a_row_has_the_ratios_to_baseline_and_frozen_model_and_an_error_that_is_
         assert 0 < (rows[name].rms_err or 0) < 1e-5
 
 
+def test_a_compiled_model_is_what_is_timed_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        def run(*given: Any) -> Any:
+            calls.append("train" if torch.is_grad_enabled() else "logits")
+            return graph.forward(*given)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    rows = rows_of("train", "soft-moa-no-prompt", compiled=True)
+    assert calls.count("train") >= 3 * 3  # three methods, two rounds and one to warm up
+    assert "logits" in calls
+    assert [(row.compiled, row.work) for row in rows.values()] == [
+        (True, "forward and backward, batch 2 x 6 tokens, compiled")
+    ] * 3
+    assert (rows["soft-moa-no-prompt"].rms_err or 0) < 1e-5
+
+
+def test_only_a_training_step_is_compiled() -> None:
+    with pytest.raises(UsageError, match="compile is on: it is for train, not for decode"):
+        BenchOptions(kind="decode", methods=(), compiled=True)
+
+
 def test_an_error_of_the_fused_path_shows_and_is_an_objection(monkeypatch: pytest.MonkeyPatch) -> None:
     add = MoALayer._add_at
 

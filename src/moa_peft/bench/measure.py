@@ -62,6 +62,8 @@ class BenchOptions:
     """cpu or cuda."""
     checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    compiled: bool = False
+    """Time, and compare with the plain path, what ``torch.compile`` makes of each model; for train."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -82,6 +84,8 @@ class BenchOptions:
         ]
         if self.kind == "scaling" and (not self.num_experts or min(self.num_experts) < 1):
             problems.append("num_experts is empty: give numbers of copies, as in --num-experts 8,64")
+        if self.compiled and self.kind != "train":
+            problems.append(f"compile is on: it is for train, not for {self.kind}")
         if problems:
             raise UsageError("; ".join(problems))
 
@@ -91,7 +95,8 @@ class BenchOptions:
         shape = f"batch {self.batch_size} x {self.length}"
         if self.kind == "decode":
             return f"generate, {shape} prompt tokens, {self.new_tokens} new ones"
-        return f"forward and backward, {shape} tokens{', checkpointing' if self.checkpointing else ''}"
+        ways = ", checkpointing" * self.checkpointing + ", compiled" * self.compiled
+        return f"forward and backward, {shape} tokens{ways}"
 
 
 def measure(options: BenchOptions, on_turn: Callable[[], None] = lambda: None) -> Iterator[BenchRow]:
@@ -114,9 +119,10 @@ def measure(options: BenchOptions, on_turn: Callable[[], None] = lambda: None) -
     times: Mapping[str, Sequence[float]] = {}
     if options.kind != "memory":
         models = {_label(*one): _prepared(base, *one, options) for one in variants}
-        pieces = {name: partial(_piece, model, ids, options) for name, model in models.items()}
+        runs = {label: _as_run(model, options) for label, model in models.items()}
+        pieces = {label: partial(_piece, run, ids, options) for label, run in runs.items()}
         times = take_turns(pieces, options.pairs, on_turn=on_turn)
-        del pieces
+        del pieces, runs
     made = provenance()
     frozen: Mapping[str, float] = {}
     for name, count in variants:
@@ -125,7 +131,7 @@ def measure(options: BenchOptions, on_turn: Callable[[], None] = lambda: None) -
         own = _counted(model, ids, options)
         frozen = frozen or own  # the first
         layers = len(list(_blocks(model)))
-        largest, error = _errors(model, ids)
+        largest, error = _errors(model, _as_run(model, options), ids)
         peak, device = _peaks(model, ids, name, count, options) if options.kind == "memory" else (None, None)
         yield BenchRow(
             kind=options.kind,
@@ -154,6 +160,7 @@ def measure(options: BenchOptions, on_turn: Callable[[], None] = lambda: None) -
             err_limit=None if error is None else ERR_LIMITS[options.dtype],
             dtype=options.dtype,
             checkpointing=options.checkpointing,
+            compiled=options.compiled,
             provenance=made,
         )
 
@@ -172,6 +179,11 @@ def _prepared(base: nn.Module, name: str, count: int | None, options: BenchOptio
     if options.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]  # a transformers model
     return model.train(options.kind != "decode")
+
+
+def _as_run(model: nn.Module, options: BenchOptions) -> nn.Module:
+    """What is timed of a model: itself, or what the compiler makes of it at the first call."""
+    return torch.compile(model) if options.compiled else model  # type: ignore[return-value]  # of a module it makes one
 
 
 def _piece(model: nn.Module, ids: Tensor, options: BenchOptions) -> None:
@@ -210,15 +222,15 @@ def _over(times: Mapping[str, Sequence[float]], label: str, other: str) -> tuple
     return ratios(times[label], times[other]) if times and label != other else None
 
 
-def _errors(model: nn.Module, ids: Tensor) -> tuple[float, float] | tuple[None, None]:
-    """How far the fused path is from the plain one, at most and in the mean square; None without a mixture."""
+def _errors(model: nn.Module, run: nn.Module, ids: Tensor) -> tuple[float, float] | tuple[None, None]:
+    """How far what is timed is from the plain path, at most and in the mean square; None without a mixture."""
     if not mixture_layers(model):
         return None, None
-    fused = work.logits(model, ids[:1]).float()
+    found = work.logits(run, ids[:1]).float()
     subjects.use_path(model, fused=False)
     plain = work.logits(model, ids[:1]).float()
     subjects.use_path(model, fused=True)
-    difference = fused - plain
+    difference = found - plain
     return difference.abs().max().item(), (difference.norm() / plain.norm()).item()
 
 

@@ -58,7 +58,7 @@ class BenchRow:
     kernels: float
     """The same without views."""
     max_abs_err: float | None
-    """Largest difference of the logits from the plain path's, on the same input; None without a mixture."""
+    """Largest difference of the logits from those of the plain path, not compiled, on the same input; None without a mixture."""
     rms_err: float | None
     """The difference's root mean square over that of the plain path's logits."""
     err_limit: float | None
@@ -67,6 +67,8 @@ class BenchRow:
     """Of the base; adapters are float32."""
     checkpointing: bool
     """Whether activations are recomputed."""
+    compiled: bool
+    """Whether what ``torch.compile`` makes of the model was timed; what is counted is counted without it."""
     provenance: dict[str, Any]
     """Commit, command, versions, device, threads, time."""
 

@@ -46,6 +46,13 @@ def bench(
     ] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations.")] = False,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Time what torch.compile makes of each model, which takes it minutes; for train.",
+        ),
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="File of JSON lines to append the rows to.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of a table.")
@@ -88,6 +95,7 @@ def bench(
         dtype=dtype,
         device=device,
         checkpointing=checkpointing,
+        compiled=compiled,
     )
     from tqdm import tqdm
 
