@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from moa_peft import MoAConfig, mixture_layers
+from moa_peft import MoAConfig, RouterConfig, mixture_layers
 from moa_peft.side_by_side import SideBySide
 from tiny import base_model, mixture_model, tokens
 
@@ -79,6 +79,22 @@ def test_no_weight_is_copied_to_be_joined() -> None:
     before = one.sources.weights[0]().shape[0]
     assert joined[0][before:].data_ptr() == one.sources.weights[1]().data_ptr()
     assert joined[1][-len(one.sources.biases[-1]()) :].data_ptr() == one.sources.biases[-1]().data_ptr()
+
+
+def test_evaluation_copies_no_weight_either_unless_other_layers_read() -> None:
+    """Noise of a top-k router has a layer that reads in training alone."""
+    router = RouterConfig(gate="top-k", keep=2, noise=True)
+    plain, noisy = (
+        get_peft_model(base_model("llama"), MoAConfig.preset("soft-moa", **options))
+        for options in ({}, {"router": router})
+    )
+    for model, reads_alike in ((plain, True), (noisy, False)):
+        for mode in (True, False):
+            model.train(mode)
+            model(input_ids=tokens(), labels=tokens())
+        for _, layer in mixture_layers(model):
+            sources = layer._plans[True]["default"].sources
+            assert (sources["projections", True] is sources["projections", False]) is reads_alike
 
 
 def test_what_an_optimiser_changes_in_place_is_what_is_multiplied() -> None:

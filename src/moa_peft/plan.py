@@ -59,6 +59,11 @@ class Sources(NamedTuple):
     routers: tuple[tuple[str, Router, int], ...]
     """Names, routers, and the number of layers of each."""
 
+    def tensors(self) -> list[Tensor]:
+        """Give the weights, then the biases, as they are now."""
+        found = [source() for source in self.weights]
+        return found + [source() for source in self.biases or () if not isinstance(source, int)]
+
 
 @dataclass(frozen=True, slots=True)
 class Readers:
@@ -122,11 +127,14 @@ class Plan:
     """Whether all is joined and all gates come of what q, k and v read, so that `moa_peft.decoding` can follow it."""
 
     def sources_of(self, name: str) -> Sources:
-        """Where the weights of everything that reads an input are; looked for once, and once more in the other mode."""
-        key = name, self.mixture.training
-        found = self.sources.get(key)
+        """Where the weights of everything that reads an input are: the same for training and evaluation, unless they differ."""
+        training = self.mixture.training
+        found = self.sources.get((name, training))
         if found is None:
-            found = self.sources[key] = _sources(self.mixture, self.readers[name])
+            found, other = _sources(self.mixture, self.readers[name]), self.sources.get((name, not training))
+            if other is not None and list(map(id, found.tensors())) == list(map(id, other.tensors())):
+                found = other
+            self.sources[name, training] = found
         return found
 
 

@@ -77,7 +77,7 @@ class SideBySide:
     def lay(self) -> None:
         """Give the parameters their places, if they are several that can lie side by side."""
         self._laid = None
-        parameters = self._parameters()
+        parameters = self.sources.tensors()
         count, entries = len(self.sources.weights), self.sources.biases or ()
         weights, biases = parameters[:count], parameters[count:]
         if count < 2 or not (_are_alike(weights, 2) and _are_alike(biases, 1)):
@@ -98,7 +98,7 @@ class SideBySide:
         """Lay parameters that lay side by side, and went to another device or dtype, again; leave others, as in shared memory."""
         if self._laid is None:
             return
-        first, weight = self._parameters()[0], self._laid.weight
+        first, weight = self.sources.tensors()[0], self._laid.weight
         if (first.device, first.dtype) != (weight.device, weight.dtype):
             self.lay()
 
@@ -106,7 +106,7 @@ class SideBySide:
         """Whether the parameters are those that were laid, in their places."""
         if self._laid is None:
             return False
-        parameters = self._parameters()
+        parameters = self.sources.tensors()
         are_those = all(map(operator.is_, parameters, self._laid.parameters))
         return are_those and [one.data_ptr() for one in parameters] == self._laid.addresses
 
@@ -121,11 +121,6 @@ class SideBySide:
         if torch.is_grad_enabled():
             return _Joined.apply(self._laid, *self._laid.parameters)
         return self._laid.weight, self._laid.bias
-
-    def _parameters(self) -> list[Tensor]:
-        """What the sources give now: weights, then biases."""
-        found = [source() for source in self.sources.weights]
-        return found + [source() for source in self.sources.biases or () if not isinstance(source, int)]
 
     def __getstate__(self) -> dict[str, Any]:
         return SideBySide(self.sources).__dict__  # the parameters of a copy have other places
