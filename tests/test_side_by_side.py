@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,10 +10,11 @@ from accelerate.utils import clean_state_dict_for_safetensors
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
-from moa_peft import MoAConfig, RouterConfig, mixture_layers
+from moa_peft import MoAConfig, RouterConfig, ThresholdConfig, mixture_layers
 from moa_peft.side_by_side import SideBySide
-from tiny import base_model, mixture_model, tokens
+from tiny import awaken, base_model, mixture_model, tokens
 
 
 def laid(model: nn.Module) -> list[SideBySide]:
@@ -89,12 +89,13 @@ def test_evaluation_copies_no_weight_either_unless_other_layers_read() -> None:
         for options in ({}, {"router": router})
     )
     for model, reads_alike in ((plain, True), (noisy, False)):
-        for mode in (True, False):
-            model.train(mode)
-            model(input_ids=tokens(), labels=tokens())
+        with torch.no_grad():
+            model.eval()(tokens())
         for _, layer in mixture_layers(model):
-            sources = layer._plans[True]["default"].sources
-            assert (sources["projections", True] is sources["projections", False]) is reads_alike
+            mixture = layer.mixtures()["default"]
+            whole = mixture.kept.made(("projections", torch.float32)).joined
+            first = mixture.side_by_side["projections"].sources.weights[0]()
+            assert (whole.data_ptr() == first.data_ptr()) is reads_alike
 
 
 def test_what_an_optimiser_changes_in_place_is_what_is_multiplied() -> None:
@@ -158,13 +159,55 @@ def test_a_copy_has_weights_of_its_own() -> None:
     assert torch.equal(step(model)[0], before)
 
 
-def test_a_second_adapter_leaves_the_first_ones_weights_as_they_are() -> None:
+def test_a_second_adapter_leaves_the_first_ones_weights_where_they_are() -> None:
     model = mixture_model("llama", "soft-moa").train()
     before, _ = step(model)
-    model.add_adapter("second", MoAConfig.preset("sparse-moa"))
+    places = [one.data_ptr() for one in model.parameters()]
+    with torch.inference_mode():
+        model.add_adapter("second", MoAConfig.preset("sparse-moa"))
+        model.delete_adapter("second")
+    model.add_adapter("third", MoAConfig.preset("sparse-moa"))
     model.set_adapter("default")
     assert all(one.lies() for one in laid(model) if len(one.sources.weights) > 1)
+    assert set(places) <= {one.data_ptr() for one in model.parameters()}
     assert torch.equal(step(model)[0], before)
+
+
+def test_one_parameter_read_twice_is_copied() -> None:
+    """It cannot lie in two places."""
+    model = mixture_model("llama", "soft-moa").train()
+    for _, layer in mixture_layers(model):
+        mixture = layer.mixtures()["default"]
+        mixture.experts["lora_v_proj"].A = mixture.experts["lora_k_proj"].A
+        mixture.side_by_side.clear()
+        layer.connect()
+    assert not lying(model)
+    with torch.no_grad():
+        for one in model.parameters():
+            if one.requires_grad:
+                one.add_(0.1)
+    after, _ = step(model)
+    replaced_data(model)
+    assert torch.equal(after, step(model)[0])
+
+
+def test_weights_that_no_longer_lie_hold_no_memory() -> None:
+    model = mixture_model("llama", "soft-moa").train()
+    replaced_data(model)
+    step(model)
+    assert all(one._laid is None for one in laid(model))
+
+
+def test_a_pruned_layer_can_be_moved_and_hooked_again() -> None:
+    model = mixture_model("llama", "soft-moa")
+    for _, layer in mixture_layers(model):
+        mixture = layer.mixtures()["default"]
+        prune.identity(mixture.router.linears()[0], "weight")  # takes the parameter's name
+        mixture.side_by_side.clear()
+        layer.connect()
+        layer.fused = False
+    model.double()
+    model(tokens())
 
 
 def test_files_hold_each_weight_alone(tmp_path: Path) -> None:
@@ -203,9 +246,12 @@ def test_an_adapter_loaded_in_place_of_empty_weights_runs_all_the_same(tmp_path:
 
 def test_trained_and_frozen_weights_can_lie_side_by_side() -> None:
     """The official code's dead threshold is not trained."""
-    config: dict[str, Any] = {"router": {"threshold": {"gradient": "none"}}}
-    model = get_peft_model(base_model("llama"), MoAConfig.preset("sparse-moa", **config)).train()
+    router = RouterConfig(threshold=ThresholdConfig(maximum=0.5, gradient="none"))
+    model = get_peft_model(base_model("llama"), MoAConfig.preset("sparse-moa", router=router)).train()
+    awaken(model)
     assert lying(model)
-    _, gradients = step(model)
-    assert gradients
-    assert not any("threshold" in name for name in gradients)
+    loss, gradients = step(model)
+    replaced_data(model)
+    by_copies, others = step(model)
+    assert torch.equal(loss, by_copies)
+    assert all(torch.equal(one, others[name]) for name, one in gradients.items())

@@ -59,10 +59,13 @@ class Sources(NamedTuple):
     routers: tuple[tuple[str, Router, int], ...]
     """Names, routers, and the number of layers of each."""
 
-    def tensors(self) -> list[Tensor]:
-        """Give the weights, then the biases, as they are now."""
-        found = [source() for source in self.weights]
-        return found + [source() for source in self.biases or () if not isinstance(source, int)]
+    def tensors(self) -> list[Tensor] | None:
+        """Give the weights, then the biases, as they are now; None where one is a parameter no more, as of a pruned layer."""
+        try:
+            found = [source() for source in self.weights]
+            return found + [source() for source in self.biases or () if not isinstance(source, int)]
+        except KeyError:
+            return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +130,15 @@ class Plan:
     """Whether all is joined and all gates come of what q, k and v read, so that `moa_peft.decoding` can follow it."""
 
     def sources_of(self, name: str) -> Sources:
-        """Where the weights of everything that reads an input are: the same for training and evaluation, unless they differ."""
-        training = self.mixture.training
-        found = self.sources.get((name, training))
+        """Where the weights of everything that reads an input are: those that lie side by side, if it is they."""
+        key = name, self.mixture.training
+        found = self.sources.get(key)
         if found is None:
-            found, other = _sources(self.mixture, self.readers[name]), self.sources.get((name, not training))
-            if other is not None and list(map(id, found.tensors())) == list(map(id, other.tensors())):
-                found = other
-            self.sources[name, training] = found
+            found = _sources(self.mixture, self.readers[name])
+            beside = self.mixture.side_by_side.get(name)
+            if beside is not None and beside.is_of(found):
+                found = beside.sources
+            self.sources[key] = found
         return found
 
 

@@ -19,11 +19,11 @@ from moa_peft.plan import Plan, Sources
 
 
 def lay_readers(plan: Plan) -> None:
-    """Lay the weights of everything that reads one input side by side, input by input."""
-    laid = {name: SideBySide(plan.sources_of(name)) for name in plan.readers}
-    for one in laid.values():
-        one.lay()
-    plan.mixture.side_by_side = laid
+    """Lay the weights of everything that reads one input side by side, input by input; those laid before stay where they are."""
+    for name in plan.readers:
+        if name not in plan.mixture.side_by_side:
+            beside = plan.mixture.side_by_side[name] = SideBySide(plan.sources_of(name))
+            beside.lay()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +74,14 @@ class SideBySide:
         self.sources = sources
         self._laid: _Laid | None = None
 
+    @torch.inference_mode(False)
     def lay(self) -> None:
         """Give the parameters their places, if they are several that can lie side by side."""
         self._laid = None
-        parameters = self.sources.tensors()
+        parameters = self.sources.tensors() or []
         count, entries = len(self.sources.weights), self.sources.biases or ()
         weights, biases = parameters[:count], parameters[count:]
-        if count < 2 or not (_are_alike(weights, 2) and _are_alike(biases, 1)):
+        if len(weights) < 2 or not _can_lie(weights, biases):
             return
         cut = _Cut(
             sizes=[len(one) for one in weights],
@@ -98,17 +99,22 @@ class SideBySide:
         """Lay parameters that lay side by side, and went to another device or dtype, again; leave others, as in shared memory."""
         if self._laid is None:
             return
-        first, weight = self.sources.tensors()[0], self._laid.weight
+        first, weight = self._laid.parameters[0], self._laid.weight
         if (first.device, first.dtype) != (weight.device, weight.dtype):
             self.lay()
 
     def lies(self) -> bool:
         """Whether the parameters are those that were laid, in their places."""
-        if self._laid is None:
+        if self._laid is None or not self.is_of(self.sources):
             return False
-        parameters = self.sources.tensors()
-        are_those = all(map(operator.is_, parameters, self._laid.parameters))
-        return are_those and [one.data_ptr() for one in parameters] == self._laid.addresses
+        return [one.data_ptr() for one in self._laid.parameters] == self._laid.addresses
+
+    def is_of(self, sources: Sources) -> bool:
+        """Whether the parameters that were laid are those of some sources."""
+        found = sources.tensors()
+        if self._laid is None or found is None or len(found) != len(self._laid.parameters):
+            return False
+        return all(map(operator.is_, found, self._laid.parameters))
 
     def joined(self) -> tuple[Tensor, Tensor | None] | None:
         """Give all weights, [K, D_in], and all biases, [K, 1], zero for who has none; gradients flow to the parameters.
@@ -116,7 +122,9 @@ class SideBySide:
         Returns:
             None where they do not lie side by side; None instead of the biases where nobody has one.
         """
-        if self._laid is None or not self.lies():
+        if not self.lies():
+            self._laid = None  # it would hold memory that nobody uses
+        if self._laid is None:
             return None
         if torch.is_grad_enabled():
             return _Joined.apply(self._laid, *self._laid.parameters)
@@ -126,14 +134,22 @@ class SideBySide:
         return SideBySide(self.sources).__dict__  # the parameters of a copy have other places
 
 
-def _are_alike(tensors: Sequence[Tensor], dim: int) -> bool:
-    """Whether tensors are parameters, with data of one kind that may get other places."""
-    kinds = {(one.dtype, one.device, one.shape[1:]) for one in tensors}
-    return len(kinds) <= 1 and all(
+def _can_lie(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> bool:
+    """Whether weights and biases may get other places.
+
+    Only on a CPU: elsewhere a part of a block of memory cannot be given to other processes, nor can all devices cut one.
+    """
+    every = [*weights, *biases]
+    if len({id(one) for one in every}) < len(every):  # one cannot be in two places
+        return False
+    kinds = {(one.dtype, one.shape[1:]) for one in weights}, {one.dtype for one in biases}
+    return all(len(one) <= 1 for one in kinds) and all(
         type(one) is nn.Parameter
+        and one.device.type == "cpu"
         and one.dim() == dim
         and one.numel() > 0
-        and not (one.is_meta or one.is_inference())
+        and not one.is_inference()
+        for tensors, dim in ((weights, 2), (biases, 1))
         for one in tensors
     )
 
