@@ -27,20 +27,6 @@ def lay_readers(plan: Plan) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Laid:
-    """Parameters in their places."""
-
-    parameters: list[Tensor]
-    """Weights, then biases."""
-    addresses: list[int]
-    weight: Tensor
-    """All weights, [K, D_in]."""
-    bias: Tensor | None
-    """All biases, [K, 1], zero for who has none; None where nobody has one."""
-    cut: "_Cut"
-
-
-@dataclass(frozen=True, slots=True)
 class _Cut:
     """How what is shaped like the joined tensors falls into parts."""
 
@@ -58,6 +44,20 @@ class _Cut:
             return parts
         rows = bias.view(-1).split_with_sizes(self.bias_sizes)
         return parts + [rows[place] for place in self.biases]
+
+
+@dataclass(frozen=True, slots=True)
+class _Laid:
+    """Parameters in their places."""
+
+    parameters: list[Tensor]
+    """Weights, then biases."""
+    addresses: list[int]
+    weight: Tensor
+    """All weights, [K, D_in]."""
+    bias: Tensor | None
+    """All biases, [K, 1], zero for who has none; None where nobody has one."""
+    cut: _Cut
 
 
 class SideBySide:

@@ -85,7 +85,7 @@ class BenchOptions:
         if self.kind == "scaling" and (not self.num_experts or min(self.num_experts) < 1):
             problems.append("num_experts is empty: give numbers of copies, as in --num-experts 8,64")
         if self.compiled and self.kind != "train":
-            problems.append(f"compile is on: it is for train, not for {self.kind}")
+            problems.append(f"compile is on: it is for train, not for {self.kind}; leave it out")
         if problems:
             raise UsageError("; ".join(problems))
 
