@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from moa_peft import LoraExpert, MoAConfig, RouterConfig, mixture_layers
 from moa_peft.bench.work import saved_bytes
-from moa_peft.fused import PIECE, add_rows, read_through, rows_of
+from moa_peft.fused import PIECE, Into, Joined, add_rows, multiply_through, rows_of
 from moa_peft.kept_weights import KeptWeights
 from moa_peft.presets import PROJECTIONS
 from moa_peft.tuner import MoALayer
@@ -49,7 +49,8 @@ def test_an_input_given_by_its_factors_gets_the_same_gradients_and_is_not_kept()
         with torch.autograd.graph.saved_tensors_hooks(
             lambda one, n=place: kept[n].append(one) or one, lambda one: one
         ):
-            product = read_through(x, weight, None, (first, second) if by_factors else None)[1]
+            into = Into((first, second) if by_factors else None)
+            product = multiply_through(x, Joined(weight), into)[1]
         assert any(one.data_ptr() == x.data_ptr() for one in kept[place]) is not by_factors
         gradients.append(torch.autograd.grad(product.sin().sum(), [first, second, weight]))
     for one, two in zip(*gradients, strict=True):
@@ -68,7 +69,8 @@ def test_an_input_read_on_its_way_gets_the_same_gradients(in_place: bool, biased
     for on_its_way in (False, True):
         passed_on, product = x, rows_of(x, weight, bias if biased else None)
         if on_its_way:
-            passed_on, product = read_through(x, weight, bias if biased else None, in_place=in_place)
+            joined = Joined(weight, bias if biased else None)
+            passed_on, product = multiply_through(x, joined, Into(in_place=in_place))
         loss = F.linear(passed_on, frozen).sin().sum() + product.sin().sum()
         found.append(torch.autograd.grad(loss, leaves))
     for one, two in zip(*found, strict=True):
@@ -78,7 +80,7 @@ def test_an_input_read_on_its_way_gets_the_same_gradients(in_place: bool, biased
 def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
     new = {"dtype": torch.float64, "requires_grad": True}
     x, down, up = torch.randn(2, 5, 7, **new), torch.randn(3, 7, **new), torch.randn(6, 3, **new)
-    through, rows = read_through(x, down)
+    through, rows = multiply_through(x, Joined(down), Into())
     output = add_rows(F.linear(through, torch.randn(6, 7, dtype=torch.float64)), rows, up)
     for one in (down, up):
         (first,) = torch.autograd.grad(output.square().sum(), one, create_graph=True)
@@ -90,7 +92,7 @@ def test_tokens_beyond_one_piece_are_made_again_too() -> None:
     torch.manual_seed(0)
     first, second = (torch.randn(3, PIECE - 1, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
     weight = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
-    _, product = read_through(first * second, weight, None, (first, second))
+    _, product = multiply_through(first * second, Joined(weight), Into((first, second)))
     [found] = torch.autograd.grad(product.sin().sum(), [weight])
     [expected] = torch.autograd.grad(rows_of(first * second, weight).sin().sum(), [weight])
     torch.testing.assert_close(found, expected)

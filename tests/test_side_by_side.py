@@ -77,8 +77,8 @@ def test_no_weight_is_copied_to_be_joined() -> None:
     joined = one.joined()
     assert joined is not None
     before = one.sources.weights[0]().shape[0]
-    assert joined[0][before:].data_ptr() == one.sources.weights[1]().data_ptr()
-    assert joined[1][-len(one.sources.biases[-1]()) :].data_ptr() == one.sources.biases[-1]().data_ptr()
+    assert joined.weight[before:].data_ptr() == one.sources.weights[1]().data_ptr()
+    assert joined.bias[-len(one.sources.biases[-1]()) :].data_ptr() == one.sources.biases[-1]().data_ptr()
 
 
 def test_evaluation_copies_no_weight_either_unless_other_layers_read() -> None:
@@ -93,7 +93,7 @@ def test_evaluation_copies_no_weight_either_unless_other_layers_read() -> None:
             model.eval()(tokens())
         for _, layer in mixture_layers(model):
             mixture = layer.mixtures()["default"]
-            whole = mixture.kept.made(("projections", torch.float32)).joined
+            whole = mixture.kept.made(("projections", torch.float32)).joined.weight
             first = mixture.side_by_side["projections"].sources.weights[0]()
             assert (whole.data_ptr() == first.data_ptr()) is reads_alike
 
@@ -112,14 +112,22 @@ def test_what_an_optimiser_changes_in_place_is_what_is_multiplied() -> None:
     assert torch.equal(after, step(model)[0])
 
 
-def test_weights_changed_between_forward_and_backward_are_refused() -> None:
-    model = mixture_model("llama", "soft-moa").train()
-    loss = model(input_ids=tokens(), labels=tokens()).loss
-    router = mixture_layers(model)[0][1].mixtures()["default"].router
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("site", ["projections", "down_proj"])
+def test_weights_changed_between_forward_and_backward_are_refused(site: str, frozen: bool) -> None:
+    """Also where nobody asks for a gradient of theirs: that of the embeddings would be as wrong."""
+    model = mixture_model("llama", "molora").train()
+    if frozen:
+        for one in model.parameters():
+            one.requires_grad_(False)
+    embedded = model.get_input_embeddings()(tokens()).requires_grad_()
+    loss = model(inputs_embeds=embedded, labels=tokens()).loss
+    beside = mixture_layers(model)[0][1].mixtures()["default"].side_by_side[site]
+    assert beside.lies()
     with torch.no_grad():
-        next(router.parameters()).add_(1)
+        beside.sources.weights[-1]().add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+        torch.autograd.grad(loss, embedded)
 
 
 @pytest.mark.parametrize("moved", [lambda one: one.double(), lambda one: one.to("cpu", torch.bfloat16)])

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from moa_peft.architecture import AttentionSite
 from moa_peft.experts.base import AttentionExpert
-from moa_peft.fused import add_attended, add_rows, compute_dtype, read_through, rows_of, stacked
+from moa_peft.fused import (
+    Into,
+    Joined,
+    add_attended,
+    add_rows,
+    compute_dtype,
+    multiply,
+    multiply_through,
+    stacked,
+)
 from moa_peft.kept_weights import KeptWeights
 from moa_peft.layer import Place
 from moa_peft.plan import PROJECTION_INPUT, Columns, Group, Plan, Source, Work
@@ -31,10 +40,7 @@ Tell = Callable[[Plan, str, Routing], None]
 class InputWeights(NamedTuple):
     """The weights of everything that reads one input."""
 
-    joined: Tensor
-    """In the dtype of the products, [K, D_in]."""
-    bias: Tensor | None
-    """Float32, [K, 1], zero for who has none; None where nobody has one."""
+    joined: Joined
     sizes: list[int]
     """How many of the K rows each group of experts and each layer of a router has."""
     groups: tuple[Group, ...]
@@ -45,26 +51,15 @@ class InputWeights(NamedTuple):
 
     def multiply(self, x: Tensor) -> Sequence[Tensor]:
         """Multiply an input, [..., D_in]: a part for each of ``sizes``, [K_part, M]."""
-        return self._cut(rows_of(x, self.joined, self.bias))
+        return self._cut(multiply(x, self.joined))
 
-    def multiply_through(
-        self, x: Tensor, factors: tuple[Tensor, Tensor] | None, *, in_place: bool
-    ) -> tuple[Tensor, Sequence[Tensor]]:
-        """Do what `multiply` does on the input's way into a module; see `read_through`."""
-        through, product = read_through(x, self.joined, self.bias, factors, in_place=in_place)
+    def multiply_through(self, x: Tensor, into: Into) -> tuple[Tensor, Sequence[Tensor]]:
+        """Do what `multiply` does on the input's way into a module, which is to read the first tensor given back."""
+        through, product = multiply_through(x, self.joined, into)
         return through, self._cut(product)
 
     def _cut(self, product: Tensor) -> Sequence[Tensor]:
         return (product,) if len(self.sizes) == 1 else product.split_with_sizes(self.sizes)
-
-
-class Into(NamedTuple):
-    """The module that an input, which has a gradient, is on its way into."""
-
-    factors: tuple[Tensor, Tensor] | None
-    """Two tensors whose product is the input, if any."""
-    in_place: bool
-    """See `read_through`."""
 
 
 class BlockPass:
@@ -217,7 +212,7 @@ class BlockPass:
         if weights is None:
             weights = self._keep(key, self._input_weights(name, readers.groups, x.device, dtype))
         if into is not None:
-            passed_on, parts = weights.multiply_through(x, into.factors, in_place=into.in_place)
+            passed_on, parts = weights.multiply_through(x, into)
         else:
             passed_on, parts = x, weights.multiply(x)
         self._inputs[name] = x, passed_on
@@ -244,15 +239,15 @@ class BlockPass:
         laid = beside.joined() if beside is not None and beside.sources is found else None
         if laid is None:
             weight = stacked([source() for source in found.weights], dtype)
-            bias = None if found.biases is None else _joined_bias(found.biases)
+            joined = Joined(weight, None if found.biases is None else _joined_bias(found.biases))
         else:
-            weight, bias = cast(laid[0], dtype), None if laid[1] is None else at_least_float32(laid[1])
+            bias = None if laid.bias is None else at_least_float32(laid.bias)
+            joined = laid._replace(weight=cast(laid.weight, dtype), bias=bias)
         routers, block_gates = found.routers, self._gates_alone(found.routers, device, dtype)
         if block_gates is not None:
             routers = routers[:-1]
         return InputWeights(
-            joined=weight,
-            bias=bias,
+            joined=joined,
             sizes=found.sizes,
             groups=groups,
             routers=[(router, number, one.of_rows(dtype)) for router, one, number in routers],

@@ -116,7 +116,7 @@ class Decoding:
         """Give what multiplies an input by the weights of the experts that read it, and gates them."""
         if [len(group.names) for group in weights.groups] == [1]:
             return self._gating_one(weights.groups[0], weights)
-        joined, bias = weights.joined.detach(), weights.bias
+        joined, bias = weights.joined.weight.detach(), weights.joined.bias
         sizes, gatings = weights.sizes, [self._gating(group, joined.dtype) for group in weights.groups]
 
         def read(x: Tensor) -> None:
@@ -238,10 +238,10 @@ def _product(weights: InputWeights) -> tuple[Tensor, Tensor | None, Tensor | Non
 
     Tensors that want gradients cost each operator a microsecond, though none are made.
     """
-    joined = weights.joined.detach().t()
-    if weights.bias is None:
+    joined = weights.joined.weight.detach().t()
+    if weights.joined.bias is None:
         return joined, None, None
-    bias = weights.bias.detach().t()
+    bias = weights.joined.bias.detach().t()
     return (joined, bias, None) if bias.dtype == joined.dtype else (joined, None, bias)
 
 

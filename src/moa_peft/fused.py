@@ -13,7 +13,7 @@ P vectors of a prompt, N copies of an expert.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -86,36 +86,53 @@ def rows_of(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(weight, flat) + bias
 
 
-def read_through(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    factors: tuple[Tensor, Tensor] | None = None,
-    *,
-    in_place: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Do what `rows_of` does with an input on its way into a module.
+class Joined(NamedTuple):
+    """Weights that multiply one input, joined to one, and their biases.
+
+    Gradients flow to the two tensors, or, where there is a ``cut``, to the parameters whose data they have.
+    """
+
+    weight: Tensor
+    """In the dtype of the products, [K, D_in]."""
+    bias: Tensor | None = None
+    """Float32, [K, 1], zero for who has none; None where nobody has one."""
+    parameters: Sequence[Tensor] = ()
+    """Weights, then biases."""
+    cut: Callable[[Tensor, Tensor | None], list[Tensor]] | None = None
+    """Cuts the gradients of the two tensors into those of the parameters."""
+
+
+class Into(NamedTuple):
+    """The module that an input, which has a gradient, is on its way into."""
+
+    factors: tuple[Tensor, Tensor] | None = None
+    """Two tensors whose product is the input, which the frozen model keeps for its own backward pass; they are kept then
+    instead of the input."""
+    in_place: bool = False
+    """Whether the gradient that the module gives its input is nobody else's, so that it may be added to in place."""
+
+
+def multiply(x: Tensor, joined: Joined) -> Tensor:
+    """Do what `rows_of` does with weights that are joined."""
+    if joined.cut is None or not torch.is_grad_enabled():
+        return rows_of(x, joined.weight, joined.bias)
+    return _Product.apply(x, *joined[:2], None, None, None, joined.cut, *joined.parameters)
+
+
+def multiply_through(x: Tensor, joined: Joined, into: Into) -> tuple[Tensor, Tensor]:
+    """Do what `multiply` does with an input on its way into a module.
 
     The gradient that the module gives its input comes back here, and that of the product is added to it: there are no two of
     them, each of the input's size, for autograd to add.
 
-    Args:
-        x: As for `rows_of`, with a gradient.
-        weight: Likewise.
-        bias: Likewise.
-        factors: Two tensors whose product is ``x``, which the frozen model keeps for its own backward pass; they are
-            kept then instead of ``x``.
-        in_place: Whether the module's gradient is nobody else's, so that it may be added to in place.
-
     Returns:
         What the module is to read, and the product.
     """
-    fits = bias is not None and bias.dtype == weight.dtype
-    through, product = _Through.apply(x, weight, bias if fits else None, *(factors or (None, None)), in_place)
-    return through, product if fits or bias is None else product + bias
+    one, other = into.factors or (None, None)
+    return _Product.apply(x, *joined[:2], one, other, into, joined.cut, *joined.parameters)
 
 
-class _Through(torch.autograd.Function):
+class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -124,29 +141,47 @@ class _Through(torch.autograd.Function):
         bias: Tensor | None,
         one: Tensor | None,
         other: Tensor | None,
-        in_place: bool,
-    ) -> tuple[Tensor, Tensor]:
+        into: Into | None,
+        cut: Callable[[Tensor, Tensor | None], list[Tensor]] | None,
+        *parameters: Tensor,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.by_factors, ctx.has_bias, ctx.in_place = one is not None, bias is not None, in_place
-        ctx.save_for_backward(*((x,) if one is None else (one, other)), weight)
-        return x.view_as(x), rows_of(x, weight, bias)
+        ctx.has_bias, ctx.into, ctx.cut = bias is not None, into, cut
+        # The parameters are only kept for torch to notice if they are changed before the backward pass.
+        ctx.save_for_backward(x if one is None else one, other, weight, *parameters)
+        product = rows_of(x, weight, bias)
+        return product if into is None else (x.view_as(x), product)
 
     @staticmethod
     @_differentiable_once
-    def backward(ctx: Any, to_x: Tensor | None, to_rows: Tensor | None) -> tuple[Tensor | None, ...]:
-        if to_rows is None:
-            return to_x, None, None, None, None, None
-        *inputs, weight = ctx.saved_tensors
-        to_weight = _product(to_rows, *inputs) if ctx.by_factors else to_rows @ _flat(inputs[0], weight.dtype)
-        to_bias = to_rows.sum(1, keepdim=True) if ctx.has_bias else None
-        own = to_rows.t()
-        if to_x is None:
-            to_x = cast(own @ weight, inputs[0].dtype).view(inputs[0].shape)
-        elif not ctx.in_place or to_x.dtype != weight.dtype or not to_x.is_contiguous():
-            to_x = to_x + (own @ weight).view(to_x.shape)
-        else:
-            to_x.view(-1, to_x.shape[-1]).addmm_(own, weight)
-        return to_x, to_weight, to_bias, None, None, None
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        to_x, to_rows = gradients if ctx.into is not None else (None, *gradients)
+        one, other, weight, *parameters = ctx.saved_tensors
+        asked, to_weight, to_bias = ctx.needs_input_grad, None, None
+        if to_rows is not None:
+            rows = cast(to_rows, weight.dtype)
+            if any(asked[1:3] + asked[7:]):  # a gradient of the weights
+                to_weight = rows @ _flat(one, rows.dtype) if other is None else _by_factors(rows, one, other)
+                to_bias = to_rows.sum(1, keepdim=True) if ctx.has_bias else None
+            if asked[0]:
+                in_place = ctx.into is not None and ctx.into.in_place
+                to_x = _plus_product(to_x, rows.t(), weight, like=one, in_place=in_place)
+        if ctx.cut is None or to_weight is None:
+            return to_x, to_weight, to_bias, None, None, None, None, *([None] * len(parameters))
+        to_parameters = ctx.cut(cast(to_weight, parameters[0].dtype), to_bias)
+        return to_x, None, None, None, None, None, None, *to_parameters
+
+
+def _plus_product(
+    total: Tensor | None, one: Tensor, other: Tensor, *, like: Tensor, in_place: bool
+) -> Tensor:
+    """Add a product [M, D] to a tensor shaped [..., D] as ``like`` is; None is 0."""
+    if total is None:
+        return cast(one @ other, like.dtype).view(like.shape)
+    if not in_place or total.dtype != other.dtype or not total.is_contiguous():
+        return total + (one @ other).view(total.shape)
+    total.view(-1, total.shape[-1]).addmm_(one, other)
+    return total
 
 
 def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -154,7 +189,7 @@ def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
     return cast(x, dtype).reshape(-1, x.shape[-1])
 
 
-def _product(rows: Tensor, one: Tensor, other: Tensor) -> Tensor:
+def _by_factors(rows: Tensor, one: Tensor, other: Tensor) -> Tensor:
     """``rows @ (one * other)`` for [K, M] and twice [..., D]; on a CPU piece by piece, each small enough for its caches."""
     one, other = one.reshape(-1, one.shape[-1]), other.reshape(-1, other.shape[-1])
     if rows.device.type != "cpu":

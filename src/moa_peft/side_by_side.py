@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moa_peft.fused import Joined
 from moa_peft.plan import Plan, Sources
 
 
@@ -116,19 +117,12 @@ class SideBySide:
             return False
         return all(map(operator.is_, found, self._laid.parameters))
 
-    def joined(self) -> tuple[Tensor, Tensor | None] | None:
-        """Give all weights, [K, D_in], and all biases, [K, 1], zero for who has none; gradients flow to the parameters.
-
-        Returns:
-            None where they do not lie side by side; None instead of the biases where nobody has one.
-        """
+    def joined(self) -> Joined | None:
+        """Give all weights as one, with the parameters that gradients flow to; None where they do not lie side by side."""
         if not self.lies():
             self._laid = None  # it would hold memory that nobody uses
-        if self._laid is None:
-            return None
-        if torch.is_grad_enabled():
-            return _Joined.apply(self._laid, *self._laid.parameters)
-        return self._laid.weight, self._laid.bias
+        laid = self._laid
+        return None if laid is None else Joined(laid.weight, laid.bias, laid.parameters, laid.cut)
 
     def __getstate__(self) -> dict[str, Any]:
         return SideBySide(self.sources).__dict__  # the parameters of a copy have other places
@@ -159,17 +153,3 @@ def _apart(part: Tensor) -> Tensor:
     start = part.storage_offset() * part.element_size()
     own = part.untyped_storage()[start : start + part.nbytes]
     return part.new_empty(0).set_(own, 0, part.shape, part.stride())
-
-
-class _Joined(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, laid: _Laid, *parameters: Tensor) -> tuple[Tensor, Tensor | None]:
-        ctx.cut = laid.cut
-        # Torch notices then if they are changed before the backward pass.
-        ctx.save_for_backward(*parameters)
-        return laid.weight.detach(), None if laid.bias is None else laid.bias.detach()
-
-    @staticmethod
-    def backward(ctx: Any, to_weight: Tensor, to_bias: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.saved_tensors  # noqa: B018  # torch looks when they are asked for
-        return None, *ctx.cut(to_weight, to_bias)

@@ -21,10 +21,11 @@ from transformers.pytorch_utils import Conv1D
 
 from moa_peft.architecture import Block
 from moa_peft.attention import add_prompts, remove_prompts
-from moa_peft.block_pass import BlockPass, Into
+from moa_peft.block_pass import BlockPass
 from moa_peft.config import RouterConfig
 from moa_peft.decoding import Add, Attend, Decoding, Read
 from moa_peft.errors import RunError, UsageError
+from moa_peft.fused import Into
 from moa_peft.layer import Mixture, Place, PlacedExpert
 from moa_peft.plan import MLP_INPUT, Plan, SiteWork, plan
 from moa_peft.router import Routing
