@@ -243,13 +243,14 @@ def test_accelerate_and_torch_save_every_weight_and_nothing_beside_it(tmp_path: 
     assert torch.equal(torch.load(tmp_path / "one.pt"), weight)
 
 
-def test_an_adapter_loaded_in_place_of_empty_weights_runs_all_the_same(tmp_path: Path) -> None:
+def test_an_adapter_loaded_in_place_of_empty_weights_lies_side_by_side_too(tmp_path: Path) -> None:
     model = mixture_model("llama", "soft-moa").train()
     model.save_pretrained(str(tmp_path))
     loaded = PeftModel.from_pretrained(
         base_model("llama"), str(tmp_path), is_trainable=True, low_cpu_mem_usage=True
     )
     assert torch.equal(step(loaded.train())[0], step(model)[0])
+    assert lying(loaded) == lying(model)
 
 
 def test_trained_and_frozen_weights_can_lie_side_by_side() -> None:

@@ -17,14 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moa_peft.experts.base import Prompt
-from moa_peft.products import at_least_float32, cast, exact
-
-ALIGNMENT = 64
-"""Bytes; where torch's own allocator puts a tensor."""
+from moa_peft.products import aligned, at_least_float32, cast, exact
 
 PIECE = 128
 """Tokens of an input that are made again at once."""
@@ -50,19 +47,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def stacked(weights: Sequence[Tensor], dtype: torch.dtype, dim: int = 0) -> Tensor:
-    """Join weights to one, in the dtype of the products.
-
-    A single weight is copied where it lies askew in memory, as loaded files leave it: a CPU's products round it otherwise,
-    and an adapter would not come back bit-equal.
-    """
-    if len(weights) == 1 and not _lies_askew(weights[0]):
-        return cast(weights[0], dtype)
-    return cast(torch.cat(tuple(weights), dim), dtype)
-
-
-def _lies_askew(weight: Tensor) -> bool:
-    in_memory = type(weight) in (Tensor, nn.Parameter)  # a tensor that stands for another has no address
-    return in_memory and weight.data_ptr() % ALIGNMENT != 0
+    """Join weights to one, in the dtype of the products."""
+    return cast(aligned(weights[0]) if len(weights) == 1 else torch.cat(tuple(weights), dim), dtype)
 
 
 def rows_of(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

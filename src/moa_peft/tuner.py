@@ -28,6 +28,7 @@ from moa_peft.errors import RunError, UsageError
 from moa_peft.fused import Into
 from moa_peft.layer import Mixture, Place, PlacedExpert
 from moa_peft.plan import MLP_INPUT, Plan, SiteWork, plan
+from moa_peft.products import aligned
 from moa_peft.router import Routing
 from moa_peft.side_by_side import lay_readers
 from moa_peft.tokens import ARGUMENT, CallTokens, TokenWatch
@@ -279,6 +280,11 @@ class MoALayer(nn.Module, BaseTunerLayer):
         if mixture is None or device is None or any(p.device.type == "meta" for p in mixture.parameters()):
             return
         mixture.to(device)
+        for parameter in mixture.parameters():  # PEFT may have put a file's weights here, as they lie there
+            parameter.data = aligned(parameter.data)
+        for one in mixture.side_by_side.values():
+            if not one.lies():
+                one.lay()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_now": _Now()}  # gates of a pass cut short are of no use to a copy
