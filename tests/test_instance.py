@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +13,18 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from trl import SFTConfig, SFTTrainer
 
-from moa_peft import MoAConfig, UsageError, mixture_layers
+from moa_peft import MoAConfig, RunError, UsageError, mixture_layers
 from moa_peft.evaluate.generation import generate_batch
 from moa_peft.evaluate.scoring import TokenQuestion, score_batch
 from moa_peft.paged import paged_requests
@@ -367,3 +374,81 @@ def test_after_a_call_that_failed_the_next_is_watched_as_ever() -> None:
     with pytest.raises(IndexError):
         model(input_ids=ids + 1000)
     assert same(gates(model, input_ids=ids), expected)
+
+
+class Interrupted(BaseException):
+    """As a KeyboardInterrupt, which torch tells no hook of."""
+
+
+def interrupt(module: nn.Module, args: tuple[Any, ...]) -> None:
+    raise Interrupted
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_after_a_call_that_was_interrupted_the_next_is_watched_as_ever(nested: bool) -> None:
+    model = mixture_model("llama", "instance-moa")
+    ids, other = tokens(2, 6), tokens(2, 6, seed=9)
+    labels = ids.clone()
+    labels[:, :3] = -100
+    expected = gates(model, input_ids=ids, labels=labels)
+    backbone = model.get_base_model().model
+    alone = gates(backbone, input_ids=ids)
+    handle = backbone.layers[0].mlp.register_forward_pre_hook(interrupt)
+    with pytest.raises(Interrupted):
+        (model if nested else backbone)(input_ids=other)
+    handle.remove()
+    assert same(gates(backbone, input_ids=ids), alone)
+    assert same(gates(model, input_ids=ids, labels=labels), expected)
+
+
+def test_after_a_generation_that_was_interrupted_the_next_gives_its_text() -> None:
+    model = mixture_model("llama", "instance-moa")
+    ids, other = tokens(2, 6), tokens(2, 6, seed=9)
+    more = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **more)
+    steps = 0
+
+    def interrupt_later(module: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            raise Interrupted
+
+    handle = model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(interrupt_later)
+    with pytest.raises(Interrupted):
+        model.generate(input_ids=other, attention_mask=torch.ones_like(other), **more)
+    handle.remove()
+    found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **more)
+    assert torch.equal(found, expected)
+
+
+def test_a_call_that_fails_before_it_is_watched_leaves_the_next_as_ever() -> None:
+    ids = tokens(2, 6)
+    labels = ids.clone()
+    labels[:, :3] = -100
+    base = base_model("llama")
+    failing = [base.register_forward_pre_hook(lambda module, args: 1 / 0)]
+    model = get_peft_model(base, MoAConfig.preset("instance-moa"))
+    awaken(model)
+    with pytest.raises(ZeroDivisionError):
+        model(input_ids=ids)
+    failing.pop().remove()
+    found = gates(model, input_ids=ids, labels=labels)
+    fresh = get_peft_model(base_model("llama"), MoAConfig.preset("instance-moa"))
+    awaken(fresh)
+    assert same(found, gates(fresh, input_ids=ids, labels=labels))
+
+
+@pytest.mark.parametrize("kind", [CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT])
+@pytest.mark.parametrize("method", ["instance-moa", "adamole"])
+def test_a_block_recomputed_without_its_tokens_is_refused(method: str, kind: CheckpointImpl) -> None:
+    model = mixture_model("llama", method).train()
+    model.enable_input_require_grads()
+    apply_activation_checkpointing(
+        model,
+        checkpoint_wrapper_fn=partial(checkpoint_wrapper, checkpoint_impl=kind),
+        check_fn=lambda module: isinstance(module, LlamaDecoderLayer),
+    )
+    loss = model(input_ids=tokens(), labels=tokens(), use_cache=False).loss
+    with pytest.raises(RunError, match="recomputed without its arguments"):
+        loss.backward()

@@ -147,7 +147,9 @@ class TokenWatch:
     def __init__(self) -> None:
         self.current: CallTokens | None = None
         self.generation: object = None
-        self._depth = 0
+        self._caller: nn.Module | None = None  # whose call began it
+        self._model: nn.Module | None = None
+        self._backbone_is_next = False
         self._width: int | None = None
         self._handles: list[RemovableHandle] = []
 
@@ -160,6 +162,7 @@ class TokenWatch:
         """
         if self._handles:
             return
+        self._model = model
         for module in dict.fromkeys((model, backbone)):
             self._handles.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._end, with_kwargs=True, always_call=True))
@@ -189,24 +192,24 @@ class TokenWatch:
         finally:
             self._width, self.generation = outer
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         length = kwargs.pop(LENGTH_ARGUMENT, None)
-        self._depth += 1
-        if self._depth == 1:
+        inside, self._backbone_is_next = self._backbone_is_next, module is self._model
+        if module is self._model or not inside:  # whatever an interrupted call has left
+            self._caller = module
             self.current = call_tokens(args, kwargs, length, self._width)
         return args, kwargs
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ARG002
-        self._depth -= 1
-        if self._depth > 0:
+        if module is not self._caller:
             return
-        call, self.current = self.current, None
+        call, self.current, self._caller = self.current, None, None
         past = getattr(output, "past_key_values", None)
         if call is not None and past is not None and call.found:
             remember_gates(past, call.found)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "current": None, "generation": None, "_depth": 0, "_width": None}
+        return {**self.__dict__, "current": None, "generation": None, "_caller": None, "_width": None}
 
 
 def call_tokens(

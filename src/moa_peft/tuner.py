@@ -307,6 +307,11 @@ class MoALayer(nn.Module, BaseTunerLayer):
 
     def _send_tokens(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
         """Put the call's tokens among the block's arguments, which a recomputation replays; a forward pre-hook."""
+        if self.watch.current is None and _recomputes():
+            raise RunError(
+                f"{self.block.path} is recomputed without its arguments, so its router cannot know which tokens are real: "
+                "use model.gradient_checkpointing_enable() with transformers 5.23 or newer, or no checkpointing"
+            )
         return args, {**kwargs, ARGUMENT: self.watch.current}
 
     def _receive_tokens(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
@@ -544,7 +549,12 @@ def mixture_layers(model: nn.Module) -> list[tuple[str, MoALayer]]:
 
 def _unobserved() -> bool:
     """Whether the pass is a compiled one, or recomputes one that was observed."""
-    return is_compiling() or torch._C._current_graph_task_id() != -1
+    return is_compiling() or _recomputes()
+
+
+def _recomputes() -> bool:
+    """Whether a backward pass is under way."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _reads_block(mixture: Mixture) -> bool:
