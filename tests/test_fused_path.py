@@ -253,3 +253,28 @@ def test_a_module_that_runs_before_its_blocks_router_is_an_error() -> None:
     model = mixture_model("llama", "soft-moa")
     with pytest.raises(RunError, match="ran before the router of its block"):
         model.base_model.model.model.layers[0].mlp.down_proj(torch.randn(1, 2, 44))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_a_prompt_is_trained_under_autocast(family: str) -> None:
+    """A k-norm gives float32 there, whatever its input."""
+    model = mixture_model(family, "soft-moa").train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=tokens(), labels=tokens()).loss
+    loss.backward()
+    for name, one in model.named_parameters():
+        if "prompt" in name:
+            assert one.grad is not None, name
+            assert one.grad.isfinite().all(), name
+
+
+def test_a_router_put_in_evaluation_by_itself_has_no_noise() -> None:
+    router = RouterConfig(kind="linear", gate="top-k", keep=2, noise=True)
+    expert = LoraExpert(targets=["q_proj"], num_experts=4, router=router)
+    model = get_peft_model(base_model("llama"), MoAConfig(experts=[expert], router=None))
+    awaken(model)
+    model.train()
+    assert not torch.equal(model(tokens()).logits, model(tokens()).logits)
+    for _, layer in mixture_layers(model):
+        layer.mixtures()["default"].copy_routers.eval()
+    assert torch.equal(model(tokens()).logits, model(tokens()).logits)

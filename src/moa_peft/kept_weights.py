@@ -10,7 +10,8 @@ class KeptWeights:
     """Keeps what was made of a module's weights for calls of one token.
 
     A call with several tokens in a row makes it anew and leaves it for the calls of one token that follow: weights that
-    were changed, by whatever means, are never used beyond the next prompt. A change that torch counts is noticed by the next `begin`.
+    were changed, by whatever means, are never used beyond the next such call. A change that torch counts is noticed by the
+    next `begin`; one it does not count (of ``.data``), or one of the frozen model's, is not before a call of several tokens.
     """
 
     def __init__(self) -> None:

@@ -124,17 +124,20 @@ class Plan:
     """Those of them that are at the attention."""
     uses: int
     """How many modules' outputs are changed."""
-    sources: dict[tuple[str, bool], Sources] = field(default_factory=dict, compare=False, kw_only=True)
-    """By the name of an input and whether the pass is one of training; found by the first such pass."""
+    sources: dict[tuple[str, tuple[bool, ...]], Sources] = field(
+        default_factory=dict, compare=False, kw_only=True
+    )
+    """By the name of an input and which of its routers' gates are training; found by the first such pass."""
     is_straight: bool
     """Whether all is joined and all gates come of what q, k and v read, so that `moa_peft.decoding` can follow it."""
 
     def sources_of(self, name: str) -> Sources:
         """Where the weights of everything that reads an input are: those that lie side by side, if it is they."""
-        key = name, self.mixture.training
+        readers = self.readers[name]
+        key = name, tuple([router.gate.training for _, router in readers.routers])
         found = self.sources.get(key)
         if found is None:
-            found = _sources(self.mixture, self.readers[name])
+            found = _sources(self.mixture, readers)
             beside = self.mixture.side_by_side.get(name)
             if beside is not None and beside.is_of(found):
                 found = beside.sources
@@ -152,6 +155,13 @@ def _joins(expert: nn.Module, slot: Slot | None) -> bool:
     if isinstance(expert, AttentionExpert):
         return expert.is_prompt
     return isinstance(expert, LinearExpert) and expert.is_bottleneck and (slot is None or slot.groups == 1)
+
+
+def reads_mlp_output(mixture: "Mixture") -> bool:
+    """Whether an expert beside the MLP is computed by its own ``change``, which may read what the MLP gives."""
+    return any(
+        place.site.name == "mlp" and not _joins(mixture.experts[place.name], None) for place in mixture.places
+    )
 
 
 def plan(adapter: str, mixture: "Mixture", block: Block, *, fused: bool) -> Plan:

@@ -7,8 +7,9 @@ again in its recomputation.
 """
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
@@ -27,7 +29,7 @@ from moa_peft.decoding import Add, Attend, Decoding, Read
 from moa_peft.errors import RunError, UsageError
 from moa_peft.fused import Into
 from moa_peft.layer import Mixture, Place, PlacedExpert
-from moa_peft.plan import MLP_INPUT, Plan, SiteWork, plan
+from moa_peft.plan import MLP_INPUT, Plan, SiteWork, plan, reads_mlp_output
 from moa_peft.products import aligned
 from moa_peft.router import Routing
 from moa_peft.side_by_side import lay_readers
@@ -131,7 +133,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
             True: {},
         }  # by whether they are fused, and adapter
         self._now = _Now()
-        self._factor_hooks: list[tuple[nn.Module, int]] = []  # the hooks that note them, by their ids
+        self._adding: set[int] = set()  # ids of the hooks that add
         self._handles: list[RemovableHandle] = []
         self._training_handles: list[RemovableHandle] = []
 
@@ -150,10 +152,12 @@ class MoALayer(nn.Module, BaseTunerLayer):
     def connect(self) -> None:
         """Hook every site that has an expert."""
         self.disconnect()
+        block = self.block
+        if any(reads_mlp_output(one) for one in self.mixtures().values()):
+            block = replace(block, mlp_output_path=None)  # nothing is added before it is read
         self._plans = {
             fused: {
-                adapter: plan(adapter, one, self.block, fused=fused)
-                for adapter, one in self.mixtures().items()
+                adapter: plan(adapter, one, block, fused=fused) for adapter, one in self.mixtures().items()
             }
             for fused in (False, True)
         }
@@ -177,7 +181,9 @@ class MoALayer(nn.Module, BaseTunerLayer):
             else:
                 joined = any(path in one.work for one in self._plans[True].values())
                 add = self._add_at if joined else self._add_unless_fused
-                self._handles.append(module.register_forward_hook(partial(add, path)))
+                handle = module.register_forward_hook(partial(add, path))
+                self._adding.add(handle.id)
+                self._handles.append(handle)
         self._connect_inputs()
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -200,13 +206,11 @@ class MoALayer(nn.Module, BaseTunerLayer):
         """See, while training, what the MLP's last layer reads, and its factors."""
         for handle in self._training_handles:
             handle.remove()
-        self._training_handles, self._factor_hooks = [], []
+        self._training_handles = []
         if self.training and "down_proj" in self._site_names():
             # These come after the hooks that add, so that what is noted has up_proj's changes.
             for module in self.block.mlp_factors:
-                handle = module.register_forward_hook(self._note_factor)
-                self._factor_hooks.append((module, handle.id))
-                self._training_handles.append(handle)
+                self._training_handles.append(module.register_forward_hook(self._note_factor))
             down = self.block.sites["down_proj"].module
             self._training_handles.append(down.register_forward_pre_hook(self._read_down))
 
@@ -226,7 +230,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
         """Take every hook off the block's modules."""
         for handle in (*self._handles, *self._training_handles):
             handle.remove()
-        self._handles, self._training_handles, self._factor_hooks = [], [], []
+        self._handles, self._training_handles, self._adding = [], [], set()
         self._now.forget()
         attention = self.block.sites.get("attention")
         if attention is not None:
@@ -288,6 +292,14 @@ class MoALayer(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_now": _Now()}  # gates of a pass cut short are of no use to a copy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        if memo and id(self.block.module) not in memo:
+            return self  # one of the block's modules is copied, as for modules_to_save: it keeps its hooks
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     def mixtures(self) -> dict[str, Mixture]:
         """The mixtures by adapter name."""
@@ -456,7 +468,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
             return None  # several would read what the next one passes on
         # The gradient that a linear layer gives its input is a new tensor, which nobody holds unless a hook has seen it.
         alone = len(module._forward_hooks) == len(module._forward_pre_hooks) == 1
-        into = Into(self._take_factors(), in_place=alone and type(module) in (nn.Linear, Conv1D))
+        into = Into(self._take_factors(x), in_place=alone and type(module) in (nn.Linear, Conv1D))
         return (self._now.passes[0].read("down_proj", x, into), *args[1:])
 
     def _note_factor(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG002
@@ -464,19 +476,24 @@ class MoALayer(nn.Module, BaseTunerLayer):
         if torch.is_grad_enabled() and not is_compiling():
             self._now.factors.append(output)
 
-    def _take_factors(self) -> tuple[Tensor, Tensor] | None:
-        """The factors of what down_proj reads, where nobody can have changed them after us."""
+    def _take_factors(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The factors of what down_proj reads, if it is their product and nothing else, as torch's own graph says."""
         factors, self._now.factors = self._now.factors, []
-        last = all(next(reversed(one._forward_hooks)) == number for one, number in self._factor_hooks)
-        return (factors[0], factors[1]) if last and len(factors) == 2 else None
+        node = x.grad_fn
+        if len(factors) != 2 or node is None or node.name() != "MulBackward0":
+            return None
+        one, other = factors
+        multiplied = [before for before, _ in node.next_functions]
+        is_product = multiplied in ([one.grad_fn, other.grad_fn], [other.grad_fn, one.grad_fn])
+        return (one, other) if is_product else None
 
     def _add_at(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Add the experts' changes to a module's output; a forward hook, and the one place that adds."""
         add = self._now.adds.pop(path, None)
         if add is not None:
-            if type(module) is nn.Linear and not output._is_view():
+            if type(module) is nn.Linear and not output._is_view() and _sees_first(module, self._adding):
                 return add(output, args[0])
-            return _added(add, module, args[0], output)
+            return _added(add, module, args[0], output, self._adding)
         taken = self._take(path)
         # Some MLPs give their router's scores as well.
         total = first = output[0] if isinstance(output, tuple) else output
@@ -485,7 +502,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
                 total = total + self._change(one, work.place, args[0], first)
         for one, site_work in taken:  # in place, so only when nobody needs the frozen output any more
             for columns, works in site_work.joint:
-                if not writable(total, first, module):
+                if not writable(total, first, module, self._adding):
                     total = total.clone(memory_format=torch.contiguous_format)
                 total = one.add(total, path, columns, works, args[0])
         return (total, *output[1:]) if isinstance(output, tuple) else total
@@ -513,24 +530,32 @@ class MoALayer(nn.Module, BaseTunerLayer):
         return modules
 
 
-def writable(total: Tensor, first: Tensor, module: nn.Module) -> bool:
+def writable(total: Tensor, first: Tensor, module: nn.Module, adding: Collection[int]) -> bool:
     """Whether a change may be added in place: to a sum of our own, or to what a linear layer has just made.
 
     Args:
         total: Float, what the change is added to.
         first: Float, what the module gave.
         module: The module.
+        adding: Ids of the hooks that add; another that came before may have kept what the module gave.
     """
     if not total.is_contiguous():
         return False
-    return total is not first or (type(module) in (nn.Linear, Conv1D) and not total._is_view())
+    if total is not first:
+        return True
+    return type(module) in (nn.Linear, Conv1D) and not total._is_view() and _sees_first(module, adding)
 
 
-def _added(add: Add, module: nn.Module, x: Tensor, output: Any) -> Any:
+def _sees_first(module: nn.Module, hooks: Collection[int]) -> bool:
+    """Whether one of these hooks is the first to see a module's output."""
+    return next(iter(module._forward_hooks)) in hooks and not _global_forward_hooks
+
+
+def _added(add: Add, module: nn.Module, x: Tensor, output: Any, adding: Collection[int]) -> Any:
     """Add changes to a module's output; see `moa_peft.decoding`."""
     if isinstance(output, tuple):
-        return (_added(add, module, x, output[0]), *output[1:])
-    if not writable(output, output, module):
+        return (_added(add, module, x, output[0], adding), *output[1:])
+    if not writable(output, output, module, adding):
         output = output.clone(memory_format=torch.contiguous_format)
     return add(output, x)
 

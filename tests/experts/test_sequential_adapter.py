@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor
 
 from expert_checks import (
@@ -20,9 +21,16 @@ from expert_checks import (
     site,
     ways_of_loading_that_differ,
 )
-from moa_peft import RouterConfig, SequentialAdapterExpert, UsageError
+from moa_peft import (
+    MoAConfig,
+    ParallelAdapterExpert,
+    RouterConfig,
+    SequentialAdapterExpert,
+    UsageError,
+    mixture_layers,
+)
 from moa_peft.experts.sequential_adapter import SequentialChange
-from tiny import FAMILIES, base_model, tokens
+from tiny import FAMILIES, awaken, base_model, tokens
 
 BOTH = SequentialAdapterExpert(targets=("o_proj", "mlp"), size=5)
 
@@ -117,3 +125,21 @@ def test_it_comes_back_bit_equal_however_it_is_loaded(tmp_path: Path) -> None:
 def test_wrong_fields_are_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         SequentialAdapterExpert(**fields)
+
+
+def test_it_reads_the_frozen_mlp_beside_a_parallel_adapter_and_beside_one_of_another_mixture() -> None:
+    """The fused path adds a parallel adapter at the MLP's last layer only where nobody reads what the MLP gives."""
+    one, other = SequentialAdapterExpert(targets=("mlp",), size=5), ParallelAdapterExpert(size=6)
+    router = RouterConfig(kind="linear")
+    together = get_peft_model(base_model("llama"), MoAConfig(experts=[one, other], router=router))
+    apart = get_peft_model(base_model("llama"), MoAConfig(experts=[one], router=router))
+    apart.add_adapter("other", MoAConfig(experts=[other], router=router))
+    apart.base_model.set_adapter(["default", "other"])
+    for model in (together, apart):
+        awaken(model)
+        found = []
+        for fused in (True, False):
+            for _, tuned in mixture_layers(model):
+                tuned.fused = fused
+            found.append(logits(model.eval()))
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moa_peft.config import CopiedExpertConfig
 from moa_peft.experts.base import AttentionExpert, Prompt, register_expert
-from moa_peft.products import aligned, at_least_float32
+from moa_peft.products import aligned, at_least_float32, cast
 
 if TYPE_CHECKING:
     from moa_peft.architecture import AttentionSite
@@ -71,4 +71,7 @@ class PromptChange(AttentionExpert):
 
     def prompt(self, site: "AttentionSite", dtype: torch.dtype) -> Prompt:
         """The frozen projections of the vectors."""
-        return Prompt(*site.project(aligned(self.vectors).to(dtype)), self.head_scale)
+        keys, values = site.project(
+            aligned(self.vectors).to(dtype)
+        )  # autocast's, though a k-norm may give others
+        return Prompt(cast(keys, dtype), cast(values, dtype), self.head_scale)

@@ -1,0 +1,132 @@
+"""A mixture beside what others hang on the frozen model's modules, or do to them."""
+
+import copy
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from moa_peft import MoAConfig, mixture_layers
+from moa_peft.tuner import MoALayer
+from tiny import awaken, base_model, mixture_model, tokens
+
+Hang = Callable[[Any], object]
+
+
+def by_both_paths(method: str, hang: Hang, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
+    """The logits and every gradient of a training step: by the fused path, and by the plain one.
+
+    Args:
+        method: A method of the family.
+        hang: Does something to the frozen model before it gets its mixture.
+        monkeypatch: Pytest's.
+    """
+    found: list[dict[str, Tensor]] = []
+    for fused in (True, False):
+        monkeypatch.setattr(MoALayer, "fused", fused)
+        base = base_model("llama")
+        hang(base)
+        model = get_peft_model(base, MoAConfig.preset(method))
+        awaken(model)
+        logits = model.train()(tokens()).logits
+        logits.square().mean().backward()
+        gradients = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+        found.append({"logits": logits.detach(), **gradients})
+    return found
+
+
+def doubled_input(model: Any) -> None:
+    for block in model.model.layers:
+        block.mlp.down_proj.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+
+
+def doubled_product(model: Any) -> None:
+    for block in model.model.layers:
+        mlp = block.mlp
+        mlp.forward = lambda x, mlp=mlp: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x) * 2)
+
+
+@pytest.mark.parametrize("hang", [doubled_input, doubled_product])
+def test_what_others_do_to_the_input_of_down_proj_is_in_its_gradients(
+    hang: Hang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused, plain = by_both_paths("lora", hang, monkeypatch)
+    assert fused.keys() == plain.keys()
+    for name, one in fused.items():
+        torch.testing.assert_close(one, plain[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_an_output_that_another_hook_has_kept_stays_as_it_was(training: bool, everywhere: bool) -> None:
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, nn.Linear) and isinstance(output, Tensor):
+            kept.append((output, output.detach().clone()))
+
+    base = base_model("llama")
+    handles = [one.register_forward_hook(keep) for one in base.modules() if isinstance(one, nn.Linear)]
+    model = get_peft_model(base, MoAConfig.preset("soft-moa"))
+    awaken(model)
+    if everywhere:
+        for one in handles:
+            one.remove()
+        handles = [nn.modules.module.register_module_forward_hook(keep)]
+    try:
+        with torch.set_grad_enabled(training):
+            before = model.train(training)(tokens(), use_cache=not training)
+            if not training:
+                model(tokens(length=1), past_key_values=before.past_key_values)
+    finally:
+        for one in handles:
+            one.remove()
+    assert len(kept) > 10
+    assert all(torch.equal(output, then) for output, then in kept)
+
+
+def layers_alive() -> int:
+    gc.collect()
+    return sum(type(one) is MoALayer for one in gc.get_objects())
+
+
+@pytest.mark.parametrize("saved", ["up_proj", "k_proj"])
+def test_a_module_that_peft_copies_to_train_it_takes_no_layer_with_it(saved: str) -> None:
+    before = layers_alive()
+    model = get_peft_model(base_model("llama"), MoAConfig.preset("soft-moa", modules_to_save=[saved]))
+    model.train()(tokens()).logits.sum().backward()
+    assert layers_alive() - before == len(mixture_layers(model))
+    wrapped = [one for name, one in model.named_parameters() if "modules_to_save" in name]
+    assert wrapped
+    assert all(one.grad is not None for one in wrapped)
+
+
+def strange(hook: object, model: nn.Module) -> bool:
+    """Whether a hook is that of a layer which the model does not have."""
+    bound = getattr(hook, "func", hook)
+    owner = getattr(bound, "__self__", None)
+    return isinstance(owner, MoALayer) and all(owner is not layer for _, layer in mixture_layers(model))
+
+
+def test_an_adapter_trains_a_copy_of_a_layer_that_another_has_an_expert_on() -> None:
+    model = mixture_model("llama", "soft-moa")
+    model.add_adapter("other", MoAConfig.preset("soft-moa", modules_to_save=["k_proj"]))
+    model.set_adapter("other")
+    assert model(tokens()).logits.isfinite().all()
+    model.set_adapter("default")
+    twin = mixture_model("llama", "soft-moa")
+    with torch.no_grad():
+        assert torch.equal(model.eval()(tokens()).logits, twin(tokens()).logits)
+
+
+def test_a_copied_model_has_hooks_of_its_own() -> None:
+    model = mixture_model("llama", "soft-moa")
+    twin = copy.deepcopy(model)
+    assert not [hook for one in twin.modules() for hook in one._forward_hooks.values() if strange(hook, twin)]
+    assert not [
+        hook for one in twin.modules() for hook in one._forward_pre_hooks.values() if strange(hook, twin)
+    ]
