@@ -258,8 +258,10 @@ class BlockPass:
         self, routers: Sequence[tuple[str, Router, int]], device: torch.device, dtype: torch.dtype
     ) -> RowsOfRows | None:
         """What makes the gates of the block's router, the last one, if they are all that anybody wants of it."""
-        name, router, _ = routers[-1] if routers else ("", None, 0)
-        if router is None or name or router.has_losses or self._observed or self._kept is not None:
+        if not routers or routers[-1][0] != "":
+            return None
+        _, router, _ = routers[-1]
+        if router.has_losses or self._observed or self._kept is not None:
             return None
         if torch.is_autocast_enabled(device.type):  # it would round what is to be float32
             return None

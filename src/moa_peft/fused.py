@@ -143,19 +143,20 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         to_x, to_rows = gradients if ctx.into is not None else (None, *gradients)
         one, other, weight, *parameters = ctx.saved_tensors
-        asked, to_weight, to_bias = ctx.needs_input_grad, None, None
+        to_weight = to_bias = None
+        to_parameters: Sequence[Tensor | None] = [None] * len(parameters)
         if to_rows is not None:
+            asks_x, *asks_joined = ctx.needs_input_grad[:3]
             rows = cast(to_rows, weight.dtype)
-            if any(asked[1:3] + asked[7:]):  # a gradient of the weights
+            if any(asks_joined) or any(ctx.needs_input_grad[7:]):
                 to_weight = rows @ _flat(one, rows.dtype) if other is None else _by_factors(rows, one, other)
                 to_bias = to_rows.sum(1, keepdim=True) if ctx.has_bias else None
-            if asked[0]:
+                if ctx.cut is not None:
+                    to_parameters = ctx.cut(cast(to_weight, parameters[0].dtype), to_bias)
+            if asks_x:
                 in_place = ctx.into is not None and ctx.into.in_place
                 to_x = _plus_product(to_x, rows.t(), weight, like=one, in_place=in_place)
-        if ctx.cut is None or to_weight is None:
-            return to_x, to_weight, to_bias, None, None, None, None, *([None] * len(parameters))
-        to_parameters = ctx.cut(cast(to_weight, parameters[0].dtype), to_bias)
-        return to_x, None, None, None, None, None, None, *to_parameters
+        return to_x, to_weight, to_bias, None, None, None, None, *to_parameters
 
 
 def _plus_product(

@@ -425,14 +425,11 @@ class MoALayer(nn.Module, BaseTunerLayer):
         if self._disable_adapters:
             return []
         now = self._now
-        taken: list[tuple[BlockPass, SiteWork]] = []
-        for one in now.passes:
-            site_work = one.plan.work.get(path)
-            if site_work is not None:
-                taken.append((one, site_work))
-                one.uses -= 1
-                if one.uses == 0:
-                    now.passes = tuple([other for other in now.passes if other.uses])
+        taken = [(one, one.plan.work[path]) for one in now.passes if path in one.plan.work]
+        for one, _ in taken:
+            one.uses -= 1
+            if one.uses == 0:
+                now.passes = tuple([other for other in now.passes if other.uses])
         if not taken:
             self._refuse_order(path)
         return taken
