@@ -21,7 +21,7 @@ from moa_peft import (
     UsageError,
     preset_names,
 )
-from moa_peft.experts import expert_kinds, register_expert
+from moa_peft.experts import IA3Expert, expert_kinds, register_expert
 from tiny import base_model
 
 
@@ -97,6 +97,23 @@ def test_a_wrong_config_is_refused_with_what_is_allowed(build: Any, message: str
         (lambda: LoraExpert(targets=("q_proj",), alpha="8"), "alpha is '8': give a number"),
         (lambda: LoraExpert(targets=("q_proj",), layers=["0"]), r"layers is \('0',\): give whole numbers"),
         (lambda: LoraExpert(targets=("q_proj",), layers=[True]), r"layers is \(True,\): give whole numbers"),
+        (lambda: LoraExpert(targets=("q_proj",), layers=3), "layers is 3: give a list"),
+        (lambda: LoraExpert(targets=("q_proj",), layers="3"), "layers is '3': give a list"),
+        (lambda: LoraExpert(targets=None), "targets is None: give a list"),
+        (lambda: LoraExpert(targets={"q_proj"}), "targets is {'q_proj'}: give a list"),
+        (lambda: LoraExpert(targets=[["q_proj"]]), r"targets is \(\['q_proj'\],\): give names"),
+        (lambda: LoraExpert(targets=["mlp"]), "targets names mlp: give projections, as q_proj"),
+        (
+            lambda: IA3Expert(targets=["attention", "mlp"]),
+            "targets names attention and mlp: give projections",
+        ),
+        (lambda: MoAConfig(experts=[{"kind": "lora", "rank": 4}]), "missing: give targets"),
+        (lambda: MoAConfig(experts=[{"kind": ["lora"]}]), "unknown expert"),
+        (lambda: RouterConfig(gate=["sigmoid"]), "unknown gate"),
+        (
+            lambda: MoAConfig(experts=[PromptExpert()], router="linear"),
+            r"router is 'linear': give RouterConfig\(\.\.\.\), or a mapping",
+        ),
         (lambda: PromptExpert(length=True), "length is True: give a whole number"),
         (lambda: RouterConfig(hidden_per_expert="2"), "hidden_per_expert is '2': give a whole number"),
         (lambda: RouterConfig(threshold=0.5), "threshold is 0.5: give a mapping"),

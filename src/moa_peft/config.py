@@ -6,7 +6,7 @@ Every class here checks itself at construction and reports all its problems at o
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from moa_peft.errors import UsageError, unknown
 
@@ -61,6 +61,7 @@ def wrong_types(config: Any) -> list[str]:
     wrong: list[str] = []
     for name, hint in get_type_hints(type(config)).items():
         value, allowed = getattr(config, name), get_args(hint) or (hint,)
+        lists = [one for one in (hint, *allowed) if get_origin(one) is Sequence]
         if value is None and type(None) in allowed:
             continue
         if int in allowed and type(value) is not int:
@@ -69,13 +70,19 @@ def wrong_types(config: Any) -> list[str]:
             wrong.append(f"{name} is {value!r}: give a number")
         elif bool in allowed and type(value) is not bool:
             wrong.append(f"{name} is {value!r}: give true or false")
-        elif (
-            isinstance(value, tuple)
-            and Sequence[int] in allowed
-            and any(type(one) is not int for one in value)
-        ):
-            wrong.append(f"{name} is {value!r}: give whole numbers")
+        elif lists:
+            wrong += _wrong_list(name, value, lists)
     return wrong
+
+
+def _wrong_list(name: str, value: object, hints: Sequence[Any]) -> list[str]:
+    if not isinstance(value, tuple):
+        spelt = isinstance(value, str) and Sequence[str] in hints  # a kind has its own words for that
+        return [] if spelt else [f"{name} is {value!r}: give a list"]
+    for kind, called in ((int, "whole numbers"), (str, "names")):
+        if Sequence[kind] in hints and any(type(one) is not kind for one in value):
+            return [f"{name} is {value!r}: give {called}"]
+    return []
 
 
 def from_mapping(config_class: type[Config], values: Mapping[str, Any], what: str) -> Config:
@@ -96,7 +103,15 @@ def from_mapping(config_class: type[Config], values: Mapping[str, Any], what: st
     for key in values:
         if key not in known:
             raise UsageError(unknown(what, key, known))
+    needed = [one.name for one in dataclasses.fields(config_class) if _is_needed(one)]  # type: ignore[arg-type]  # likewise
+    missing = [name for name in needed if name not in values]
+    if missing:
+        raise UsageError(f"{what} missing: give {' and '.join(missing)}")
     return config_class(**values)
+
+
+def _is_needed(field: "dataclasses.Field[Any]") -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,7 +230,7 @@ class RouterConfig:
             )
         if self.dead_adapter_gate and self.gate_of != "kind":
             wrong.append("dead_adapter_gate is true: it needs gate_of 'kind'")
-        if self.gate in GATES:
+        if isinstance(self.gate, str) and self.gate in GATES:
             wrong += GATES[self.gate].problems(self)
         else:
             wrong.append(unknown("gate", str(self.gate), GATES))

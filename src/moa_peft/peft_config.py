@@ -141,7 +141,12 @@ class MoAConfig(PeftConfig):
 
 
 def _config(config_class: type[Config], value: Config | Mapping[str, Any], what: str) -> Config:
-    return from_mapping(config_class, value, what) if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        return from_mapping(config_class, value, what)
+    if not isinstance(value, config_class):
+        name = config_class.__name__
+        raise UsageError(f"{what.split()[0]} is {value!r}: give {name}(...), or a mapping of its fields")
+    return value
 
 
 def _expert(one: ExpertConfig | Mapping[str, Any]) -> ExpertConfig:

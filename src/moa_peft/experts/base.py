@@ -148,7 +148,7 @@ def expert_from_mapping(values: Mapping[str, Any]) -> ExpertConfig:
     if "kind" not in values:
         raise UsageError(f"an expert has no kind: give kind as one of {', '.join(sorted(_KINDS))}")
     kind = values["kind"]
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise UsageError(unknown("expert", str(kind), _KINDS))
     fields = {key: value for key, value in values.items() if key != "kind"}
     return from_mapping(_KINDS[kind], fields, f"field of expert {kind!r}")

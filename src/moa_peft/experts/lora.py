@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moa_peft.config import CopiedExpertConfig
 from moa_peft.experts.base import Bottleneck, LinearExpert, register_expert
+from moa_peft.experts.targets import target_problems
 
 if TYPE_CHECKING:
     from moa_peft.architecture import LinearSite
@@ -42,15 +43,9 @@ class LoraExpert(CopiedExpertConfig):
 
     def problems(self) -> list[str]:
         """What is wrong with the fields, a sentence each."""
-        if isinstance(self.targets, str):
-            return [f"targets is the text {self.targets!r}: give a list, as in [{self.targets!r}]"]
-        wrong = self.copy_problems()
+        wrong = target_problems(self.targets, PROJECTIONS) + self.copy_problems()
         if self.shared and self.num_experts == 1:
             wrong.append("shared is true: a single LoRA shares nothing; give num_experts above 1")
-        if not self.targets:
-            wrong.append(f"targets is empty: give some of {', '.join(PROJECTIONS)}")
-        if len(set(self.targets)) < len(self.targets):
-            wrong.append(f"targets names a projection twice: {', '.join(self.targets)}")
         if self.rank < 1:
             wrong.append(f"rank is {self.rank}: it must be at least 1")
         if not self.alpha > 0:
