@@ -52,15 +52,15 @@ def tiny_llama(*, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
 
 
-def with_mixture(model: LlamaForCausalLM, *, seed: int = 1) -> PeftModel:
-    """A mixture of every kind of expert, none of them zero."""
+def with_mixture(model: LlamaForCausalLM, *, seed: int = 1, **options: Any) -> PeftModel:
+    """A mixture of every kind of expert, none of them zero; with options of its config."""
     torch.manual_seed(seed)
     experts = [
         LoraExpert(targets=["q_proj", "down_proj"], rank=2),
         ParallelAdapterExpert(size=2),
         PromptExpert(length=2),
     ]
-    wrapped = get_peft_model(model, MoAConfig(experts=experts))
+    wrapped = get_peft_model(model, MoAConfig(experts=experts, **options))
     with torch.no_grad():
         for one in wrapped.parameters():
             if one.requires_grad:

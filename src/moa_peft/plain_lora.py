@@ -27,7 +27,7 @@ from moa_peft.architecture import LinearSite
 from moa_peft.data.rows import Row, load_rows
 from moa_peft.data.templates import Template, render_completion
 from moa_peft.errors import UsageError
-from moa_peft.evaluate.batching import pad_left, plan_batches, positions
+from moa_peft.evaluate.batching import pad_left, plan_batches, positions, rows_at_once
 from moa_peft.evaluate.loading import AdapterFolder, load
 from moa_peft.evaluate.scoring import (
     TOKEN_BUDGET,
@@ -251,8 +251,6 @@ def gate_means(model: Any, questions: Sequence[TokenQuestion], batch_size: int) 
         token, as the mixture does.
     """
     layers = mixture_layers(model)
-    mixtures = [mixture for _, layer in layers for mixture in layer.mixtures().values()]
-    pooled = [router.config.pooling for one in mixtures for router in one.routers().values()]
     means: Means = {}
     mask: list[Tensor] = []  # of the batch that is running
     for name, layer in layers:
@@ -261,7 +259,7 @@ def gate_means(model: Any, questions: Sequence[TokenQuestion], batch_size: int) 
     batches = plan_batches(
         lengths,
         [1] * len(lengths),
-        batch_size=1 if "official" in pooled else batch_size,
+        batch_size=rows_at_once(model, batch_size),
         token_budget=TOKEN_BUDGET,
         logit_budget=TOKEN_BUDGET,
     )
@@ -490,7 +488,7 @@ def _rows(data: str, held_out: str | None, limit: int | None, seed: int) -> tupl
 def _answer_loss(model: Any, questions: Sequence[TokenQuestion], batch_size: int, what: str) -> float:
     """The mean loss over all answer tokens, nats."""
     total, tokens = 0.0, 0
-    for batch in _shown(plan(questions, batch_size), f"loss, {what}", len(questions)):
+    for batch in _shown(plan(questions, rows_at_once(model, batch_size)), f"loss, {what}", len(questions)):
         for one in score_batch(model, [questions[place] for place in batch]):
             total -= sum(one[0])
             tokens += len(one[0])

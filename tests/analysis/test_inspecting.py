@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor
 
-from moa_peft import MoAConfig, mixture_layers
+from moa_peft import LoraExpert, MoAConfig, RouterConfig, mixture_layers
 from moa_peft.analysis.agreement import AgreementSums
 from moa_peft.analysis.change_sums import Change
 from moa_peft.analysis.inspecting import inspect_model
@@ -17,7 +18,7 @@ from moa_peft.analysis.shown import ShownTokens, encode_gates
 from moa_peft.analysis.token_classes import CLASSES
 from moa_peft.data.rows import Row
 from moa_peft.errors import UsageError
-from tiny import base_model, mixture_model
+from tiny import awaken, base_model, mixture_model
 from tiny_lm import byte_tokenizer
 from two_pass import keep_everything, texts
 
@@ -39,6 +40,17 @@ def test_the_gates_shown_are_those_of_each_text_alone(method: str) -> None:
     for where in kept.gates:
         shown = torch.cat([one.gates[Where(*where)] for one in found.prompts])
         torch.testing.assert_close(shown.double(), kept.gates[where], atol=1e-5, rtol=1e-5)
+
+
+def test_the_gates_of_official_pooling_are_those_of_each_text_alone_too() -> None:
+    router = RouterConfig(granularity="instance", pooling="official")
+    experts = [LoraExpert(targets=("q_proj", "v_proj"))]
+    model = get_peft_model(base_model("llama"), MoAConfig(experts=experts, router=router))
+    awaken(model)
+    together, alone = (inspect_model(model, written(), batch_size=size) for size in (3, 1))
+    for one, two in zip(together.prompts, alone.prompts, strict=True):
+        for where, gates in one.gates.items():
+            torch.testing.assert_close(gates, two.gates[where])
 
 
 def test_a_threshold_that_no_step_has_moved_is_told_from_one_that_was_trained() -> None:

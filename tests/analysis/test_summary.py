@@ -3,12 +3,14 @@
 from typing import Any
 
 import pytest
+from peft import get_peft_model
 from torch import nn
 
+from moa_peft import LoraExpert, MoAConfig, RouterConfig
 from moa_peft.analysis.gate_statistics import load_variation
 from moa_peft.analysis.summary import routing_summary
 from moa_peft.errors import UsageError
-from tiny import METHODS, base_model, mixture_model
+from tiny import METHODS, awaken, base_model, mixture_model
 from two_pass import cka, keep_everything, texts
 
 ROUTERS = {"soft-moa-hydra": 8, "molora": 5, "hydralora": 5, "topk-moe-lora": 5, "adamole": 5, "copies": 10}
@@ -50,6 +52,33 @@ def test_the_numbers_are_means_over_the_routers_of_what_each_weighs(method: str)
 def test_without_a_router_there_is_nothing_to_say(method: str | None) -> None:
     model = base_model("llama") if method is None else mixture_model("llama", method)
     assert summary(model) == {"load_variation": None, "mean_cka": None, "active_experts": None}
+
+
+def instance_model(pooling: str) -> nn.Module:
+    """Gates for a whole instance."""
+    router = RouterConfig(granularity="instance", pooling=pooling)
+    model = get_peft_model(
+        base_model("llama"),
+        MoAConfig(experts=[LoraExpert(targets=("q_proj", "v_proj"))], router=router),
+    )
+    awaken(model)
+    return model
+
+
+@pytest.mark.parametrize("pooling", ["prompt", "official"])
+def test_no_number_depends_on_the_batch_size(pooling: str) -> None:
+    """Official pooling counts padding, so its texts are read one by one."""
+    model = instance_model(pooling)
+    alone = summary(model, batch_size=1)
+    for name, one in summary(model, batch_size=4).items():
+        assert one == pytest.approx(alone[name], abs=1e-5), name
+
+
+def test_a_router_over_a_single_copy_is_always_on() -> None:
+    expert = LoraExpert(targets=("q_proj", "v_proj"), num_experts=1, router=RouterConfig(kind="linear"))
+    model = get_peft_model(base_model("llama"), MoAConfig(experts=[expert], router=None))
+    awaken(model)
+    assert summary(model) == {"load_variation": None, "mean_cka": None, "active_experts": 1}
 
 
 def test_a_mixture_that_adds_nothing_yet_has_loads_but_no_similarity() -> None:

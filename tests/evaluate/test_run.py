@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from moa_peft import RouterConfig
 from moa_peft.data.rows import Row
 from moa_peft.errors import RunError, UsageError
 from moa_peft.evaluate import run as run_module
@@ -307,6 +308,18 @@ def test_batches_of_some_questions_are_those_questions() -> None:
     asked = task(choice_rows(6)).questions
     examiner = LikelihoodExaminer(tiny_llama(), TOKENIZER, asked, template="paper", batch_size=2)
     assert sorted(place for part in examiner.batches_of([5, 1, 3]) for place in part) == [1, 3, 5]
+
+
+def test_an_adapter_that_pools_officially_is_asked_one_question_at_a_time() -> None:
+    """Its gates are means over a batch's padding too."""
+    router = RouterConfig(granularity="instance", pooling="official")
+    asked = {"template": "paper", "batch_size": 3}
+    for pooling, longest in ((router, 1), (dataclasses.replace(router, pooling="prompt"), 3)):
+        model, questions = with_mixture(tiny_llama(), router=pooling), task(choice_rows(6)).questions
+        by_likelihood = LikelihoodExaminer(model, TOKENIZER, questions, **asked)
+        by_generation = GenerationExaminer(model, TOKENIZER, questions, **asked, max_new_tokens=4)
+        for examiner in (by_likelihood, by_generation):
+            assert max(map(len, examiner.batches())) == longest
 
 
 def test_a_result_kept_in_memory_names_no_file() -> None:

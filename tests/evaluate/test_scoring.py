@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
+from moa_peft import RouterConfig
 from moa_peft.data.rows import Row
 from moa_peft.data.templates import render_prompt
 from moa_peft.data.tokens import encode
@@ -55,12 +56,15 @@ def models() -> dict[str, torch.nn.Module]:
     return {
         "llama": tiny_llama(),
         "mixture": with_mixture(tiny_llama()),
+        "official pooling": with_mixture(
+            tiny_llama(), router=RouterConfig(granularity="instance", pooling="official")
+        ),
         "positions are learned": GPT2LMHeadModel(gpt2).eval(),
         "window shorter than the prompt": MistralForCausalLM(mistral).eval(),
     }
 
 
-@pytest.mark.parametrize("name", list(models()))
+@pytest.mark.parametrize("name", [one for one in models() if one != "official pooling"])
 def test_shared_prompts_give_the_scores_of_each_choice_by_itself(name: str) -> None:
     model, asked = models()[name], questions(7)
     found = score_batch(model, asked)
@@ -69,7 +73,7 @@ def test_shared_prompts_give_the_scores_of_each_choice_by_itself(name: str) -> N
         torch.testing.assert_close(flat([one]), flat([expected]), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "mixture"])
+@pytest.mark.parametrize("name", ["llama", "mixture", "official pooling"])
 def test_scores_and_choices_do_not_depend_on_the_batch_size(name: str) -> None:
     model, asked = models()[name], questions(13)
     alone, together = score_choices(model, asked, batch_size=1), score_choices(model, asked, batch_size=8)

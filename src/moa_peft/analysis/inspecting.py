@@ -13,6 +13,7 @@ from moa_peft.analysis.results import Finding, GroupStatistics, RouterStatistics
 from moa_peft.analysis.shown import ShownPrompt, ShownTokens
 from moa_peft.analysis.standing_out import sentences
 from moa_peft.errors import UsageError
+from moa_peft.evaluate.batching import rows_at_once
 from moa_peft.tuner import mixture_layers
 
 
@@ -72,7 +73,7 @@ def inspect_model(
     listener, agreement = Listener(model), AgreementSums()
     shown: ShownTokens | None = None
     done = 0
-    for places in batches(texts, batch_size):
+    for places in batches(texts, rows_at_once(model, batch_size)):
         rows = [texts[place] for place in places]
         heard: list[Heard] = []
         for adapter in about:

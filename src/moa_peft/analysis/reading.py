@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moa_peft.analysis.observe import Batch, Heard, Listener
 from moa_peft.errors import UsageError
-from moa_peft.evaluate.batching import pad_left, plan_batches, positions
+from moa_peft.evaluate.batching import pad_left, plan_batches, positions, rows_at_once
 
 TOKEN_BUDGET = 1024
 """Most tokens of a forward pass, padding included, unless one text alone is longer."""
@@ -66,7 +66,7 @@ def read(
         batch_size: Most texts in a forward pass; no statistic depends on it beyond rounding.
         each: Called after each batch with the places of its texts, in the order of the rows, and what was heard.
     """
-    for places in batches(texts, batch_size):
+    for places in batches(texts, rows_at_once(model, batch_size)):
         heard = hear(model, listener, [texts[place] for place in places])
         if each is not None:
             each(places, heard)

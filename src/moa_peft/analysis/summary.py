@@ -40,7 +40,7 @@ def routing_summary(
     check_texts(model, tokens)
     listener = Listener(model)
     read(model, listener, tokens, batch_size=batch_size)
-    groups = [listener.groups[where].statistics() for where in listener.gates]
+    groups = [listener.groups[one].statistics() for one in listener.gates if one in listener.groups]
     return {
         "load_variation": _mean([load_variation(sums.gate) for sums in listener.gates.values()]),
         "mean_cka": _mean([one.mean_cka for one in groups]),

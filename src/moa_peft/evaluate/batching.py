@@ -6,7 +6,18 @@ Sizes: B rows of a batch, T tokens of its longest row.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from moa_peft.tuner import mixture_layers
+
+
+def rows_at_once(model: nn.Module, batch_size: int) -> int:
+    """How many rows a batch may have: one where a router of the model pools officially, padding and all."""
+    mixtures = [one for _, layer in mixture_layers(model) for one in layer.mixtures().values()]
+    official = any(
+        router.config.pooling == "official" for one in mixtures for router in one.routers().values()
+    )
+    return 1 if official else batch_size
 
 
 def plan_batches(

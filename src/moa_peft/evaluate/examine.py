@@ -9,6 +9,7 @@ from moa_peft.data.templates import Template, render_completion, render_prompt
 from moa_peft.data.tokens import prompt_ids
 from moa_peft.errors import RunError
 from moa_peft.evaluate.answers import same_answer
+from moa_peft.evaluate.batching import rows_at_once
 from moa_peft.evaluate.code_answers import has_ended
 from moa_peft.evaluate.extraction import RULES
 from moa_peft.evaluate.generation import as_generation, end_ids, generate_batch, plan_prompts
@@ -67,7 +68,8 @@ class LikelihoodExaminer:
         Raises:
             UsageError: If a question is too long for the model, or the template does not fit the tokenizer.
         """
-        self._model, self._questions, self._batch_size = model, questions, batch_size
+        self._model, self._questions = model, questions
+        self._batch_size = rows_at_once(model, batch_size)
         self._prompts = [render_prompt(one.row, template, tokenizer) for one in questions]
         self._texts = [_scored_texts(one) for one in questions]
         self._tokens: list[TokenQuestion] = [
@@ -145,7 +147,7 @@ class GenerationExaminer:
             UsageError: As `LikelihoodExaminer`.
         """
         self._model, self._tokenizer, self._questions = model, tokenizer, questions
-        self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
+        self._batch_size, self._max_new_tokens = rows_at_once(model, batch_size), max_new_tokens
         rows = [one.row for one in questions]
         self._prompts = [
             prompt_ids(render_prompt(row, template, tokenizer), tokenizer, template) for row in rows

@@ -18,7 +18,7 @@ from moa_peft.data.rows import Row
 from moa_peft.data.templates import Template, render_completion, render_prompt
 from moa_peft.data.tokens import completion_ids, end_token_id, prompt_ids
 from moa_peft.errors import UsageError
-from moa_peft.evaluate.batching import pad_left, plan_batches, positions
+from moa_peft.evaluate.batching import pad_left, plan_batches, positions, rows_at_once
 from moa_peft.tokens import prompt_lengths
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ def check_lengths(model: Any, lengths: Sequence[int]) -> None:
 
 def _score_all(model: Any, questions: Sequence[TokenQuestion], batch_size: int) -> list[list[list[float]]]:
     scores: dict[int, list[list[float]]] = {}
-    for batch in plan(questions, batch_size):
+    for batch in plan(questions, rows_at_once(model, batch_size)):
         scores |= dict(zip(batch, score_batch(model, [questions[place] for place in batch]), strict=True))
     return [scores[place] for place in range(len(questions))]
 
