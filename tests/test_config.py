@@ -102,10 +102,10 @@ def test_a_wrong_config_is_refused_with_what_is_allowed(build: Any, message: str
         (lambda: LoraExpert(targets=None), "targets is None: give a list"),
         (lambda: LoraExpert(targets={"q_proj"}), "targets is {'q_proj'}: give a list"),
         (lambda: LoraExpert(targets=[["q_proj"]]), r"targets is \(\['q_proj'\],\): give names"),
-        (lambda: LoraExpert(targets=["mlp"]), "targets names mlp: give projections, as q_proj"),
+        (lambda: LoraExpert(targets=["mlp"]), "targets names 'mlp': give some of q_proj"),
         (
             lambda: IA3Expert(targets=["attention", "mlp"]),
-            "targets names attention and mlp: give projections",
+            "targets names 'attention': give some of q_proj",
         ),
         (lambda: MoAConfig(experts=[{"kind": "lora", "rank": 4}]), "missing: give targets"),
         (lambda: MoAConfig(experts=[{"kind": ["lora"]}]), "unknown expert"),

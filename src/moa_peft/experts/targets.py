@@ -18,9 +18,8 @@ def target_problems(targets: Sequence[str], allowed: Sequence[str]) -> list[str]
     wrong: list[str] = []
     if not targets:
         wrong.append(f"targets is empty: give some of {', '.join(allowed)}")
-    beside = [one for one in ("attention", "mlp") if one in targets and one not in allowed]
-    if beside:
-        wrong.append(f"targets names {' and '.join(beside)}: give projections, as {', '.join(allowed)}")
+    beside = [one for one in targets if one in ("attention", "mlp") and one not in allowed]
+    wrong += [f"targets names {one!r}: give some of {', '.join(allowed)}" for one in beside]
     if len(set(targets)) < len(targets):
         wrong.append(f"targets names a projection twice: {', '.join(targets)}")
     return wrong
