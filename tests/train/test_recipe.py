@@ -120,6 +120,7 @@ def test_the_recipes_own_values_go_before_the_defaults() -> None:
         ("learning_rate", "fast", "a number"),
         ("learning_rate", True, "a number"),
         ("learning_rate", -1, "a number from 0"),
+        ("learning_rate", float("nan"), "a number from 0"),
         ("max_steps", 1.5, "a whole number"),
         ("packing", "yes", "true or false"),
         ("run_name", 3, "text or null"),

@@ -67,6 +67,7 @@ def run(preparation: Preparation) -> TrainingOutcome:
         else:
             trainer.train(resume_from_checkpoint=plan.resume_from)
         train_s = time.perf_counter() - start
+        trainer.refuse_non_finite()
         outcome = _outcome(preparation, train_s)
         row = _result_row(preparation, outcome, written) if main else {}
         with (

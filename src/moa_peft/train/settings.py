@@ -45,7 +45,7 @@ def check_trainer(recipe: Recipe) -> None:
         if not _fits(value, hints[name])
     ]
     rate = recipe.trainer.get("learning_rate", 0)
-    if not wrong and rate < 0:  # the optimiser would say so, but only after everything is loaded
+    if not wrong and not rate >= 0:  # the optimiser would say so, but only after everything is loaded
         wrong.append(f"learning_rate is {rate}: give a number from 0")
     if wrong:
         raise UsageError("recipe: " + "; ".join(wrong))

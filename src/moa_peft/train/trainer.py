@@ -71,12 +71,16 @@ class AdapterTrainer(SFTTrainer):
             raise UsageError(self._stopped(f"the loss of step {self.state.global_step + 1} is {loss.item()}"))
         return result
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def refuse_non_finite(self) -> None:
+        """Raise a UsageError if the last step has left a trained parameter with numbers that are not finite."""
         bad = non_finite(self.wrapped)
         if bad:
             raise UsageError(
                 self._stopped(f"after step {self.state.global_step}, {bad} holds numbers that are not finite")
             )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.refuse_non_finite()
         folder = Path(self.args.output_dir or ".")
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
