@@ -439,6 +439,20 @@ def test_a_call_that_fails_before_it_is_watched_leaves_the_next_as_ever() -> Non
     assert same(found, gates(fresh, input_ids=ids, labels=labels))
 
 
+def test_a_call_that_fails_before_its_backbone_leaves_a_call_of_that_as_ever() -> None:
+    model = mixture_model("llama", "instance-moa")
+    ids = tokens(2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    base = model.get_base_model()
+    expected = gates(base.model, input_ids=ids, attention_mask=mask)
+    handle = base.register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(input_ids=ids)
+    handle.remove()
+    assert same(gates(base.model, input_ids=ids, attention_mask=mask), expected)
+
+
 @pytest.mark.parametrize("kind", [CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT])
 @pytest.mark.parametrize("method", ["instance-moa", "adamole"])
 def test_a_block_recomputed_without_its_tokens_is_refused(method: str, kind: CheckpointImpl) -> None:

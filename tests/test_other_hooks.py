@@ -126,6 +126,7 @@ def test_an_adapter_trains_a_copy_of_a_layer_that_another_has_an_expert_on() -> 
 def test_a_copied_model_has_hooks_of_its_own() -> None:
     model = mixture_model("llama", "soft-moa")
     twin = copy.deepcopy(model)
+    assert not {layer for _, layer in mixture_layers(twin)} & {layer for _, layer in mixture_layers(model)}
     assert not [hook for one in twin.modules() for hook in one._forward_hooks.values() if strange(hook, twin)]
     assert not [
         hook for one in twin.modules() for hook in one._forward_pre_hooks.values() if strange(hook, twin)

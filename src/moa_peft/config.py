@@ -97,7 +97,8 @@ def from_mapping(config_class: type[Config], values: Mapping[str, Any], what: st
         The config.
 
     Raises:
-        UsageError: If a key is not a field of the class (with the nearest one), or the class refuses the values.
+        UsageError: If a key is not a field of the class (with the nearest one), one without a default is missing, or the class
+            refuses the values.
     """
     known = [one.name for one in dataclasses.fields(config_class)]  # type: ignore[arg-type]  # Config is a dataclass
     for key in values:

@@ -203,7 +203,7 @@ class TokenWatch:
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ARG002
         if module is not self._caller:
             return
-        call, self.current, self._caller = self.current, None, None
+        call, self.current, self._caller, self._backbone_is_next = self.current, None, None, False
         past = getattr(output, "past_key_values", None)
         if call is not None and past is not None and call.found:
             remember_gates(past, call.found)
