@@ -130,6 +130,14 @@ def test_a_wrong_config_is_refused_with_what_is_allowed(build: Any, message: str
             lambda: MoAConfig.preset("soft-moa", layers_to_transform=True),
             "layers_to_transform is True: give whole",
         ),
+        (
+            lambda: MoAConfig.preset("soft-moa", layers_to_transform=[]),
+            r"layers_to_transform is \[\]: give whole numbers, or leave it out for every block",
+        ),
+        (
+            lambda: MoAConfig.preset("soft-moa", modules_to_save="lm_head"),
+            "modules_to_save is 'lm_head': give a list of names",
+        ),
     ],
 )
 def test_a_value_of_another_type_is_refused_not_read_as_something_else(build: Any, message: str) -> None:

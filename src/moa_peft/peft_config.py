@@ -98,8 +98,15 @@ class MoAConfig(PeftConfig):
             wrong.append("experts is empty: give some, or start from MoAConfig.preset('soft-moa')")
         layers = self.layers_to_transform
         given = layers if isinstance(layers, list | tuple) else [] if layers is None else [layers]
-        if any(type(one) is not int for one in given):
-            wrong.append(f"layers_to_transform is {layers!r}: give whole numbers")
+        if any(type(one) is not int for one in given) or (layers is not None and not given):
+            wrong.append(
+                f"layers_to_transform is {layers!r}: give whole numbers, or leave it out for every block"
+            )
+        saved = self.modules_to_save
+        if saved is not None and not (
+            isinstance(saved, list | tuple) and all(isinstance(one, str) for one in saved)
+        ):
+            wrong.append(f"modules_to_save is {saved!r}: give a list of names")
         if self.task_type != TaskType.CAUSAL_LM:
             wrong.append(f"task_type is {self.task_type}: mixtures work on causal language models, CAUSAL_LM")
         return wrong

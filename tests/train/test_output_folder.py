@@ -121,9 +121,10 @@ def test_a_row_that_does_not_fit_on_the_disk_leaves_no_half_line(
 def test_a_recipe_that_cannot_be_read_is_no_run_to_resume(tmp_path: Path) -> None:
     output_folder.write_recipe(tmp_path, {"seed": 1})
     assert output_folder.read_recipe(tmp_path) == {"seed": 1}
-    (tmp_path / "moa_recipe.json").write_text("{")
-    with pytest.raises(UsageError, match=r"holds no readable moa_recipe\.json"):
-        output_folder.read_recipe(tmp_path)
+    for text in ("{", "[]"):
+        (tmp_path / "moa_recipe.json").write_text(text)
+        with pytest.raises(UsageError, match=r"holds no readable moa_recipe\.json"):
+            output_folder.read_recipe(tmp_path)
 
 
 def write(error: Exception, folder: Path) -> None:

@@ -15,6 +15,7 @@ from moa_peft.errors import UsageError
 from moa_peft.train import checkpoints
 from moa_peft.train.prepare import discard, prepare
 from moa_peft.train.recipe import Recipe
+from moa_peft.train.resumption import changed_keys
 from moa_peft.train.run import train
 
 Recipes = Callable[..., Recipe]
@@ -111,6 +112,31 @@ def test_resuming_with_other_data_seed_or_method_names_what_changed(
     message = "was started with other values of data, method, mixture, seed: resume it with its own recipe"
     with pytest.raises(UsageError, match=message):
         train(changed)
+
+
+def test_what_chooses_the_best_checkpoint_is_free_only_where_none_is_chosen() -> None:
+    run = {"eval_steps": 2, "save_steps": 2, "save_total_limit": 1}
+    assert changed_keys(run, run | {"eval_steps": 3, "save_steps": 3, "save_total_limit": 2}) == []
+    run |= {"load_best_model_at_end": True}
+    changed = run | {"eval_steps": 3, "save_steps": 3, "save_total_limit": 2}
+    assert changed_keys(run, changed) == ["eval_steps", "save_steps"]
+
+
+def test_other_held_out_rows_in_the_same_file_are_noticed(
+    recipe_of: Recipes, rows_file: Path, tmp_path: Path
+) -> None:
+    held_out = tmp_path / "held_out.json"
+    held_out.write_bytes(rows_file.read_bytes())
+    train(recipe_of(save_steps=2, validation=str(held_out)))
+    held_out.write_text(json.dumps(json.loads(held_out.read_text())[1:]))
+    with pytest.raises(UsageError, match="was started with other values of validation: resume it"):
+        train(recipe_of(save_steps=2, validation=str(held_out), resume=True))
+
+
+def test_a_recipe_whose_experts_are_named_by_numbers_is_still_the_runs_own(recipe_of: Recipes) -> None:
+    by_number = {"experts": {0: {"rank": 4}}}
+    train(recipe_of(mixture=by_number))
+    train(recipe_of(mixture=by_number, resume=True))
 
 
 def test_resuming_a_finished_run_elsewhere_with_other_saving_writes_its_adapter_again(

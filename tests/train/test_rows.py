@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from moa_peft.cli.train import plan_text
 from moa_peft.data.rows import Row, load_rows, rows_md5
 from moa_peft.errors import UsageError
+from moa_peft.train.prepare import prepare
 from moa_peft.train.recipe import Recipe
 from moa_peft.train.rows import hold_out, read_rows
 
@@ -56,6 +58,11 @@ def test_held_out_rows_may_come_from_a_source_of_their_own(
     rows = read_rows(recipe_of(data=str(folder), validation=str(folder), limit=4))
     assert [len(rows.train), len(rows.validation or ())] == [4, 2]
     assert rows.recipe.data_md5 == rows_md5(rows.train)
+    assert rows.recipe.validation_md5 == rows_md5(rows.validation or [])
+    with pytest.raises(
+        UsageError, match=r"MD5 [0-9a-f]+, the recipe's validation_md5 is abc: give the same val"
+    ):
+        read_rows(recipe_of(data=str(folder), validation=str(folder), validation_md5="abc"))
     assert len(read_rows(recipe_of(data=str(folder), data_split="validation")).train) == 2
 
 
@@ -66,3 +73,14 @@ def test_rows_that_are_not_those_of_the_recipe_are_refused(recipe_of: Callable[.
         UsageError, match=f"the rows of .* have MD5 [0-9a-f]+, the recipe's data_md5 is {md5}"
     ):
         read_rows(recipe_of(data_md5=md5, limit=3))
+
+
+def test_held_out_rows_that_are_too_long_are_counted(
+    recipe_of: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    held_out = tmp_path / "held_out.json"
+    long = Row(instruction="add 1 and 1 " * 50, input="", output="2", answer="")
+    held_out.write_text(json.dumps([dataclasses.asdict(one) for one in (row(1), long, long)]))
+    plan = prepare(recipe_of(validation=str(held_out))).plan
+    assert (plan.rows_dropped, plan.validation_rows, plan.validation_rows_dropped) == (0, 1, 2)
+    assert " 1 held out (2 dropped: their answers start after max_length)\n" in plan_text(plan)

@@ -96,14 +96,13 @@ def train(
 def plan_text(plan: "Plan") -> str:
     """Write what a run will do, for a person."""
     share = 100 * plan.trainable_parameters / plan.total_parameters
-    dropped = (
-        f" ({plan.rows_dropped:,} dropped: their answers start after max_length)" if plan.rows_dropped else ""
-    )
-    held_out = f", {plan.validation_rows:,} held out" if plan.validation_rows else ""
+    held_out = ""
+    if plan.validation_rows:
+        held_out = f", {plan.validation_rows:,} held out{_dropped(plan.validation_rows_dropped)}"
     lines = [
         f"  model       {plan.model}",
         f"  method      {plan.method}: {plan.trainable_parameters:,} trainable parameters, {share:.2f} % of all",
-        f"  data        {plan.rows_kept:,} rows{dropped}{held_out}",
+        f"  data        {plan.rows_kept:,} rows{_dropped(plan.rows_dropped)}{held_out}",
         f"  steps       {plan.steps:,}",
         f"  output_dir  {plan.output_dir}",
     ]
@@ -114,6 +113,10 @@ def plan_text(plan: "Plan") -> str:
     elif plan.resumed:
         lines.append("  resume      from the start: no checkpoint was complete")
     return "\n".join(lines)
+
+
+def _dropped(count: int) -> str:
+    return f" ({count:,} dropped: their answers start after max_length)" if count else ""
 
 
 def outcome_text(outcome: "TrainingOutcome") -> str:

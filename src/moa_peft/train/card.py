@@ -14,7 +14,7 @@ TAGS = ("moa", "mixture-of-adapters", "peft")
 HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """What the hub calls the models that moa has short names for."""
 
-_UNSAID = ("resume", "output_dir", "model", "data", "data_split", "data_md5", "method")
+_UNSAID = ("resume", "output_dir", "model", "data", "data_split", "data_md5", "validation_md5", "method")
 
 
 def write_card(folder: Path, row: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:

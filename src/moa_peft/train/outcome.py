@@ -17,6 +17,8 @@ class Plan:
     """Rows left out, because max_length would cut their answers away."""
     validation_rows: int
     """Held-out rows; 0 for none."""
+    validation_rows_dropped: int
+    """Held-out rows left out likewise."""
     trainable_parameters: int
     """Numbers that are trained."""
     total_parameters: int
@@ -58,3 +60,7 @@ class TrainingOutcome:
     """Training rows."""
     rows_dropped: int
     """Rows left out, because max_length would cut their answers away."""
+    validation_rows: int
+    """Held-out rows; 0 for none."""
+    validation_rows_dropped: int
+    """Held-out rows left out likewise."""

@@ -67,11 +67,14 @@ def read_recipe(output_dir: Path) -> dict[str, Any]:
         UsageError: If the folder holds none.
     """
     try:
-        return json.loads((output_dir / RECIPE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        recipe = json.loads((output_dir / RECIPE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        recipe = None
+    if not isinstance(recipe, dict):
         raise UsageError(
             f"{output_dir} holds no readable {RECIPE_FILE}, so there is no run to resume: leave --resume out"
-        ) from error
+        )
+    return recipe
 
 
 def append_result(output_dir: Path, row: Mapping[str, Any]) -> None:

@@ -100,6 +100,7 @@ def _prepare(recipe: Recipe, folder: Path) -> Preparation:
         rows_kept=len(encoded.train),
         rows_dropped=encoded.dropped,
         validation_rows=len(encoded.validation or ()),
+        validation_rows_dropped=encoded.validation_dropped,
         trainable_parameters=sum(trained),
         total_parameters=sum(one.numel() for one in trainer.wrapped.parameters()),
         steps=_count_steps(trainer),

@@ -96,6 +96,9 @@ class Recipe:
     validation: str | float | None = None
     """Held-out rows: a source like data, or a share of the training rows between 0 and 1."""
 
+    validation_md5: str | None = None
+    """MD5 of the rows of a validation source, as data_md5 is of the training rows; none for a share."""
+
     seed: int = 0
     """Seed of the adapter's initial weights, the order of the rows, dropout and the held-out share."""
 

@@ -1,5 +1,6 @@
 """Going on with a run that was cut off: from where, and only with the recipe it was started with."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ FREE_ON_RESUME = frozenset(
 )
 """Keys that may differ when a run is resumed: none changes a step of training. ``data`` is compared by its rows."""
 
+_CHOOSE_THE_BEST = frozenset(
+    ("save_steps", "save_strategy", "eval_strategy", "eval_steps", "per_device_eval_batch_size")
+)
+"""Keys that decide which checkpoint is the best one, where a run ends with that (``load_best_model_at_end``)."""
+
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Name the keys that differ between the recipe of a run and the one it is resumed with.
@@ -42,12 +48,13 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         new: The recipe given now, with the MD5 of its rows.
 
     Returns:
-        Names of keys that would change the weights; rows that changed are called "data".
+        Names of keys that would change the weights or the figures; rows that changed are called "data" or
+        "validation".
     """
-    differing = [
-        key for key in sorted({*old, *new}) if old.get(key) != new.get(key) and key not in FREE_ON_RESUME
-    ]
-    return ["data" if key == "data_md5" else key for key in differing]
+    new = json.loads(json.dumps(new))  # as the old one was written: keys as text, tuples as lists
+    free = FREE_ON_RESUME - (_CHOOSE_THE_BEST if new.get("load_best_model_at_end") else frozenset())
+    differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key) and key not in free]
+    return [key.removesuffix("_md5") for key in differing]
 
 
 def find_resumption(recipe: Recipe, folder: Path) -> tuple[Path | None, tuple[Path, ...]]:

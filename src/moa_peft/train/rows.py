@@ -19,7 +19,7 @@ class Rows:
     """What a recipe's data holds, before a tokenizer has seen it."""
 
     recipe: Recipe
-    """The recipe, with the MD5 of its training rows."""
+    """The recipe, with the MD5 of its rows."""
     train: list[Row]
     """Rows to train on."""
     validation: list[Row] | None
@@ -36,6 +36,8 @@ class TrainingRows:
     """Held-out examples; None for none."""
     dropped: int
     """Training rows left out, because their answers would be cut away."""
+    validation_dropped: int
+    """Held-out rows left out for the same reason."""
 
 
 def read_rows(recipe: Recipe) -> Rows:
@@ -48,24 +50,31 @@ def read_rows(recipe: Recipe) -> Rows:
         The rows.
 
     Raises:
-        UsageError: If the rows cannot be read, are not those of ``data_md5``, or are too few for the held-out share.
+        UsageError: If the rows cannot be read, are not those of ``data_md5`` and ``validation_md5``, or are too few
+            for the held-out share.
     """
     rows = load_rows(recipe.data, split=recipe.data_split or "train", limit=recipe.limit)
-    md5 = rows_md5(rows)
-    if recipe.data_md5 is not None and recipe.data_md5 != md5 and not recipe.resume:
-        raise UsageError(
-            f"the rows of {recipe.data} have MD5 {md5}, the recipe's data_md5 is {recipe.data_md5}: give the same "
-            "data, split and limit, or leave data_md5 out"
-        )
-    recipe = dataclasses.replace(recipe, data_md5=md5)
+    recipe = dataclasses.replace(recipe, data_md5=_identified(rows, recipe, "data", "data, split and limit"))
     if isinstance(recipe.validation, str):
-        return Rows(
-            recipe=recipe, train=rows, validation=load_rows(recipe.validation, split="validation", limit=None)
-        )
+        held_out = load_rows(recipe.validation, split="validation", limit=None)
+        md5 = _identified(held_out, recipe, "validation", "validation rows")
+        recipe = dataclasses.replace(recipe, validation_md5=md5)
+        return Rows(recipe=recipe, train=rows, validation=held_out)
     if recipe.validation is None:
         return Rows(recipe=recipe, train=rows, validation=None)
     train, held_out = hold_out(rows, recipe.validation, recipe.seed)
     return Rows(recipe=recipe, train=train, validation=held_out)
+
+
+def _identified(rows: Sequence[Row], recipe: Recipe, key: str, same: str) -> str:
+    """The MD5 of the rows of a key; another one than the recipe's is an error. A resumed run compares it itself."""
+    md5, wanted = rows_md5(rows), getattr(recipe, f"{key}_md5")
+    if wanted is not None and wanted != md5 and not recipe.resume:
+        raise UsageError(
+            f"the rows of {getattr(recipe, key)} have MD5 {md5}, the recipe's {key}_md5 is {wanted}: give the same "
+            f"{same}, or leave {key}_md5 out"
+        )
+    return md5
 
 
 def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -106,11 +115,16 @@ def encode(rows: Rows, tokenizer: Any) -> TrainingRows:
         UsageError: If no row has an answer left within ``max_length``.
     """
     train = encode_rows(rows.train, tokenizer, rows.recipe.template, rows.recipe.max_length)
-    validation = None
+    validation, validation_dropped = None, 0
     if rows.validation is not None:
         held_out = encode_rows(rows.validation, tokenizer, rows.recipe.template, rows.recipe.max_length)
-        validation = _dataset(held_out.examples)
-    return TrainingRows(train=_dataset(train.examples), validation=validation, dropped=train.dropped)
+        validation, validation_dropped = _dataset(held_out.examples), held_out.dropped
+    return TrainingRows(
+        train=_dataset(train.examples),
+        validation=validation,
+        dropped=train.dropped,
+        validation_dropped=validation_dropped,
+    )
 
 
 def _dataset(examples: Sequence[Any]) -> Dataset:

@@ -107,6 +107,8 @@ def _outcome(preparation: Preparation, train_s: float) -> TrainingOutcome:
         total_parameters=plan.total_parameters,
         rows_kept=plan.rows_kept,
         rows_dropped=plan.rows_dropped,
+        validation_rows=plan.validation_rows,
+        validation_rows_dropped=plan.validation_rows_dropped,
     )
 
 

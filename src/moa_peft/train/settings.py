@@ -1,8 +1,10 @@
 """The trainer's own settings: which there are, of what kind, and how a recipe becomes a `trl.SFTConfig`."""
 
 import dataclasses
+import math
 import types
 import typing
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,25 @@ if TYPE_CHECKING:
     from trl.trainer.sft_config import SFTConfig
 
 _PLAIN = (bool, int, float, str, dict, list)
+
+_Range = tuple[Callable[[float], bool], str]
+
+_COUNT: _Range = (lambda value: value >= 1, "a whole number of at least 1")
+_FROM_0: _Range = (lambda value: 0 <= value < math.inf, "a number from 0")
+_ABOVE_0: _Range = (lambda value: 0 < value < math.inf, "a number above 0")
+_BELOW_1: _Range = (lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+_RANGES: Mapping[str, _Range] = {
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), _COUNT
+    ),
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"), _FROM_0
+    ),
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "eval_steps"), _ABOVE_0),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), _BELOW_1),
+}
+"""Numbers that optimiser, loader or trainer would refuse only after everything is loaded, or not at all."""
 
 
 @cache
@@ -33,20 +54,14 @@ def switch_names() -> set[str]:
 
 
 def check_trainer(recipe: Recipe) -> None:
-    """See that every value for the trainer is of the kind that its field takes.
+    """See that every value for the trainer is of the kind that its field takes, and in its range.
 
     Raises:
         UsageError: If one is not; the message lists all of them.
     """
     hints = trainer_fields()
-    wrong = [
-        f"{name} is {value!r}: give {_said(hints[name])}"
-        for name, value in recipe.trainer.items()
-        if not _fits(value, hints[name])
-    ]
-    rate = recipe.trainer.get("learning_rate", 0)
-    if not wrong and not rate >= 0:  # the optimiser would say so, but only after everything is loaded
-        wrong.append(f"learning_rate is {rate}: give a number from 0")
+    problems = [_problem(name, value, hints[name]) for name, value in recipe.trainer.items()]
+    wrong = [one for one in problems if one is not None]
     if wrong:
         raise UsageError("recipe: " + "; ".join(wrong))
 
@@ -92,6 +107,16 @@ def build_settings(recipe: Recipe, *, has_validation: bool, cuda: bool) -> "SFTC
 def _choices(hint: Any) -> tuple[Any, ...]:
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return typing.get_args(hint) if is_union else (hint,)
+
+
+def _problem(name: str, value: object, hint: Any) -> str | None:
+    if not _fits(value, hint):
+        return f"{name} is {value!r}: give {_said(hint)}"
+    if name in _RANGES and isinstance(value, int | float):
+        is_allowed, allowed = _RANGES[name]
+        if not is_allowed(value):
+            return f"{name} is {value}: give {allowed}"
+    return None
 
 
 def _fits(value: object, hint: Any) -> bool:
