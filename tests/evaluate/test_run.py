@@ -215,6 +215,19 @@ def test_a_run_killed_twice_goes_on_and_ends_with_the_same_bytes(
     assert without(resumed.row, *changing) == without(whole.row, *changing)
 
 
+def test_equal_weights_and_rows_under_other_names_are_rows_of_their_own(tmp_path: Path) -> None:
+    model, rows = tiny_llama(), choice_rows(6)
+    first = evaluate(model, TOKENIZER, task(rows, "one"), options(tmp_path))
+    other_task = evaluate(model, TOKENIZER, task(rows, "two"), options(tmp_path))
+    assert (other_task.reused, other_task.row.task) == (False, "two")
+    named = identify(model, base_model="a copy elsewhere")
+    other_model = evaluate(model, TOKENIZER, task(rows, "one"), options(tmp_path), identity=named)
+    assert (other_model.reused, other_model.row.base_model) == (False, "a copy elsewhere")
+    assert other_model.row.num_resumed == 6, "the examples are the same"
+    assert other_model.row.accuracy == first.row.accuracy
+    assert evaluate(model, TOKENIZER, task(rows, "two"), options(tmp_path)).reused
+
+
 def test_a_row_killed_after_its_examples_is_written_at_the_next_call(tmp_path: Path) -> None:
     model, asked = tiny_llama(), task(choice_rows(4))
     evaluate(model, TOKENIZER, asked, options(tmp_path))

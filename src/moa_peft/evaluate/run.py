@@ -4,7 +4,7 @@ import dataclasses
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,7 +111,9 @@ def evaluate(
     if file is not None and resumed < len(examples):
         replace_rows(file, examples)  # in the order of the task; so far they stand in that of the batches
     results = None if options.out is None else options.out / RESULTS_FILE
-    row = _stored_row(results, key, rule)
+    row = _stored_row(
+        results, {"key": key, "extraction": rule, "task": task.name, **dataclasses.asdict(identity)}
+    )
     reused = row is not None
     if row is None:
         row = ResultRow(
@@ -170,11 +172,11 @@ def _stored(file: Path | None) -> dict[int, Record]:
     return {one["index"]: one for one in read_rows(file)}
 
 
-def _stored_row(results: Path | None, key: str, rule: str) -> ResultRow | None:
-    """The row of the same evaluation by the same rule, if there is one."""
+def _stored_row(results: Path | None, wanted: Mapping[str, Any]) -> ResultRow | None:
+    """The row of the same evaluation by the same rule and under the same names, if there is one."""
     names = {one.name for one in dataclasses.fields(ResultRow)}
     for row in read_rows(results) if results is not None else []:
-        if row.get("key") == key and row.get("extraction") == rule and row.keys() == names:
+        if row.keys() == names and all(row[name] == value for name, value in wanted.items()):
             return ResultRow(**row)
     return None
 
