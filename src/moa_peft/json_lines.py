@@ -1,9 +1,15 @@
-"""Files of JSON lines that survive a kill: rows are appended whole, and a line that was cut off is noticed."""
+"""Files of JSON lines that survive a kill: rows are appended whole, and a line that was cut off is noticed.
 
+Several processes may write to one file: each has it to itself while it changes it.
+"""
+
+import contextlib
 import errno
 import json
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +43,14 @@ def drop_torn_line(file: Path) -> bool:
     Raises:
         UsageError: As `read_rows`.
     """
-    _, size = _whole_lines(file)
-    if not file.exists() or file.stat().st_size == size:
+    if not file.exists() or file.stat().st_size == _whole_lines(file)[1]:
         return False
-    with file.open("r+b") as content:
-        content.truncate(size)
-        os.fsync(content.fileno())
+    with _alone(file, os.O_RDWR) as handle:
+        _, size = _whole_lines(file)  # once more: it may have been another process's line, half written
+        if os.fstat(handle).st_size == size:
+            return False
+        os.ftruncate(handle, size)
+        os.fsync(handle)
     return True
 
 
@@ -58,15 +66,12 @@ def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """
     text = "".join(json.dumps(one, ensure_ascii=False, allow_nan=False) + "\n" for one in rows).encode()
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
+    with _alone(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as handle:
         written = os.write(handle, text)
         if written != len(text):
             os.ftruncate(handle, os.fstat(handle).st_size - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
         os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def replace_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -75,6 +80,21 @@ def replace_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     draft.unlink(missing_ok=True)
     append_rows(draft, rows)
     draft.replace(file)
+
+
+@contextmanager
+def _alone(file: Path, flags: int) -> Iterator[int]:
+    """Open a file, and wait for other processes to be done with it; not on Windows or a disk without locks."""
+    handle = os.open(file, flags, 0o644)
+    try:
+        if sys.platform != "win32":
+            import fcntl
+
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield handle
+    finally:
+        os.close(handle)  # which ends the lock
 
 
 def _whole_lines(file: Path) -> tuple[list[dict[str, Any]], int]:

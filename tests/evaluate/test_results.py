@@ -1,6 +1,7 @@
 import json
 import math
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,22 @@ def test_a_last_line_cut_off_by_a_kill_is_dropped_and_the_next_row_stands_alone(
     append_rows(file, [{"c": 3, "d": 4}])
     assert file.read_bytes() == whole
     assert read_rows(file)[-1] == {"c": 3, "d": 4}
+
+
+def write_rows(file: Path, writer: int) -> None:
+    for number in range(50):
+        drop_torn_line(file)
+        append_rows(file, [{"writer": writer, "number": number, "text": "x" * 3000}])
+
+
+def test_several_that_write_to_one_file_lose_no_row(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    append_rows(file, [{"text": "x" * 3000}] * 300)
+    with ThreadPoolExecutor(3) as pool:  # each opens the file by itself, as a process does
+        list(pool.map(lambda writer: write_rows(file, writer), range(3)))
+    rows = read_rows(file)[300:]
+    for writer in range(3):
+        assert [one["number"] for one in rows if one["writer"] == writer] == list(range(50))
 
 
 def test_a_missing_file_has_no_rows_and_nothing_to_drop(tmp_path: Path) -> None:
