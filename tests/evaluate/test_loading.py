@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from moa_peft.errors import UsageError
 from moa_peft.evaluate.loading import choose_template, load, read_adapter
@@ -119,6 +120,39 @@ def test_an_adapter_for_a_base_of_other_sizes_is_refused(tmp_path: Path, adapter
     lora.save_pretrained(str(tmp_path / "lora"))
     with pytest.raises(UsageError, match="trained on a base of other sizes; give that one with --model"):
         load(str(other), read_adapter(str(tmp_path / "lora")))
+
+
+def test_a_lora_of_other_blocks_or_with_other_weights_is_refused(tmp_path: Path, base: Path) -> None:
+    lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    lora.save_pretrained(str(tmp_path / "lora"))
+    found = read_adapter(str(tmp_path / "lora"))
+    load(str(base), found)
+    fewer, more = (save_base(tmp_path / f"base{n}", num_hidden_layers=n) for n in (1, 3))
+    with pytest.raises(
+        UsageError, match=r"2 of its weights have no place in that model, as .*layers\.1\..*lora_A"
+    ):
+        load(str(fewer), found)
+    with pytest.raises(UsageError, match=r"2 of its weights are not in its file, as .*layers\.2\..*lora_A"):
+        load(str(more), found)
+    weights = load_file(tmp_path / "lora/adapter_model.safetensors")
+    renamed = {f"x.{name}": tensor for name, tensor in weights.items()}
+    save_file(renamed, tmp_path / "lora/adapter_model.safetensors")
+    with pytest.raises(
+        UsageError, match=r"4 of its weights are not in its file, .*; 4 of its weights have no place"
+    ):
+        load(str(base), found)
+
+
+def test_a_model_that_lacks_weights_is_refused(base: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "layers.1.mlp" not in name}
+    save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"lacks 3 of its weights, as model\.layers\.1\.mlp"):
+        load(str(base))
+    whole = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match=r"the model .* cannot be loaded"):
+        load(str(base))
 
 
 def test_an_adapter_that_lengthens_the_prompt_is_refused(tmp_path: Path, base: Path) -> None:

@@ -203,6 +203,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert not (folder / "adapter_config.json").exists()
 
 
+def test_a_folder_below_home_is_the_same_for_the_run_and_its_checkpoints(
+    recipe_of: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    outcome = train(recipe_of(output_dir="~/run", save_steps=2))
+    assert outcome.output_dir == str(tmp_path / "home/run")
+    assert {"checkpoint-2", "adapter_config.json"} <= {one.name for one in (tmp_path / "home/run").iterdir()}
+    assert not (tmp_path / "~").exists()
+
+
 @pytest.mark.parametrize("options", [{"save_steps": 1}, {"save_strategy": "no", "max_steps": 1}])
 def test_weights_that_are_not_finite_are_never_saved(recipe_of: Recipes, options: dict[str, Any]) -> None:
     """Neither in a checkpoint, nor at the end where no checkpoint follows the last step."""

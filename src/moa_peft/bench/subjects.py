@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moa_peft.data.base_model import resolve_model
+from moa_peft.data.base_model import load_model, resolve_model
 from moa_peft.errors import UsageError, unknown
 from moa_peft.peft_config import MoAConfig
 from moa_peft.presets import PRESETS, PROJECTIONS, promptless_experts
@@ -60,8 +60,8 @@ def base_model(name: str, *, layers: int | None, dtype: torch.dtype, device: str
             raise UsageError(
                 f"layers is {layers}: only the shapes {', '.join(SHAPES)} can be cut to fewer blocks"
             )
-        model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype)
-        model.to(device)  # type: ignore[arg-type]  # its stub takes only a device
+        model = load_model(resolve_model(name), name, dtype=dtype)
+        model.to(device)
     return model.requires_grad_(False)
 
 

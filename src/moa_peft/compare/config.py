@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, get_args
 from moa_peft.config import from_mapping
 from moa_peft.data.templates import Template
 from moa_peft.errors import UsageError, unknown
+from moa_peft.paths import expanded
 from moa_peft.train.recipe import REFUSED, TRAINER_DEFAULTS, own_fields
 
 FROZEN = "frozen"
@@ -156,7 +157,9 @@ class StudyConfig:
             from_mapping(Method, {"method": one} if isinstance(one, str) else one, "field of a method")
             for one in entries
         ]
-        return cls(**{**settings, "methods": tuple(methods)})
+        out = settings["out"]
+        out = str(expanded(out)) if isinstance(out, str) else out
+        return cls(**{**settings, "out": out, "methods": tuple(methods)})
 
     def task_names(self) -> str:
         """The tests with commas between."""

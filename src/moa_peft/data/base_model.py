@@ -11,6 +11,7 @@ from moa_peft.data.cache import cached_folder, read_manifest, sha256_of
 from moa_peft.data.packages import Package, package_files
 from moa_peft.data.progress import working
 from moa_peft.errors import RunError, UsageError
+from moa_peft.paths import expanded
 
 DEFAULT_MODEL = "smollm2"
 """Name of the embedded default: SmolLM2-135M-Instruct, Llama architecture, Apache-2.0."""
@@ -48,7 +49,7 @@ def resolve_model(name: str) -> str:
         return str(
             cached_folder(DEFAULT_MODEL, source=_SOURCE, build=_build_default, needs_bytes=_FOLDER_BYTES)
         )
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if name and folder.is_dir():
         if (folder / "config.json").is_file():
             return str(folder)
@@ -61,6 +62,38 @@ def resolve_model(name: str) -> str:
             f"model {name!r} {what}: give a folder with a config.json, a name on the hub, or {DEFAULT_MODEL!r}"
         )
     return name
+
+
+def load_model(path: str, name: str, **options: Any) -> Any:
+    """Load a base model, whole.
+
+    Args:
+        path: What `resolve_model` returned.
+        name: What the user called it, for errors.
+        **options: Of `AutoModelForCausalLM.from_pretrained`, as ``dtype``.
+
+    Returns:
+        The model.
+
+    Raises:
+        UsageError: If it cannot be read, or lacks weights, which transformers would draw at random.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(f"the model {name!r} cannot be loaded: {reason}") from error
+    model, found = loaded
+    lacking = sorted(found["missing_keys"])
+    if lacking:
+        raise UsageError(
+            f"the model {name!r} lacks {len(lacking)} of its weights, as {lacking[0]}, and they would be random: give a "
+            "folder or name that holds all of them"
+        )
+    return model
 
 
 def model_fingerprint(path: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from moa_peft.data.row_files import is_row_file, read_records, split_name
 from moa_peft.errors import UsageError, unknown
+from moa_peft.paths import expanded
 
 NEEDED = (
     "a row needs instruction and output (input and answer may be added), or prompt and completion, or messages that "
@@ -154,7 +155,7 @@ def _from_messages(messages: Any, extra: Mapping[str, str], where: str) -> Row:
 
 def _records(source: str, split: str) -> Iterable[tuple[str, Any]]:
     """Find out what the source is and read it."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if source and path.is_dir():
         files = {
             split_name(one): one for one in sorted(path.iterdir()) if is_row_file(one.name) and one.is_file()

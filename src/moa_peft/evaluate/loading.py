@@ -1,12 +1,14 @@
 """A model to evaluate or to talk to, from a base model and an adapter folder."""
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moa_peft.data.base_model import DEFAULT_MODEL, resolve_model
+from moa_peft.data.base_model import DEFAULT_MODEL, load_model, resolve_model
 from moa_peft.errors import UsageError, unknown
+from moa_peft.paths import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,7 +72,7 @@ def read_adapter(name: str) -> AdapterFolder:
     Raises:
         UsageError: If there is no such folder, it holds no adapter, or a file in it is not what it should be.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if not path.is_dir():
         path = _from_hub(name)
     config_file = path / "adapter_config.json"
@@ -86,10 +88,13 @@ def read_adapter(name: str) -> AdapterFolder:
         raise UsageError(f"adapter folder {name} holds no adapter_config.json: {hint}")
     config = _read_json(config_file)
     recipe = _read_json(path / RECIPE_FILE) if (path / RECIPE_FILE).is_file() else {}
+    base = recipe.get("model") or config.get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        raise UsageError(f"{config_file}: base_model_name_or_path is {base!r}: it must be text")
     return AdapterFolder(
-        name=name,
+        name=name.rstrip("/") or name,
         path=path,
-        base_model=recipe.get("model") or config.get("base_model_name_or_path"),
+        base_model=base,
         template=recipe.get("template"),
         method=recipe.get("method"),
         seed=recipe.get("seed"),
@@ -115,7 +120,7 @@ def load(
         UsageError: If a name stands for no model, or the adapter does not fit the base model or cannot be read.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(unknown("dtype", dtype, DTYPES))
@@ -126,11 +131,9 @@ def load(
     holds_tokenizer = adapter is not None and (adapter.path / "tokenizer_config.json").is_file()
     try:
         tokenizer = AutoTokenizer.from_pretrained(adapter.path if adapter and holds_tokenizer else path)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=own if dtype is None else getattr(torch, dtype)
-        )
     except (OSError, ValueError) as error:
-        raise UsageError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise UsageError(f"the tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from error
+    model = load_model(path, name, dtype=own if dtype is None else getattr(torch, dtype))
     if adapter is not None:
         model = _with_adapter(model, adapter)
     return LoadedModel(model=model.to(device).eval(), tokenizer=tokenizer, base_model=name, adapter=adapter)
@@ -149,7 +152,9 @@ def _with_adapter(model: Any, adapter: AdapterFolder) -> Any:
 
     doubtful = f"the adapter {adapter.name} cannot be loaded onto {adapter.base_model or 'this base model'}"
     try:
-        loaded = PeftModel.from_pretrained(model, str(adapter.path))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
+            loaded = PeftModel.from_pretrained(model, str(adapter.path))
     except SafetensorError as error:
         raise UsageError(f"{doubtful}: its weights are damaged or cut off: {_first_line(error)}") from error
     except (RuntimeError, ValueError, OSError, KeyError) as error:
@@ -164,6 +169,20 @@ def _with_adapter(model: Any, adapter: AdapterFolder) -> Any:
         raise UsageError(
             f"{doubtful}: PEFT's {loaded.peft_type} changes the length of the prompt, which likelihoods cannot follow; "
             "moa's own prompt expert (method prompt-tuning) can be evaluated"
+        )
+    # loading once more says which weights have no place or are not there: PEFT goes on without them
+    found = loaded.load_adapter(str(adapter.path), "default")
+    wrong = [
+        f"{len(keys)} of its weights {what}, as {keys[0]}"
+        for keys, what in (
+            ([one for one in found.missing_keys if "vblora_vector_bank" not in one], "are not in its file"),
+            (found.unexpected_keys, "have no place in that model"),
+        )
+        if keys
+    ]
+    if wrong:
+        raise UsageError(
+            f"{doubtful}: {'; '.join(wrong)}; give the model that it was trained on with --model"
         )
     return loaded
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import math
 import os
 from dataclasses import dataclass
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback
+from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
 
 from moa_peft import mixture_layers
-from moa_peft.data.base_model import resolve_model
+from moa_peft.data.base_model import load_model, resolve_model
 from moa_peft.errors import UsageError
+from moa_peft.paths import expanded
 from moa_peft.quiet import quiet_libraries
 from moa_peft.train.method import build_peft_config
 from moa_peft.train.outcome import Plan
@@ -56,6 +58,7 @@ def prepare(recipe: Recipe) -> Preparation:
         UsageError: If the recipe cannot be followed.
         OSError: If ``output_dir`` cannot be written to.
     """
+    recipe = dataclasses.replace(recipe, output_dir=str(expanded(recipe.output_dir)))
     check_trainer(recipe)
     build_peft_config(recipe)  # a wrong method is said before anything is loaded
     folder = Path(recipe.output_dir)
@@ -155,10 +158,7 @@ def _load_model(path: str, recipe: Recipe) -> Any:
     options = {"dtype": torch.bfloat16 if settings["bf16"] else "auto"} | dict(
         recipe.trainer.get("model_init_kwargs") or {}
     )
-    try:
-        return AutoModelForCausalLM.from_pretrained(path, **options, **_loading(recipe))
-    except OSError as error:
-        raise UsageError(f"the model {recipe.model!r} cannot be loaded: {_first_line(error)}") from error
+    return load_model(path, recipe.model, **options, **_loading(recipe))
 
 
 def _loading(recipe: Recipe) -> dict[str, Any]:
