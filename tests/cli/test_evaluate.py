@@ -151,6 +151,7 @@ def test_options_come_from_a_file_and_flags_go_before_it(tmp_path: Path, base: P
             "allow_code_execution cannot stand in a file: give it on the command line",
         ),
         ("config: other.yaml", "config cannot stand in a file"),
+        ("limit: true", "limit is true: give a value, as on the command line"),
         ("limit: 3\nlimit: 4", "line 2: 'limit' is given twice"),
     ],
 )

@@ -225,7 +225,33 @@ def test_equal_weights_and_rows_under_other_names_are_rows_of_their_own(tmp_path
     assert (other_model.reused, other_model.row.base_model) == (False, "a copy elsewhere")
     assert other_model.row.num_resumed == 6, "the examples are the same"
     assert other_model.row.accuracy == first.row.accuracy
+    elsewhere = dataclasses.replace(task(rows, "two"), source="there")
+    assert evaluate(model, TOKENIZER, elsewhere, options(tmp_path)).row.source == "there"
     assert evaluate(model, TOKENIZER, task(rows, "two"), options(tmp_path)).reused
+
+
+def test_settings_beside_the_weights_start_afresh(tmp_path: Path) -> None:
+    asked = task(choice_rows(4))
+    first = evaluate(tiny_llama(), TOKENIZER, asked, options(tmp_path))
+    other = tiny_llama(rope_parameters={"rope_type": "default", "rope_theta": 7.0})
+    assert identify(other).base_fingerprint == first.row.base_fingerprint
+    changed = evaluate(other, TOKENIZER, asked, options(tmp_path))
+    assert (changed.reused, changed.row.num_resumed) == (False, 0)
+    ended = byte_tokenizer(chat=True)
+    ended.eos_token = "!"
+    changed = evaluate(tiny_llama(), ended, asked, options(tmp_path))
+    assert (changed.reused, changed.row.num_resumed) == (False, 0)
+    assert changed.row.answer_loss != first.row.answer_loss
+
+
+def test_examples_left_in_the_order_of_batches_are_put_in_that_of_the_task(tmp_path: Path) -> None:
+    asked = task(choice_rows(6))
+    file = evaluate(tiny_llama(), TOKENIZER, asked, options(tmp_path)).examples_file
+    assert file is not None
+    whole = file.read_bytes()
+    file.write_bytes(b"".join(reversed(whole.splitlines(keepends=True))))
+    evaluate(tiny_llama(), TOKENIZER, asked, options(tmp_path))
+    assert file.read_bytes() == whole
 
 
 def test_a_row_killed_after_its_examples_is_written_at_the_next_call(tmp_path: Path) -> None:

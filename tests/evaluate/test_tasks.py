@@ -86,6 +86,26 @@ def test_a_wrong_name_is_told_before_anything_is_read(names: str, message: str, 
         load_tasks(names, data_root=tmp_path)
 
 
+def test_a_path_is_a_path_even_where_its_letters_name_a_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "piqa", tmp_path / "root/piqa"):
+        folder.mkdir(parents=True)
+        write_rows(folder / "test.json", choice_rows(3))
+    for given in ("./piqa", "piqa/"):
+        assert load_tasks(given, data_root=tmp_path / "root")[0].source == given
+    assert load_tasks("piqa", data_root=tmp_path / "root")[0].source == str(tmp_path / "root/piqa")
+
+
+def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("instruction,output")
+    with pytest.raises(UsageError, match=r"rows\.csv is of an unknown kind: its name must end in \.json"):
+        load_tasks(str(tmp_path / "rows.csv"))
+    with pytest.raises(UsageError, match=r"~nobody-of-this-name/x\.json does not exist"):
+        load_tasks("~nobody-of-this-name/x.json")
+
+
 def test_a_missing_data_root_and_an_empty_task_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"the data root .*none is no folder: give --data-root"):
         load_tasks("math", data_root=tmp_path / "none")

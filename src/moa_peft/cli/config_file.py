@@ -28,15 +28,15 @@ def options_from_file(context: typer.Context, path: Path | None) -> Path | None:
     if path is None or context.resilient_parsing:
         return path
     settings = {name.replace("-", "_"): value for name, value in load_yaml(path).items()}
-    by_flag = {
-        one.opts[0].removeprefix("--").replace("-", "_"): str(one.name) for one in context.command.params
-    }
-    for name in settings:
+    by_flag = {one.opts[0].removeprefix("--").replace("-", "_"): one for one in context.command.params}
+    for name, value in settings.items():
         if name in FLAGS_ONLY:
             raise UsageError(f"{path}: {name} cannot stand in a file: give it on the command line")
         if name not in by_flag:
             raise UsageError(f"{path}: {unknown('option', name, set(by_flag) - set(FLAGS_ONLY))}")
-    context.default_map = {by_flag[name]: _plain(value) for name, value in settings.items()}
+        if isinstance(value, bool) and not getattr(by_flag[name], "is_flag", False):
+            raise UsageError(f"{path}: {name} is {str(value).lower()}: give a value, as on the command line")
+    context.default_map = {str(by_flag[name].name): _plain(value) for name, value in settings.items()}
     return path
 
 

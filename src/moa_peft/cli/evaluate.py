@@ -12,6 +12,7 @@ import typer
 
 from moa_peft.cli.config_file import options_from_file
 from moa_peft.errors import UsageError
+from moa_peft.paths import expanded
 
 if TYPE_CHECKING:
     from moa_peft.evaluate.loading import AdapterFolder
@@ -158,7 +159,7 @@ def evaluate(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         allow_code_execution=allow_code_execution,
-        out=out or default_out(model, found),
+        out=default_out(model, found) if out is None else expanded(out),
     )
     chosen = load_tasks(tasks or "demo", data_root=data_root, split=split, limit=limit)
     for task in chosen:
@@ -174,7 +175,7 @@ def evaluate(
         identity = identify(
             loaded.model,
             base_model=loaded.base_model,
-            adapter=adapter,
+            adapter=None if found is None else found.name,
             method=None if found is None else found.method,
             seed=None if found is None else found.seed,
         )
@@ -205,7 +206,7 @@ def refuse_given(options: Mapping[str, object], why: str) -> None:
 
 def default_out(model: str | None, adapter: "AdapterFolder | None") -> Path:
     """Where results go unless a folder is named."""
-    if adapter is not None and Path(adapter.name).expanduser().is_dir():
+    if adapter is not None and expanded(adapter.name).is_dir():
         return adapter.path / "evaluation"
     name = adapter.name if adapter is not None else model or "smollm2"
     return Path("moa_evaluation") / re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("_.")

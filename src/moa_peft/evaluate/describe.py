@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from moa_peft.data.rows import Row, rows_md5
 from moa_peft.data.templates import render_completion, render_prompt
-from moa_peft.data.tokens import completion_ids, prompt_ids
+from moa_peft.data.tokens import completion_ids, end_token_id, prompt_ids
+from moa_peft.evaluate.generation import end_ids
 from moa_peft.evaluate.identity import ModelIdentity
 from moa_peft.evaluate.options import EvaluationOptions
 from moa_peft.evaluate.questions import Task
@@ -20,11 +21,15 @@ if TYPE_CHECKING:
 METHOD_VERSION = 2
 """Goes up when scoring, generation or extraction changes, so that no old example is taken for a new one."""
 
+_ELSEWHERE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+"""Settings of a model that say where it came from, or what its weights say themselves."""
+
 _TOKENISER_ROWS = 16
 """Rows whose tokens stand for the tokenizer in a key."""
 
 
 def evaluation_key(
+    model: Any,
     tokenizer: "PreTrainedTokenizerBase",
     task: Task,
     options: EvaluationOptions,
@@ -36,6 +41,7 @@ def evaluation_key(
     example is read by all of them.
 
     Args:
+        model: The model, for the settings beside its weights.
         tokenizer: Its tokenizer.
         task: The task.
         options: How it is evaluated.
@@ -61,14 +67,16 @@ def evaluation_key(
         "max_new_tokens": options.tokens_for(task) if mode == "generation" else None,
         "base": identity.base_fingerprint,
         "adapter": identity.adapter_fingerprint,
+        "settings": {name: value for name, value in model.config.to_dict().items() if name not in _ELSEWHERE},
         "tokens": tokens,
+        "ends": [end_token_id(tokenizer), *sorted(end_ids(model, tokenizer))],
     }
     if task.runs_code:
         decisive["tests"] = [
             None if one.code is None else dataclasses.asdict(one.code) for one in task.questions
         ]
         decisive["limits"] = dataclasses.asdict(Limits())
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def describe(

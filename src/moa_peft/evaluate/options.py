@@ -60,8 +60,12 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         problems: list[str] = []
         for name, given, known in (
-            ("mode", self.mode or "likelihood", get_args(Mode)),
-            ("extraction rule", self.extraction or "sum", (*RULES, *LIKELIHOOD_RULES)),
+            ("mode", "likelihood" if self.mode is None else self.mode, get_args(Mode)),
+            (
+                "extraction rule",
+                "sum" if self.extraction is None else self.extraction,
+                (*RULES, *LIKELIHOOD_RULES),
+            ),
             ("template", self.template, get_args(Template)),
         ):
             if given not in known:

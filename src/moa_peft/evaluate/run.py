@@ -92,7 +92,7 @@ def evaluate(
     rule = options.rule_for(mode)
     options.check_needs(task)
     identity = identity or identify(model)
-    key = evaluation_key(tokenizer, task, options, identity)
+    key = evaluation_key(model, tokenizer, task, options, identity)
     file = (
         None
         if options.out is None
@@ -108,12 +108,12 @@ def evaluate(
     finally:
         model.train(was_training)
     examples = tuple(done[place] for place in range(len(task.questions)))
-    if file is not None and resumed < len(examples):
+    if file is not None and list(done) != list(range(len(examples))):
         replace_rows(file, examples)  # in the order of the task; so far they stand in that of the batches
     results = None if options.out is None else options.out / RESULTS_FILE
-    row = _stored_row(
-        results, {"key": key, "extraction": rule, "task": task.name, **dataclasses.asdict(identity)}
-    )
+    named = {name: getattr(task, name) for name in ("source", "split", "limit")}
+    wanted = {"key": key, "extraction": rule, "task": task.name, **named, **dataclasses.asdict(identity)}
+    row = _stored_row(results, wanted)
     reused = row is not None
     if row is None:
         row = ResultRow(

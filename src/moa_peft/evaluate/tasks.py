@@ -6,11 +6,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from moa_peft.data.row_files import is_row_file, split_name
+from moa_peft.data.row_files import SUFFIXES, is_row_file, split_name
 from moa_peft.data.rows import load_records, load_rows
 from moa_peft.errors import UsageError, unknown
 from moa_peft.evaluate.hub_rows import HUB
 from moa_peft.evaluate.questions import Question, Task, as_question, question_of
+from moa_peft.paths import expanded
 
 __all__ = [
     "ALIASES",
@@ -68,7 +69,11 @@ def load_task(
     Raises:
         UsageError: If the rows cannot be read, or a row's answer is not one of its choices.
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
+    if folder.is_file() and not is_row_file(folder.name):
+        raise UsageError(
+            f"task file {source} is of an unknown kind: its name must end in {', '.join(SUFFIXES)}"
+        )
     chosen = split or _held_out_split(source, folder)
     file = _file_of(folder, chosen)
     return Task(
@@ -125,10 +130,10 @@ def _resolve(given: str, data_root: Path | None) -> dict[str, str | None]:
     if given in GROUPS:
         return {_source_of(one, data_root): one for one in GROUPS[given]}
     known = {_bare(one): one for group in GROUPS.values() for one in group} | dict(ALIASES)
-    if _bare(given) in known:
+    if "/" not in given and _bare(given) in known:
         name = known[_bare(given)]
         return {_source_of(name, data_root): name}
-    if Path(given).expanduser().exists():
+    if expanded(given).exists():
         return {given: None}
     root = data_root or DEFAULT_DATA_ROOT
     if "/" not in given and (root / given).is_dir():
