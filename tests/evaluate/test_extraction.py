@@ -104,6 +104,12 @@ def test_a_stated_letter_is_read_as_it_is_stated(text: str, expected: str | None
         ("The answer is 13 crackers and 15 cakes.", "13"),
         ("no number here", None),
         ("The answer is 8\n### Instruction: 9", "8"),
+        ("He had 3 and then 5 more.\n#### 8", "8"),
+        ("Let us see.\n\n### Step 1\n3 + 5 = 8\n### Solution\nThe answer is 16.", "16"),
+        ("First, the result is 12. So Tom has 9 left.", "9"),
+        ("The answer is 20 (if x = 10).", "20"),
+        ("The answer is 7 because 2 + 2 = 4.", "7"),
+        ("The answer is (3 + 4) = 7.", "7"),
         ("The answer is **12**.", "12"),
         ("**Answer: 12 apples**", "12"),
         ("The answer is: $\\boxed{18}$", "18"),
@@ -139,6 +145,10 @@ def test_a_stated_letter_is_read_as_it_is_stated(text: str, expected: str | None
 )
 def test_a_stated_number_is_read_as_it_is_stated(text: str, expected: str | None) -> None:
     assert stated(text, NUMBER) == expected
+
+
+def test_a_letter_that_only_looks_like_a_words_own_is_no_error() -> None:
+    assert stated("end\u0131ng1 is right", AnswerForm(kind="choice", choices=("ending1", "ending2"))) is None
 
 
 def test_other_text_is_its_first_paragraph_and_no_answer_is_none() -> None:
@@ -198,6 +208,7 @@ def test_of_the_real_rationales_every_stated_letter_is_read_and_the_official_rul
         ("1.5e3", 1500.0),
         ("\u22125", -5.0),
         ("1/0", None),
+        ("1" * 400, None),
         (".", None),
         ("", None),
         ("12,34", None),

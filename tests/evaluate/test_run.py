@@ -67,6 +67,18 @@ def test_likelihood_figures_are_those_of_the_examples(tmp_path: Path) -> None:
     assert tuple(read_rows(result.examples_file)) == examples
 
 
+def test_a_choice_that_begins_another_is_told_from_it_by_its_end() -> None:
+    choices = "/".join(f"answer{number}" for number in range(1, 11))
+    asked = Row(instruction=f"Q\n\nAnswer format: {choices}", input="", output="answer10", answer="answer10")
+    (one,) = evaluate(tiny_llama(), TOKENIZER, task([asked]), options()).examples
+    tokens = TOKENIZER("answer10")["input_ids"]
+    with torch.no_grad():
+        prompt = TOKENIZER(one["prompt"])["input_ids"]
+        logits = tiny_llama()(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 :]
+    found = logits.log_softmax(-1)[range(len(tokens) + 1), [*tokens, TOKENIZER.eos_token_id]]
+    assert one["log_likelihoods"][9] == pytest.approx(float(found.sum()), abs=1e-4)
+
+
 def test_the_answer_loss_of_choices_is_that_of_the_answer_alone() -> None:
     model, rows = with_mixture(tiny_llama()), choice_rows(6)
     with_choices = evaluate(model, TOKENIZER, task(rows), options()).losses()

@@ -28,6 +28,25 @@ def test_choices_come_from_the_rows_own_answer_format_and_replies_from_its_outpu
     assert bare.completions == ("the correct answer is true", "the correct answer is false")
 
 
+@pytest.mark.parametrize(
+    ("stated", "choices"),
+    [
+        ("Paris/New York", ("Paris", "New York")),
+        ("New York/Paris", ("New York", "Paris")),
+        ("Paris / Rome.", ("Paris", "Rome")),
+        ("Paris/Rome\n\nThink.", ("Paris", "Rome")),
+    ],
+)
+def test_choices_may_be_of_several_words(stated: str, choices: tuple[str, ...]) -> None:
+    assert as_question(row(f"Where?\n\nAnswer format: {stated}", "Paris")).form.choices == choices
+
+
+def test_a_rationale_is_no_part_of_the_replies_that_are_compared() -> None:
+    output = "Heat rises, so only answer2 fits: the correct answer is answer2"
+    asked = as_question(row("Why?\n\nAnswer format: answer1/answer2", "answer2", output))
+    assert asked.completions == ("the correct answer is answer1", "the correct answer is answer2")
+
+
 def test_letters_numbers_text_and_no_answer_are_told_apart() -> None:
     listed = "Which? Answer Choices: (A) 1 (B) 2 (C) 3"
     assert as_question(row(listed, "B")).form.kind == "letter"

@@ -53,7 +53,7 @@ def parse_number(text: str) -> float | None:
         if below == 0:
             return None
         value /= below
-    return sign * value
+    return sign * value if math.isfinite(value) else None
 
 
 def same_answer(given: str | None, wanted: str, form: AnswerForm) -> bool:

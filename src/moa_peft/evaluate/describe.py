@@ -18,7 +18,7 @@ from moa_peft.provenance import provenance
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-METHOD_VERSION = 2
+METHOD_VERSION = 3
 """Goes up when scoring, generation or extraction changes, so that no old example is taken for a new one."""
 
 _ELSEWHERE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")

@@ -107,7 +107,11 @@ class LikelihoodExaminer:
                 mean_loss(scores[texts.index(render_completion(question.row))]), place
             )
         if question.completions:
-            choices = ChoiceScores.of(scores[: len(question.completions)])
+            asked = TokenQuestion(
+                prompt=self._tokens[place].prompt,
+                completions=self._tokens[place].completions[: len(question.completions)],
+            )
+            choices = ChoiceScores.of(scores[: len(question.completions)], with_end=asked.is_nested)
             words = question.form.choices
             best = {"sum": choices.best(), "per_token": choices.best(per_token=True)}
             record |= {

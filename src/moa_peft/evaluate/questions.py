@@ -14,7 +14,7 @@ from moa_peft.evaluate.hub_rows import official_row
 DEFAULT_LEAD = "the correct answer is "
 """How a reply to a question with choices begins, where the data does not say otherwise."""
 
-_FORMAT = re.compile(r"answer format:[ \t]*([^\s/]+(?:/[^\s/]+)+)", re.IGNORECASE)
+_FORMAT = re.compile(r"answer format:[ \t]*([^\n/]+(?:/[^\n/]+)+)", re.IGNORECASE)
 _LETTERS = re.compile(r"\(([A-Z])\)")
 
 
@@ -102,24 +102,29 @@ def as_question(row: Row, where: str = "row") -> Question:
     """Find out what kind of answer a row wants.
 
     Args:
-        row: The row. An instruction with a line "Answer format: a/b/c" has the choices a, b and c; one that lists
+        row: The row. An instruction with "Answer format: a/b/c" at a line's end has the choices a, b and c; one that lists
             "(A) ... (B) ..." has letters, where the answer is one; otherwise the answer decides.
         where: The place of the row, for errors.
 
     Returns:
-        The question. Its completions are the row's own output with each choice in the place of the answer.
+        The question. Its completions are the row's own output with each choice in the place of the answer; an output
+        that names a choice before that has a rationale, and `DEFAULT_LEAD` stands for it.
 
     Raises:
         UsageError: If the answer is not one of the choices.
     """
     stated = _FORMAT.findall(row.instruction)
     if stated and row.answer:
-        choices = tuple(stated[-1].split("/"))
+        choices = tuple(one.strip() for one in stated[-1].rstrip(" \t.").split("/"))
         if row.answer not in choices:
             raise UsageError(
                 f"{where}: the answer is {row.answer!r}, its answer format allows {', '.join(choices)}"
             )
         lead = row.output.removesuffix(row.answer) if row.output.endswith(row.answer) else DEFAULT_LEAD
+        if any(
+            re.search(rf"\b{re.escape(one)}\b", lead) for one in choices
+        ):  # a rationale, which gives it away
+            lead = DEFAULT_LEAD
         return Question(
             row=row,
             form=AnswerForm(kind="choice", choices=choices),

@@ -51,6 +51,12 @@ class TokenQuestion:
         return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
     @property
+    def is_nested(self) -> bool:
+        """Whether one completion begins another, as "answer1" does "answer10": without its end it could not lose."""
+        bare = [one[:-1] for one in self.completions]
+        return any(one != other and other[: len(one)] == one for one in bare for other in bare)
+
+    @property
     def num_tokens(self) -> int:
         """Length of the prompt with its longest completion."""
         return len(self.prompt) + max(len(one) for one in self.completions)
@@ -67,15 +73,17 @@ class ChoiceScores:
     """How likely a model finds each choice of one question."""
 
     sums: tuple[float, ...]
-    """Log-likelihood of each choice, nats: the sum over its tokens without the end token."""
+    """Log-likelihood of each choice, nats: the sum over its tokens; with the end token only where one begins another."""
 
     means: tuple[float, ...]
     """The same divided by the number of those tokens."""
 
     @classmethod
-    def of(cls, token_log_likelihoods: Sequence[Sequence[float]]) -> "ChoiceScores":
-        """Add up the log-likelihoods of tokens; the last of each choice is the end token's and does not count."""
-        texts = [one[:-1] for one in token_log_likelihoods]
+    def of(
+        cls, token_log_likelihoods: Sequence[Sequence[float]], *, with_end: bool = False
+    ) -> "ChoiceScores":
+        """Add up the log-likelihoods of tokens; the last of each choice is the end token's, which may count or not."""
+        texts = [one if with_end else one[:-1] for one in token_log_likelihoods]
         return cls(
             sums=tuple(sum(one) for one in texts), means=tuple(sum(one) / max(1, len(one)) for one in texts)
         )
@@ -174,7 +182,10 @@ def score_choices(
     Returns:
         One value a question, in the order given.
     """
-    return [ChoiceScores.of(one) for one in _score_all(model, questions, batch_size)]
+    found = _score_all(model, questions, batch_size)
+    return [
+        ChoiceScores.of(scores, with_end=one.is_nested) for one, scores in zip(questions, found, strict=True)
+    ]
 
 
 def answer_losses(

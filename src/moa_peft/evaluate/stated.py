@@ -1,6 +1,6 @@
 """The answer that a text states: one function for each kind of answer.
 
-Only the text's own reply is read: what follows a new heading is the model talking to itself. A denied answer ("not
+Only the text's own reply is read: what follows a new question is the model talking to itself. A denied answer ("not
 answer1") is none. Where a text states several, the last one counts: it corrects the earlier ones.
 """
 
@@ -9,10 +9,13 @@ import re
 from moa_peft.evaluate.answers import AnswerForm, parse_number
 from moa_peft.evaluate.expressions import braced, expression_value, is_expression, last_expression
 
-_NEXT_HEADING = re.compile(r"\n\s*(?:#{2,}\s*\w|(?:Question|Instruction|Input|Q)\s*:)")
+_NEXT_QUESTION = re.compile(
+    r"\n\s*(?:#{2,}\s*(?:Question|Instruction|Input|Response)\b|(?:Question|Instruction|Input|Q)\s*:)"
+)
+_ASIDE = re.compile(r"\(|\b(?:if|when|where|because|since|as|for)\b", re.IGNORECASE)
 _MARKS = r"[\s\"'`*_()\[\]{}$:=]*"
 _LEAD = re.compile(
-    r"(?:\b(?:answers?|choices?|options?|solutions?|endings?|result)(?P<which>\s+choice)?\s*(?:is|are|=|:|would be|should be|must be)"
+    r"(?:\b(?:answers?|choices?|options?|solutions?|endings?)(?P<which>\s+choice)?\s*(?:is|are|=|:|would be|should be|must be)"
     r"|\\boxed\s*\{|####)",
     re.IGNORECASE,
 )
@@ -41,9 +44,11 @@ def stated_choice(text: str, form: AnswerForm) -> str | None:
     reply = own_reply(text)
     words = {one.casefold(): one for one in form.choices}
     found = [
-        (match.start(), words[re.sub(r"\s+", "", match[0]).casefold()])
+        (match.start(), words[word])
         for match in _word_pattern(form.choices).finditer(reply)
-        if not _is_denied(reply, match.start())
+        if (word := re.sub(r"\s+", "", match[0]).casefold())
+        in words  # IGNORECASE knows letters that casefold does not
+        and not _is_denied(reply, match.start())
     ]
     stated = [word for start, word in found if _follows_lead(reply, start)]
     if stated:
@@ -107,8 +112,10 @@ def stated_number(text: str, form: AnswerForm) -> str | None:  # noqa: ARG001  #
         if is_expression(line) and (value := expression_value(line)) is not None:
             stated.append(value)
             continue
+        said = _ASIDE.split(line, maxsplit=1)[0]
+        said = said if _numbers(said) else line
         # "is 3 + 4 = 7": what stands after the last equals sign is the answer
-        stated += (_numbers(line.rpartition("=")[2]) or _numbers(line))[:1]
+        stated += (_numbers(said.rpartition("=")[2]) or _numbers(said))[:1]
     if stated:
         return stated[-1]
     expression = last_expression(reply)
@@ -126,8 +133,8 @@ def stated_text(text: str, form: AnswerForm) -> str | None:  # noqa: ARG001  # t
 
 
 def own_reply(text: str) -> str:
-    """Cut a reply where it begins a new heading or question of its own."""
-    return _NEXT_HEADING.split(text, maxsplit=1)[0]
+    """Cut a reply where it begins a new turn of the template or a question of its own."""
+    return _NEXT_QUESTION.split(text, maxsplit=1)[0]
 
 
 def _word_pattern(choices: tuple[str, ...]) -> re.Pattern[str]:
