@@ -36,6 +36,9 @@ def value(code: str | None, head: str = "") -> object:
         f'{WHOLE}\n\nif __name__ == "__main__":\n    raise SystemExit',
         f"{WHOLE}\n\n### Instruction:\nNow thrice.\n\n### Response:\n```python\ndef twice(x):\n    return 3 * x\n```",
         f"{WHOLE}\n\ndef thrice(x):\n    return 3 *",
+        'Here:\n```python\ndef twice(x):\n    """Double it.\n\n    ```\n    twice(1)\n    ```\n    """\n    return 2 * x\n```\nDone.',
+        "FACTOR: int = 2\ndef twice(x):\n    return FACTOR * x",
+        "ONE, TWO = 1, 2\ndef twice(x):\n    return ONE * TWO * x",
         "twice = lambda x: 2 * x",
         "from operator import mul\n\ntwice = lambda x: mul(2, x)",
     ],
@@ -84,6 +87,9 @@ def test_a_reply_has_ended_when_the_fence_around_its_function_has_closed() -> No
     assert not has_ended(f"```python\n{WHOLE}\n", FORM)
     assert not has_ended(f"```python\n{WHOLE}\n``", FORM)
     assert has_ended(f"```python\n{WHOLE}\n```", FORM)
+    assert not has_ended(
+        '```python\ndef twice(x):\n    """Double it.\n\n    ```\n    twice(1)\n    ```\n', FORM
+    )
     assert not has_ended("```python\nprint(1)\n```\nThen", FORM)
     assert not has_ended(f"```python\nprint(1)\n```\nThen\n```python\n{WHOLE}", FORM)
     assert has_ended(f"{WHOLE}\n\n### Instruction:", FORM)

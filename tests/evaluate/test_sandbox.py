@@ -56,6 +56,12 @@ def test_a_program_passes_only_when_it_runs_to_its_end() -> None:
         ),
         ("class E(Exception):\n  def __str__(self): raise E\nraise E", "E"),
         ("raise Exception('x' * 10**6)", "Exception: xxx"),
+        ("raise type('', (AssertionError,), {})('')", ""),
+        ("import sys\nsys.modules['__main__'].describe = lambda error: ''\nraise ValueError", ""),
+        (
+            "import os\nown = os.write\nos.write = lambda file, text: own(file, text.replace(b'failed', b'passed'))\nx()",
+            "NameError",
+        ),
     ],
 )
 def test_a_program_that_ends_before_its_tests_have_run_is_wrong(program: str, detail: str) -> None:

@@ -12,12 +12,19 @@ from dataclasses import dataclass
 
 from moa_peft.evaluate.answers import AnswerForm
 
-_FENCE = re.compile(r"^[ \t]*(```|~~~)[^\n`]*\n(.*?)(?:^[ \t]*\1|\Z)", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(
+    r"^(?P<indent>[ \t]*)(?P<fence>```|~~~)[^\n`]*\n(?P<code>.*?)(?:(?P<end>^(?:(?P=indent)| {0,3})(?P=fence))|\Z)",
+    re.DOTALL | re.MULTILINE,
+)
+"""A block; a fence that stands further to the right than its own belongs to the code, as in a docstring."""
+
 _NEXT_TURN = re.compile(r"\n\s*###\s*(?:Instruction|Response|Input)\b")
 _STOPS = re.compile(r"\n(?:if __name__|print\(|assert\b|```|</?\w)")
 """What follows a bare answer: its author trying it out, or talking on."""
 
-_BEGINS = re.compile(r"^(?:from |import |def |class |async |@|\w+\s*=)", re.MULTILINE)
+_BEGINS = re.compile(
+    r"^(?:from |import |def |class |async |@|\w+(?:\s*,\s*\w+)*\s*(?::[^=\n]+)?=)", re.MULTILINE
+)
 _MOST_STARTS = 8
 
 
@@ -49,7 +56,7 @@ def stated_code(text: str, form: AnswerForm) -> str | None:
         indentation that they lack. None where there is no code.
     """
     reply = _NEXT_TURN.split(text, maxsplit=1)[0]
-    blocks = [textwrap.dedent(one[2]).strip("\n") for one in _FENCE.finditer(reply)]
+    blocks = [textwrap.dedent(one["code"]).strip("\n") for one in _FENCE.finditer(reply)]
     defining = [one for one in blocks if defines(one, form.entry_point)]
     if defining:
         return defining[0]
@@ -71,8 +78,8 @@ def has_ended(text: str, form: AnswerForm) -> bool:
         return False
     if _NEXT_TURN.search(text):
         return True
-    closed = [one for one in _FENCE.finditer(text) if one[0].rstrip().endswith(one[1])]
-    return any(defines(textwrap.dedent(one[2]).strip("\n"), form.entry_point) for one in closed)
+    closed = [one for one in _FENCE.finditer(text) if one["end"] is not None]
+    return any(defines(textwrap.dedent(one["code"]).strip("\n"), form.entry_point) for one in closed)
 
 
 def defines(code: str, name: str) -> bool:

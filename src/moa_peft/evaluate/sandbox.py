@@ -242,8 +242,8 @@ def _text(file: Any, most: int) -> str:
 def _outcome(report: str, code: int, token: str) -> Outcome:
     """Read a program's report and exit code; what does not begin with the token is no report."""
     if report.startswith(token):
-        error = report.removeprefix(token).strip()
-        return Outcome(verdict="failed" if error else "passed", detail=error)
+        said, _, error = report.removeprefix(token).strip().partition(" ")
+        return Outcome(verdict="passed" if said == "passed" else "failed", detail=error)
     if code == 128 + signal.SIGXCPU:
         return Outcome(verdict="timed out", detail="its CPU time was used up")
     if code - 128 in set(signal.Signals):
