@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
+from moa_peft import RouterConfig
 from moa_peft.cli import app, register_verbs
 from moa_peft.cli.exec_ import with_autoload
 from moa_peft.data.base_model import resolve_model
@@ -125,6 +127,25 @@ def test_the_harness_gives_the_same_on_a_model_of_ours_as_on_its_own_and_agrees_
         assert len(shift) == 1, (
             "they differ by the line break before the reply, which lm-eval counts to the reply"
         )
+
+
+def test_gates_of_whole_instances_see_the_prompt_alone_in_the_harness_too(tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "tasks", "mine", QUESTIONS[:4])
+    model = with_mixture(tiny_llama(), router=RouterConfig(granularity="instance"))
+    tokenizer = byte_tokenizer()
+    options = HarnessOptions(tasks=("mine",), task_folder=folder, batch_size=8)
+    (result,) = run_harness(model, tokenizer, options, identity=identify(model))
+    assert result.row.batch_size == 1
+    for sample, question in zip(result.samples, QUESTIONS[:4], strict=True):
+        text = render_prompt(question.row, "paper", None)
+        prompt = tokenizer(text.rstrip())["input_ids"]  # lm-eval counts the last line break to the reply
+        for found, reply in zip(likelihoods(sample), question.completions, strict=True):
+            rest = tokenizer(text[len(text.rstrip()) :] + reply)["input_ids"]
+            ids = torch.tensor([[*prompt, *rest]])
+            with torch.no_grad():
+                logits = model(ids[:, :-1], prompt_length=len(prompt)).logits[0, len(prompt) - 1 :]
+            wanted = logits.log_softmax(-1)[range(len(rest)), rest].sum()
+            assert found == pytest.approx(float(wanted), abs=1e-4)
 
 
 def task_of(questions: list[Question]) -> Any:

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+from torch import Tensor
+
 from moa_peft.errors import RunError, UsageError, unknown
 from moa_peft.evaluate.identity import ModelIdentity
 from moa_peft.evaluate.results import RESULTS_FILE
 from moa_peft.extras import require
 from moa_peft.json_lines import append_rows, drop_torn_line, replace_rows
 from moa_peft.provenance import provenance
+from moa_peft.tokens import prompt_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +43,7 @@ class HarnessOptions:
     """Worked examples before each question; None for what each task says."""
 
     batch_size: int = 16
-    """Most requests in a forward pass."""
+    """Most requests in a forward pass; one where gates are of whole instances."""
 
     chat: bool = False
     """Whether prompts are put through the tokenizer's chat template."""
@@ -186,11 +190,13 @@ def run_harness(
         RunError: If the harness gives no result.
     """
     manager = manager or check_harness_tasks(options)
-    wrapper = require("lm_eval.models.huggingface", "--lm-eval").HFLM
+    wrapper, batch_size = require("lm_eval.models.huggingface", "--lm-eval").HFLM, options.batch_size
+    if prompt_lengths(model, [1]):
+        wrapper, batch_size = _telling_prompts(wrapper), 1
     start = time.perf_counter()
     try:
         found = require("lm_eval", "--lm-eval").simple_evaluate(
-            wrapper(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size),
+            wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=list(manager.match_tasks(list(options.tasks))),
             task_manager=manager,
             limit=options.limit,
@@ -204,7 +210,7 @@ def run_harness(
     shared = {
         "limit": options.limit,
         "chat": options.chat,
-        "batch_size": options.batch_size,
+        "batch_size": batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
         "seconds": round(time.perf_counter() - start, 3),
         "lm_eval_version": str(found["lm_eval_version"]),
@@ -217,6 +223,28 @@ def run_harness(
         drop_torn_line(file)
         append_rows(file, [dataclasses.asdict(one.row) for one in results])
     return results
+
+
+def _telling_prompts(wrapper: type[Any]) -> type[Any]:
+    """The harness's model for gates of whole instances: each call is one request, and says how long its prompt is.
+
+    The harness pads on the right without a mask, and the model cannot see where the reply begins.
+    """
+
+    class TellingPrompts(wrapper):
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            self._lengths: dict[tuple[int, ...], int] = {}
+            for _, prompt, reply in requests:
+                read = (*prompt, *reply)[-(self.max_length + 1) :][:-1]
+                self._lengths[read] = len(read) - len(reply) + 1
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+        def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002  # of other models
+            length = self._lengths[tuple(inps[0].tolist())]
+            with torch.no_grad():
+                return self.model(inps, **prompt_lengths(self.model, [length])).logits
+
+    return TellingPrompts
 
 
 def _result(
