@@ -23,6 +23,10 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if isinstance(key, dict | list):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key is a list or a mapping: give a name", key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key!r} is given twice: keep one of them", key_node.start_mark
@@ -42,6 +46,10 @@ for _tag, _pattern, _first in (
     ),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What PyYAML lets through of values with a wrong tag, too many digits or too deep a nesting."""
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -71,8 +79,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
         raise UsageError(f"{path}{line}: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, *_UNREADABLE) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from error
     if settings is None:
         return {}
     if not isinstance(settings, dict):
@@ -88,8 +96,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
 def parse_flags(arguments: Sequence[str], switches: Collection[str] = ()) -> dict[str, Any]:
     """Read ``--any.field value`` and ``--any.field=value`` into a nested mapping.
 
-    Dashes and underscores are the same in a name. Nothing may be abbreviated. A value is a YAML scalar; one that
-    starts with a bracket or a brace is a YAML list or mapping.
+    Dashes and underscores are the same in a name. Nothing may be abbreviated. A value is a YAML scalar, whole: a # in
+    it starts no comment; one that starts with a bracket, a brace or a quote is read as YAML.
 
     Args:
         arguments: What the command line holds.
@@ -122,7 +130,7 @@ def parse_flags(arguments: Sequence[str], switches: Collection[str] = ()) -> dic
 
 
 def parse_value(flag: str, text: str) -> Any:
-    """Read one value as YAML reads a scalar, or a list or mapping in brackets.
+    """Read one value as YAML reads a scalar, or a list or mapping in brackets, or a text in quotes.
 
     Args:
         flag: The flag it belongs to, for an error.
@@ -134,15 +142,17 @@ def parse_value(flag: str, text: str) -> Any:
     Raises:
         UsageError: If brackets do not close.
     """
-    nested = text.startswith(("[", "{"))
     try:
-        value = yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        if nested:
+        if text.startswith(("[", "{", "'", '"')):
+            return yaml.load(text, Loader=_Loader)  # a SafeLoader
+        loader = _Loader("")
+        tag = loader.resolve(yaml.ScalarNode, text.strip(), (True, False))
+        return text if tag.endswith(":str") else loader.construct_object(yaml.ScalarNode(tag, text.strip()))
+    except (yaml.YAMLError, *_UNREADABLE) as error:
+        if text.startswith(("[", "{")):
             problem = getattr(error, "problem", None) or "not YAML"
             raise UsageError(f"{flag.partition('=')[0]} is {text!r}: {problem}") from error
         return text
-    return text if isinstance(value, dict | list) and not nested else value
 
 
 def _split(token: str) -> tuple[str, bool, str]:
