@@ -393,6 +393,7 @@ def damages(weights: dict[str, Tensor]) -> dict[str, Callable[[Path], Path]]:
         "whole numbers": saved(
             weights | {"layers.0.p_adapter.up_proj.bias": torch.zeros(64, dtype=torch.int8)}
         ),
+        "not finite": saved(weights | {"layers.0.p_adapter.up_proj.bias": torch.full((64,), float("nan"))}),
         "odd rows": saved(weights | {"layers.0.attention.lora_Q.lora_B.weight": torch.zeros(9, 8)}),
         "ranks": saved(weights | {"layers.1.attention.lora_V.lora_A.weight": torch.zeros(3, 64)}),
         "both layouts": saved(weights | {"model.layers.0.mlp.lora_down.lora_A.weight": torch.zeros(8, 3)}),
@@ -421,6 +422,7 @@ def without_key(weights: dict[str, Tensor], key: str) -> dict[str, Tensor]:
     ("kind", "message"),
     [
         ("unknown name", r"cannot place the weight 'layers\.0\.attention\.lora_Q\.mixer\.weight'"),
+        ("not finite", r"'layers\.0\.p_adapter\.up_proj\.bias' holds numbers that are not finite"),
         ("bias tuning", r"cannot place the weight 'layers\.0\.attention\.wq\.bias'"),
         ("lacking", r"lacks weights for \[\(1, 'experts\.lora_q_proj\.A'\)\]"),
         ("too deep", "has weights of block 7, the base model .* has blocks 0 to 1"),
@@ -679,6 +681,26 @@ def test_an_expert_kind_that_the_official_code_lacks_is_named(tmp_path: Path) ->
 def test_a_family_that_the_official_code_does_not_know_is_refused(tmp_path: Path) -> None:
     adapter = save_mixture(tmp_path, MoAConfig.preset("soft-moa"), "mistral")
     with pytest.raises(UsageError, match=r"is of the family mistral: .* fork layout knows llama, qwen3"):
+        call("export", adapter, "--format", "official", "--out", tmp_path / "x.safetensors")
+
+
+def test_a_file_whose_name_says_another_kind_is_refused(tmp_path: Path) -> None:
+    adapter = save_mixture(tmp_path, MoAConfig.preset("soft-moa"))
+    with pytest.raises(
+        UsageError, match=r"the fork layout, .* is another kind of file: give .*x\.safetensors"
+    ):
+        call("export", adapter, "--format", "official", "--out", tmp_path / "x.pth")
+    assert not (tmp_path / "x.pth").exists()
+
+
+def test_an_adapter_without_all_of_its_weights_is_not_exported(tmp_path: Path) -> None:
+    adapter = save_mixture(tmp_path, MoAConfig.preset("soft-moa"))
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({name: one for name, one in weights.items() if ".1.moa" not in name}, file)
+    with pytest.raises(
+        UsageError, match=r"lacks \d+ of its weights, as .* of block 1: it was not written whole"
+    ):
         call("export", adapter, "--format", "official", "--out", tmp_path / "x.safetensors")
 
 

@@ -12,8 +12,9 @@ import typer
 from typer.testing import CliRunner
 
 from moa_peft import cli
-from moa_peft.cli.train import ANY_FIELD, train
+from moa_peft.cli.train import ANY_FIELD, train, way_on
 from moa_peft.errors import UsageError
+from moa_peft.train.checkpoints import mark_complete
 from moa_peft.train.recipe import Recipe
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "train" / "tiny.py"))
@@ -135,9 +136,13 @@ def test_an_interrupted_run_says_how_to_go_on(
     done = CliRunner().invoke(app, [*tiny, "--output_dir", str(tmp_path / "run")])
     assert done.exit_code != 0
     assert (
-        f"interrupted: add --resume to go on from the last complete checkpoint in {tmp_path / 'run'}"
-        in done.output
+        "interrupted: no checkpoint was complete yet, so --resume starts over; --save_steps N" in done.output
     )
+    checkpoint = tmp_path / "run/checkpoint-3"
+    checkpoint.mkdir()
+    (checkpoint / "weights").write_text("x")
+    mark_complete(checkpoint)
+    assert way_on(tmp_path / "run") == f"add --resume to go on from {checkpoint}"
 
 
 @pytest.mark.parametrize(

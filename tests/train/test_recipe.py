@@ -146,6 +146,14 @@ def test_a_trainer_value_that_the_trainer_refuses_is_passed_on() -> None:
         build_settings(recipe, has_validation=False, cuda=False)
 
 
+def test_bf16_without_a_gpu_says_what_to_do() -> None:
+    recipe = Recipe(data="demo", output_dir="x", trainer={"bf16": True})
+    with pytest.raises(UsageError, match=r"bf16 is true and there is no GPU: leave it out, or add use_cpu"):
+        build_settings(recipe, has_validation=False, cuda=False)
+    on_cpu = Recipe(data="demo", output_dir="x", trainer={"bf16": True, "use_cpu": True})
+    assert build_settings(on_cpu, has_validation=False, cuda=False).bf16
+
+
 def test_switches_are_the_fields_that_take_true() -> None:
     assert {"resume", "packing", "bf16", "gradient_checkpointing"} <= switch_names()
     assert not {"learning_rate", "data", "report_to", "max_steps"} & switch_names()

@@ -203,6 +203,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert not (folder / "adapter_config.json").exists()
 
 
+def test_a_short_run_leaves_checkpoints_without_being_told(recipe_of: Recipes, tmp_path: Path) -> None:
+    train(recipe_of(max_steps=4))
+    assert [one.name for one in find_checkpoints(tmp_path / "run").complete] == [
+        "checkpoint-3",
+        "checkpoint-4",
+    ]
+
+
 def test_a_folder_below_home_is_the_same_for_the_run_and_its_checkpoints(
     recipe_of: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -59,7 +60,7 @@ def print_report(result: "DemoResult") -> None:
         "answer loss, nats a token",
         f"{frozen.answer_loss:.3f} ± {frozen.answer_loss_standard_error:.3f}",
         f"{tuned.answer_loss:.3f} ± {tuned.answer_loss_standard_error:.3f}",
-        f"{result.loss_gain:.3f} ± {result.loss_gain_error:.3f}",
+        f"{result.loss_gain:+.3f} ± {result.loss_gain_error:.3f}",
     )
     assert frozen.accuracy is not None, "every question of the demo has choices"
     assert tuned.accuracy is not None, "every question of the demo has choices"
@@ -80,11 +81,11 @@ def print_report(result: "DemoResult") -> None:
     print(f"trained     {training.trainable_parameters:,} parameters ({share:.2f} % of the model)")
     if training.step_s is not None:
         print(f"speed       {training.step_s:.2f} s a step")
-    folder = training.output_dir
+    folder, moa = training.output_dir, (shutil.which("moa") and "moa") or str(Path(sys.argv[0]))
     print(f"adapter     {folder}")
     print(f"model card  {folder}/README.md")
     print(f"results     {folder}/results.jsonl")
     print("\nNext:")
-    print(f"  moa chat --adapter {folder}")
-    print(f"  moa evaluate --adapter {folder} --tasks demo --mode generation --limit 20")
-    print("  moa train --data YOUR.jsonl --output_dir runs/mine")
+    print(f"  {moa} chat --adapter {folder}")
+    print(f"  {moa} evaluate --adapter {folder} --tasks demo --mode generation --limit 20")
+    print(f"  {moa} train --data YOUR.jsonl --output_dir runs/mine")

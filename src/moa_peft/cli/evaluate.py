@@ -261,6 +261,11 @@ def print_places(results: "list[TaskResult]") -> None:
             f"unchanged {', '.join(old)}: this evaluation was complete in {results[0].results_file}; give another --out "
             "to run it again"
         )
+    for row in (one.row for one in results if one.row.num_scored == 0):
+        print(
+            f"note      {row.task}: its rows state no answer, so there is a loss but no accuracy; a field answer gives one",
+            file=sys.stderr,
+        )
     cut_off = [one.row for one in results if one.row.num_cut_off]
     for row in cut_off:
         print(

@@ -76,7 +76,7 @@ def export(
 
     \b
     Examples:
-      moa export adapters/soft --format official --out adapter.pth
+      moa export adapters/soft --format official --out official.safetensors
       moa export runs/first --format lora --data train.json --out adapters/plain
     """  # noqa: D301  # the backspace keeps the lines of the examples apart
     if format_ not in FORMATS:

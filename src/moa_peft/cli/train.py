@@ -86,11 +86,21 @@ def train(
     try:
         outcome = run(preparation)
     except KeyboardInterrupt:
-        say(f"\ninterrupted: add --resume to go on from the last complete checkpoint in {recipe.output_dir}")
+        say(f"\ninterrupted: {way_on(Path(preparation.plan.output_dir))}")
         raise
     say(outcome_text(outcome))
     if as_json and is_main():
         print(json.dumps(dataclasses.asdict(outcome)))
+
+
+def way_on(folder: Path) -> str:
+    """Say how to go on with a run that was interrupted."""
+    from moa_peft.train.checkpoints import find_checkpoints
+
+    whole = find_checkpoints(folder).complete
+    if whole:
+        return f"add --resume to go on from {whole[-1]}"
+    return "no checkpoint was complete yet, so --resume starts over; --save_steps N writes one every N steps"
 
 
 def plan_text(plan: "Plan") -> str:

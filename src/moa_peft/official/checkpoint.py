@@ -21,7 +21,7 @@ from moa_peft.official.names import Layout, idle_kind_gates
 
 Value = TypeVar("Value")
 
-_PICKLED = (".pth", ".pt", ".bin")
+PICKLED = (".pth", ".pt", ".bin")
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 _PREFIXES = ("module.", "_orig_mod.", "base_model.model.")
 _BLOCK = re.compile(r"(?:model\.)?(layers\.(\d+)\..+)")
@@ -71,11 +71,11 @@ def read_checkpoint(path: Path, base_names: Collection[str]) -> OfficialCheckpoi
     Raises:
         UsageError: If there is no such checkpoint, it is damaged, or it holds no adapter of this family.
     """
-    files = _files(path)
+    files = checkpoint_files(path)
     base: list[str] = []
     adapter: dict[str, Tensor] = {}
     for file in files:
-        pickled = file.suffix in _PICKLED
+        pickled = file.suffix in PICKLED
         found = _read_pickled(file, path) if pickled else _read_safetensors(file, base_names)
         for name, tensor in found.items():
             if tensor is None or _NATIVE_BASE.fullmatch(name) or name in base_names:
@@ -102,10 +102,17 @@ def read_checkpoint(path: Path, base_names: Collection[str]) -> OfficialCheckpoi
     )
 
 
-def _files(path: Path) -> list[Path]:
-    """The files of a checkpoint: one, or all shards of a folder."""
+def checkpoint_files(path: Path) -> list[Path]:
+    """Find the files of a checkpoint: one, or all shards of a folder.
+
+    Args:
+        path: The file or folder.
+
+    Raises:
+        UsageError: If there is none, or it is not clear which it is.
+    """
     if path.is_file():
-        if path.suffix not in (*_PICKLED, ".safetensors"):
+        if path.suffix not in (*PICKLED, ".safetensors"):
             raise UsageError(
                 f"checkpoint {path} is of an unknown kind: give an adapter.pth or a .safetensors file"
             )
@@ -128,7 +135,7 @@ def _files(path: Path) -> list[Path]:
                 f"{path} lacks {', '.join(sorted(lacking))}, which {index.name} names: copy them as well"
             )
     pickled = sorted(
-        one for one in path.iterdir() if one.suffix in _PICKLED and one.name != "training_args.bin"
+        one for one in path.iterdir() if one.suffix in PICKLED and one.name != "training_args.bin"
     )
     if shards or len(pickled) == 1:
         return shards or pickled

@@ -4,13 +4,15 @@ Names come from the config and the mixture's own parameters, values go through `
 imported comes out again with the same names and bits.
 """
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import torch
+from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,13 +23,20 @@ from moa_peft.data.base_model import resolve_model
 from moa_peft.errors import UsageError, unknown
 from moa_peft.evaluate.loading import AdapterFolder
 from moa_peft.experts import LoraExpert, ParallelAdapterExpert, PromptExpert
-from moa_peft.official.importer import DEFAULT_ORDER
-from moa_peft.official.importing import FORK_ALPHA, FORK_THRESHOLD, base_config, head_size, method_of
+from moa_peft.official.checkpoint import PICKLED
+from moa_peft.official.importer import DEFAULT_ORDER, parameters_by_place
+from moa_peft.official.importing import FORK_ALPHA, FORK_THRESHOLD, empty_model, head_size, method_of
 from moa_peft.official.names import KIND_GATES, Destination, Layout, destinations, kind_gates
 from moa_peft.peft_config import MoAConfig
 
 FAMILIES: Mapping[Layout, tuple[str, ...]] = {"native": ("llama",), "fork": ("llama", "qwen3")}
 """The families of models that each official code knows."""
+
+_OWN: Mapping[Layout, str] = {"native": ".pth", "fork": ".safetensors"}
+"""How the name of each layout's file ends."""
+
+_OTHERS: Mapping[Layout, tuple[str, ...]] = {"native": (".safetensors",), "fork": PICKLED}
+"""How it must not: an import reads a file as what its name says."""
 
 _KEY = re.compile(r"(?:.*\.)?(\d+)\.moa\.moa_mixture\.(.+)")
 _ATTENTION = {"q_proj": "Q", "k_proj": "K", "v_proj": "V", "o_proj": "O"}
@@ -88,8 +97,15 @@ def export_official(
     wrong = [*_problems(config), *(_fork_problems(config) if chosen == "fork" else [])]
     if wrong:
         raise UsageError(f"the official code has no such adapter: {'; '.join(wrong)}")
-    sizes = _base_sizes(base or adapter.base_model, chosen)
-    named = official_weights(config, read_mixture_weights(adapter), chosen, sizes)
+    if out.suffix in _OTHERS[chosen]:
+        raise UsageError(
+            f"out is {out}: the {chosen} layout, which fits this adapter's router, is another kind of file: give "
+            f"{out.with_suffix(_OWN[chosen])}"
+        )
+    model = _base(base or adapter.base_model, chosen)
+    weights, size_of_heads = read_mixture_weights(adapter), head_size(model.config)
+    _refuse_missing(adapter.name, weights, model, config)
+    named = official_weights(config, weights, chosen, size_of_heads)
     with single_file(out, overwrite=overwrite) as draft:
         if chosen == "native":
             torch.save(named, draft)
@@ -413,18 +429,31 @@ def _fork_problems(config: MoAConfig) -> list[str]:
     return wrong
 
 
-def _base_sizes(base: str | None, layout: Layout) -> int:
-    """The size of a head of the base model, which must be of a family that the official code knows."""
+def _base(base: str | None, layout: Layout) -> Any:
+    """The base model without its weights, which must be of a family that the official code knows."""
     if base is None:
         raise UsageError("the adapter names no base model: give --model")
-    config = base_config(resolve_model(base), base)
-    family = config.get_text_config().model_type
+    model = empty_model(resolve_model(base), base)
+    family = model.config.get_text_config().model_type
     if family not in FAMILIES[layout]:
         raise UsageError(
             f"the base model {base!r} is of the family {family}: the official code in the {layout} layout knows "
             f"{', '.join(FAMILIES[layout])}"
         )
-    return head_size(config)
+    return model
+
+
+def _refuse_missing(name: str, weights: Weights, model: Any, config: MoAConfig) -> None:
+    """See that the adapter holds every weight that its config makes on the base model."""
+    mixture = get_peft_model(model, copy.deepcopy(config))
+    assert isinstance(mixture, PeftModel)
+    missing = sorted(set(parameters_by_place(mixture)) - set(weights))
+    if missing:
+        block, parameter = missing[0]
+        raise UsageError(
+            f"{name} lacks {len(missing)} of its weights, as {parameter} of block {block}: it was not written whole, or "
+            "was trained on another base model (give that with --model)"
+        )
 
 
 def _arguments(config: MoAConfig) -> dict[str, float | int | str]:

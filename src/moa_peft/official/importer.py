@@ -89,6 +89,10 @@ def placed_weights(weights: Mapping[str, Tensor], head_size: int) -> dict[str, D
                 f"the weight {name!r} is {kind} {list(one.shape)}: it has to be floats of {dimensions} dimensions, none "
                 "of them 0; the checkpoint is damaged, or quantised, which is not supported"
             )
+        if not one.isfinite().all():
+            raise UsageError(
+                f"the weight {name!r} holds numbers that are not finite: its training went wrong"
+            )
     return placed
 
 

@@ -15,7 +15,7 @@ from moa_peft.config import RouterConfig
 from moa_peft.data.base_model import resolve_model
 from moa_peft.errors import UsageError, unknown
 from moa_peft.experts.lora import PROJECTIONS
-from moa_peft.official.checkpoint import OfficialCheckpoint, read_checkpoint
+from moa_peft.official.checkpoint import OfficialCheckpoint, checkpoint_files, read_checkpoint
 from moa_peft.official.importer import (
     DEFAULT_ORDER,
     OfficialSettings,
@@ -110,6 +110,7 @@ def import_checkpoint(
         UsageError: If a setting is needed and not given or contradicts the weights, or a weight cannot be placed.
     """
     check_folder(out, overwrite=overwrite)
+    checkpoint_files(checkpoint)  # a wrong path is said before the base is looked for on the hub
     path = resolve_model(base)
     model = empty_model(path, base)
     found = read_checkpoint(checkpoint, frozenset(model.state_dict()))
