@@ -113,7 +113,7 @@ def test_the_python_code_of_a_page_runs_from_top_to_bottom(
         ]  # fmt: skip
         assert isinstance(session["model"], PeftModel)
         assert len(mixture_layers(session["model"])) == 2
-        assert capsys.readouterr().out.startswith("What is 7 times 8? It is 56.")
+        assert capsys.readouterr().out.startswith("The sky is blue because")
 
 
 def test_a_kind_of_expert_written_as_the_documentation_shows_is_trained_and_saved(tiny_hub: None) -> None:

@@ -138,7 +138,7 @@ def print_table(rows: "list[BenchRow]") -> None:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
     columns = {
-        "param- eters": [f"{row.trainable_parameters:,}" for row in rows],
+        "parameters": [f"{row.trainable_parameters:,}" for row in rows],
         "ms": [f"{row.step_ms[1]:,.1f}" if row.pairs else "-" for row in rows],
         "tokens/s": ["-" if not (speed := row.tokens_per_second) else f"{speed:,.0f}" for row in rows],
         f"over {first.baseline}": [_in_two_lines(row.over_baseline) for row in rows],
@@ -146,7 +146,7 @@ def print_table(rows: "list[BenchRow]") -> None:
         "saved MiB": ["-" if row.saved_mib is None else f"{row.saved_mib:,.1f}" for row in rows],
         "peak MiB": ["-" if row.peak_mib is None else f"{row.peak_mib:,.0f}" for row in rows],
         "of the device": ["-" if row.device_mib is None else f"{row.device_mib:,.0f}" for row in rows],
-        "oper- ators": [f"{row.operators:.0f}" if row.operators else "-" for row in rows],
+        "operators": [f"{row.operators:.0f}" if row.operators else "-" for row in rows],
         "no views": [f"{row.kernels:.0f}" if row.kernels else "-" for row in rows],
         "error": ["-" if row.max_abs_err is None else f"{row.max_abs_err:.0e}" for row in rows],
     }
@@ -156,7 +156,10 @@ def print_table(rows: "list[BenchRow]") -> None:
     for row, *cells in zip(rows, *shown.values(), strict=True):
         copies = "" if row.num_experts is None else f", {row.num_experts} copies"
         table.add_row(row.method + copies, *cells)
-    Console().print(table)
+    console = Console()
+    natural = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    console.width = max(console.width, natural)  # figures are not broken to fit
+    console.print(table)
     for reason in dict.fromkeys(reason for row in rows for reason in row.objections()):
         print(f"not to be published: {reason}", file=sys.stderr)
 
