@@ -159,13 +159,40 @@ def test_an_answer_interrupted_at_the_terminal_is_forgotten(
         ("/rest\n", [], "unknown command '/rest': did you mean '/reset'"),
         ("/base\n", [], "there is no adapter to switch off"),
         ("", ["--template", "papr"], "template is 'papr': give 'chat' or 'paper'"),
-        ("", ["--temperature", "-1"], "temperature is -1.0: give 0 or more"),
+        ("", ["--temperature", "-1"], "temperature is -1.0: give 0, or 0.001 or more"),
+        ("", ["--seed", str(2**70)], "seed is 1180591620717411303424: give a whole number from 0, below"),
         ("", ["--max-new-tokens", "0", "--seed", "-1"], "max_new_tokens is 0: give at least 1; seed is -1"),
     ],
 )
 def test_a_users_mistake_is_one_clear_error(said: str, words: list[str], message: str, base: Path) -> None:
     with pytest.raises(UsageError, match=message):
         call(said, "--model", base, *words)
+
+
+def test_a_conversation_that_the_model_cannot_read_is_said_to_be_too_long(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "short", chat=True, max_position_embeddings=64)
+    one = conversation(base, max_new_tokens=100)
+    one.answer("hi")
+    with pytest.raises(
+        UsageError, match=r"the conversation has \d+ tokens, the model reads 64: /reset forgets it"
+    ):
+        one.answer("again " * 20)
+    one.obey("/reset")
+    one.answer("hi")
+
+
+def test_a_template_that_refuses_a_turn_and_input_that_is_no_text_are_told(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = conversation(base, system="Be brief.")
+    one.loaded.tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
+    with pytest.raises(
+        UsageError, match="chat template refuses system, user: no system turn: use template 'paper'"
+    ):
+        one.answer("hi")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    with pytest.raises(UsageError, match=r"standard input is not UTF-8 text: .* at byte 3"):
+        talk(one)
 
 
 def test_the_chat_template_needs_one(tmp_path: Path) -> None:

@@ -275,6 +275,7 @@ def test_a_second_adapter_of_another_base_or_another_shape_is_refused(
     second = save_adapter(tmp_path / "second", base, model="elsewhere")
     with pytest.raises(UsageError, match="second was trained on elsewhere, the first adapter runs on"):
         call(*words, "--compare", second)
+    call(*words, "--compare", second, "--model", base)  # the user knows that it is the same
     wide = save_base(tmp_path / "wide", hidden_size=64)
     third = save_adapter(tmp_path / "third", wide, model=str(base))
     with pytest.raises(UsageError, match="third cannot be loaded beside the first adapter: "):

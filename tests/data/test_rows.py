@@ -48,6 +48,16 @@ def test_a_folder_gives_the_split_that_is_asked_for(tmp_path: Path) -> None:
     assert load_rows(str(tmp_path), split="test") == ROWS[3:]
 
 
+def test_a_folder_with_one_split_in_two_files_is_refused(tmp_path: Path) -> None:
+    for name in ("train.json", "train.jsonl", "test.json"):
+        write(tmp_path / name, as_lines(RECORDS[:1]) if name.endswith("l") else json.dumps(RECORDS[:1]))
+    with pytest.raises(
+        UsageError, match=r"holds train\.json and train\.jsonl, both the split 'train': keep one"
+    ):
+        load_rows(str(tmp_path))
+    assert len(load_rows(str(tmp_path), split="test")) == 1
+
+
 def test_a_folder_names_its_splits_when_asked_for_another(tmp_path: Path) -> None:
     write(tmp_path / "train.json.gz", json.dumps(RECORDS))
     write(tmp_path / "test.jsonl", as_lines(RECORDS))
@@ -125,6 +135,7 @@ def test_every_form_of_record_becomes_the_row_it_means(
             },
             "line 2: messages has the turns user, assistant, user, assistant: a row holds one question",
         ),
+        ({"instruction": "a\ud83d", "output": "b"}, "line 2: instruction holds half of a character"),
     ],
 )
 def test_a_record_that_is_no_row_is_named_with_its_line(tmp_path: Path, record: Any, says: str) -> None:
@@ -157,6 +168,8 @@ def test_a_record_of_a_list_is_named_with_its_row(tmp_path: Path) -> None:
             as_lines(RECORDS),
             r"line 2: not JSON: .*; if it is one object a line, let its name end in \.jsonl",
         ),
+        ("a.jsonl", "[" * 9999 + "\n", r"a\.jsonl, line 1: cannot be read: "),
+        ("a.json", f"[{'9' * 5000}]", r"a\.json cannot be read: "),
         ("a.json", '{"a": 1}', r"a\.json holds one dict: it should be a list of rows"),
         ("a.json", " \n", r"a\.json is empty"),
         ("a.json", "[]", r"a\.json' holds no rows \(split 'train'\)"),

@@ -256,6 +256,17 @@ def test_settings_beside_the_weights_start_afresh(tmp_path: Path) -> None:
     assert changed.row.answer_loss != first.row.answer_loss
 
 
+def test_an_example_without_its_place_is_named(tmp_path: Path) -> None:
+    asked = task(choice_rows(3))
+    file = evaluate(tiny_llama(), TOKENIZER, asked, options(tmp_path)).examples_file
+    assert file is not None
+    file.write_text(file.read_text().replace('"index": 1', '"place": 1'))
+    with pytest.raises(
+        UsageError, match=r"jsonl, line 2: it has no index: delete the file, or mend the line"
+    ):
+        evaluate(tiny_llama(), TOKENIZER, asked, options(tmp_path))
+
+
 def test_examples_left_in_the_order_of_batches_are_put_in_that_of_the_task(tmp_path: Path) -> None:
     asked = task(choice_rows(6))
     file = evaluate(tiny_llama(), TOKENIZER, asked, options(tmp_path)).examples_file

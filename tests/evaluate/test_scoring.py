@@ -18,6 +18,7 @@ from moa_peft.evaluate.scoring import (
     check_lengths,
     score_batch,
     score_choices,
+    select_rows,
     token_question,
 )
 from moa_peft.evaluate.tasks import as_question
@@ -123,6 +124,11 @@ def test_no_more_logits_are_computed_than_the_answers_need() -> None:
     model.lm_head.register_forward_hook(lambda module, args, output: widths.append(output.shape[1]))
     score_batch(model, asked)
     assert max(widths) <= max(one.num_logits for one in asked) < min(len(one.prompt) for one in asked)
+
+
+def test_a_cache_that_cannot_keep_rows_is_named() -> None:
+    with pytest.raises(UsageError, match=r"a dict, cannot keep some of its rows, .* batch_size 1"):
+        select_rows({}, torch.tensor([0]))
 
 
 def test_a_row_that_is_too_long_is_named() -> None:

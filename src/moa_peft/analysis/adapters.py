@@ -12,13 +12,13 @@ SECOND = "compare"
 """The name of a second adapter in the model."""
 
 
-def add_adapter(model: Any, folder: AdapterFolder, base_model: str) -> str:
+def add_adapter(model: Any, folder: AdapterFolder, base_model: str | None) -> str:
     """Load a second adapter beside the first.
 
     Args:
         model: In PEFT's wrapper.
         folder: The second adapter's.
-        base_model: What the first adapter runs on.
+        base_model: What the first adapter was trained on; None where the user has named the base of both.
 
     Returns:
         Its name in the model.
@@ -26,10 +26,10 @@ def add_adapter(model: Any, folder: AdapterFolder, base_model: str) -> str:
     Raises:
         UsageError: If it belongs to another base model or cannot be loaded onto this one.
     """
-    if folder.base_model is not None and folder.base_model != base_model:
+    if base_model is not None and folder.base_model is not None and folder.base_model != base_model:
         raise UsageError(
             f"--compare {folder.name} was trained on {folder.base_model}, the first adapter runs on {base_model}: the "
-            "two must have one base model"
+            "two must have one base model; --model names it where it lies under several names"
         )
     from safetensors import SafetensorError
 

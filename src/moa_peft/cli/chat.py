@@ -20,6 +20,10 @@ COMMANDS = {
 }
 
 
+_COLDEST = 0.001
+"""The lowest temperature to draw at; below it logits overflow."""
+
+
 @dataclass(kw_only=True)
 class Conversation:
     """A loaded model and what has been said."""
@@ -47,6 +51,9 @@ class Conversation:
 
         Returns:
             The answer.
+
+        Raises:
+            UsageError: If the conversation is longer than the model reads, or its chat template refuses it.
         """
         import torch
         from transformers import GenerationConfig
@@ -56,13 +63,17 @@ class Conversation:
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         asked = [*self.turns, {"role": "user", "content": text}]
         ids = torch.tensor([self.prompt_tokens(asked)], device=model.device)
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and ids.shape[1] >= most:
+            raise UsageError(
+                f"the conversation has {ids.shape[1]} tokens, the model reads {most}: /reset forgets it"
+            )
+        room = self.max_new_tokens if most is None else min(self.max_new_tokens, most - ids.shape[1])
         sampling: dict[str, Any] = {"do_sample": False}
         if self.temperature > 0:
             sampling = {"do_sample": True, "temperature": self.temperature, "top_p": 1.0, "top_k": 0}
         ends = sorted(end_ids(model, tokenizer))
-        settings = GenerationConfig(
-            max_new_tokens=self.max_new_tokens, eos_token_id=ends, pad_token_id=ends[0], **sampling
-        )
+        settings = GenerationConfig(max_new_tokens=room, eos_token_id=ends, pad_token_id=ends[0], **sampling)
         off = not self.use_adapter and self.loaded.adapter is not None
         streamer = _streamer(tokenizer)
         with torch.inference_mode(), model.disable_adapter() if off else nullcontext():
@@ -79,7 +90,7 @@ class Conversation:
     def prompt_tokens(self, turns: list[dict[str, str]]) -> list[int]:
         """Write the conversation as the model reads it: with the chat template, or the last turn in the paper's."""
         from moa_peft.data.rows import Row
-        from moa_peft.data.templates import render_prompt
+        from moa_peft.data.templates import render_chat, render_prompt
         from moa_peft.data.tokens import prompt_ids
 
         tokenizer = self.loaded.tokenizer
@@ -89,9 +100,7 @@ class Conversation:
             row = Row(instruction=text, input="", output="", answer="")
             return prompt_ids(render_prompt(row, "paper", tokenizer), tokenizer, "paper")
         told = [{"role": "system", "content": self.system}] if self.system else []
-        text = tokenizer.apply_chat_template([*told, *turns], tokenize=False, add_generation_prompt=True)
-        assert isinstance(text, str)
-        return prompt_ids(text, tokenizer, "chat")
+        return prompt_ids(render_chat([*told, *turns], tokenizer), tokenizer, "chat")
 
     def obey(self, command: str) -> str | None:
         """Carry a command out.
@@ -225,6 +234,8 @@ def _read_line(at_terminal: bool) -> str | None:
         return input("> " if at_terminal else "").strip()
     except EOFError:
         return None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
 def _greet(conversation: Conversation) -> None:
@@ -239,10 +250,10 @@ def _check(max_new_tokens: int, temperature: float, seed: int) -> None:
     problems: list[str] = []
     if max_new_tokens < 1:
         problems.append(f"max_new_tokens is {max_new_tokens}: give at least 1")
-    if not 0 <= temperature < float("inf"):
-        problems.append(f"temperature is {temperature}: give 0 or more")
-    if seed < 0:
-        problems.append(f"seed is {seed}: give 0 or more")
+    if temperature != 0 and not _COLDEST <= temperature < float("inf"):
+        problems.append(f"temperature is {temperature}: give 0, or {_COLDEST} or more")
+    if not 0 <= seed < 2**63:
+        problems.append(f"seed is {seed}: give a whole number from 0, below 2**63")
     if problems:
         raise UsageError("; ".join(problems))
 

@@ -75,6 +75,8 @@ def inspect(
         raise UsageError(unknown("template", chosen, TEMPLATES))
     rows = _rows(prompts, data, split, limit)
 
+    if batch_size < 1:
+        raise UsageError(f"--batch-size is {batch_size}: give at least 1")
     from moa_peft.analysis.adapters import about_adapter, add_adapter
     from moa_peft.analysis.inspecting import inspect_model
     from moa_peft.analysis.outputs import write_outputs
@@ -85,7 +87,7 @@ def inspect(
         loaded = load(model, folders[0], dtype=dtype)
         names = ["default"]
         if len(folders) > 1:
-            names.append(add_adapter(loaded.model, folders[1], loaded.base_model))
+            names.append(add_adapter(loaded.model, folders[1], loaded.base_model if model is None else None))
         texts = tokenise(
             [
                 as_prompt(one, cast("Any", None if chosen == "none" else chosen), loaded.tokenizer)

@@ -13,6 +13,10 @@ SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
 """How the name of a row file may end."""
 
 
+_UNREADABLE = (ValueError, RecursionError)
+"""What Python raises at JSON with a number of too many digits, or nested too deeply."""
+
+
 def is_row_file(name: str) -> bool:
     """Tell whether a name ends as the name of a row file does."""
     return name.endswith(SUFFIXES)
@@ -71,6 +75,8 @@ def _lines(file: Path, text: TextIO) -> Iterator[tuple[str, Any]]:
             yield where, json.loads(line)
         except json.JSONDecodeError as error:
             raise UsageError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+        except _UNREADABLE as error:
+            raise UsageError(f"{where}: cannot be read: {error}") from error
 
 
 def _list(file: Path, text: TextIO) -> Iterator[tuple[str, Any]]:
@@ -86,6 +92,8 @@ def _list(file: Path, text: TextIO) -> Iterator[tuple[str, Any]]:
         raise UsageError(
             f"{file}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}{hint}"
         ) from error
+    except _UNREADABLE as error:
+        raise UsageError(f"data file {file} cannot be read: {error}") from error
     if not isinstance(records, list):
         raise UsageError(
             f"data file {file} holds one {type(records).__name__}: it should be a list of rows [...]"

@@ -128,7 +128,18 @@ def _text(record: Mapping[str, Any], name: str, where: str, *, optional: bool = 
         return str(value)
     if not isinstance(value, str):
         raise UsageError(f"{where}: {name} is {value!r}: it must be text")
-    return value
+    return _whole(value, name, where)
+
+
+def _whole(text: str, name: str, where: str) -> str:
+    """See that a text holds no half of a character, as a JSON escape can make one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{where}: {name} holds half of a character ({text[error.start]!r}): write it whole"
+        ) from error
+    return text
 
 
 def _from_messages(messages: Any, extra: Mapping[str, str], where: str) -> Row:
@@ -149,17 +160,21 @@ def _from_messages(messages: Any, extra: Mapping[str, str], where: str) -> Row:
             f"{where}: messages has the turns {', '.join(roles) or '(none)'}: a row holds one question and its reply, "
             "so give (system,) user, assistant"
         )
-    asked = [turn["content"] for turn in messages[:-1] if turn["content"]]
-    return Row(instruction="\n\n".join(asked), output=messages[-1]["content"], **extra)
+    said = [_whole(turn["content"], "messages", where) for turn in messages]
+    return Row(instruction="\n\n".join(filter(None, said[:-1])), output=said[-1], **extra)
 
 
 def _records(source: str, split: str) -> Iterable[tuple[str, Any]]:
     """Find out what the source is and read it."""
     path = expanded(source)
     if source and path.is_dir():
-        files = {
-            split_name(one): one for one in sorted(path.iterdir()) if is_row_file(one.name) and one.is_file()
-        }
+        found = [one for one in sorted(path.iterdir()) if is_row_file(one.name) and one.is_file()]
+        files = {split_name(one): one for one in found}
+        same = [one.name for one in found if split_name(one) == split]
+        if len(same) > 1:
+            raise UsageError(
+                f"the folder {path} holds {' and '.join(same)}, both the split {split!r}: keep one"
+            )
         if split in files:
             return read_records(files[split])
         made_by_datasets = {"dataset_dict", "dataset_info", "state"} & files.keys()

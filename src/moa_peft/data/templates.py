@@ -1,5 +1,6 @@
 """How a row becomes text: the instruction template of the paper, or the tokenizer's own chat template."""
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
 from moa_peft.data.rows import Row
@@ -48,9 +49,33 @@ def render_prompt(row: Row, template: Template, tokenizer: "PreTrainedTokenizerB
             "template 'chat': the tokenizer of this model has no chat template: use template 'paper'"
         )
     question = f"{row.instruction}\n\n{row.input}" if row.input else row.instruction
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-    )
+    return render_chat([{"role": "user", "content": question}], tokenizer)
+
+
+def render_chat(turns: Sequence[Mapping[str, str]], tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Write a conversation by the tokenizer's chat template, up to where the assistant's next turn begins.
+
+    Args:
+        turns: Each with a role and its content.
+        tokenizer: One with a chat template.
+
+    Returns:
+        The text, which holds its special tokens already.
+
+    Raises:
+        UsageError: If the template refuses the conversation or is broken.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(one) for one in turns], tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError as error:
+        raise UsageError(
+            f"the tokenizer's chat template refuses {', '.join(one['role'] for one in turns)}: {error}: use template "
+            "'paper', or leave out what it does not know"
+        ) from error
     assert isinstance(text, str)
     return text
 

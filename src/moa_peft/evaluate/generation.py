@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from moa_peft.evaluate.batching import pad_left, plan_batches, positions
-from moa_peft.evaluate.scoring import TOKEN_BUDGET
+from moa_peft.evaluate.scoring import TOKEN_BUDGET, select_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,7 +91,7 @@ def generate_batch(
         cache = outcome.past_key_values
         if len(going) < len(running):
             chosen = torch.tensor(going, device=mask.device)
-            cache.batch_select_indices(chosen)
+            select_rows(cache, chosen)
             mask, new = mask[chosen], new[chosen]
             running = [running[place] for place in going]
         mask = torch.cat([mask, mask.new_ones(len(running), 1)], dim=1)

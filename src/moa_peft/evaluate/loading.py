@@ -89,8 +89,10 @@ def read_adapter(name: str) -> AdapterFolder:
     config = _read_json(config_file)
     recipe = _read_json(path / RECIPE_FILE) if (path / RECIPE_FILE).is_file() else {}
     base = recipe.get("model") or config.get("base_model_name_or_path")
-    if base is not None and not isinstance(base, str):
-        raise UsageError(f"{config_file}: base_model_name_or_path is {base!r}: it must be text")
+    told = {"base model": base, "template": recipe.get("template"), "method": recipe.get("method")}
+    for what, value in told.items():
+        if value is not None and not isinstance(value, str):
+            raise UsageError(f"adapter folder {name}: its {what} is {value!r}: it must be text")
     return AdapterFolder(
         name=name.rstrip("/") or name,
         path=path,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from moa_peft.errors import UsageError
 from moa_peft.evaluate.describe import describe, evaluation_key
 from moa_peft.evaluate.examine import Examiner, GenerationExaminer, LikelihoodExaminer, Record
 from moa_peft.evaluate.extraction import RULES
@@ -169,7 +170,11 @@ def _stored(file: Path | None) -> dict[int, Record]:
     if file is None:
         return {}
     drop_torn_line(file)
-    return {one["index"]: one for one in read_rows(file)}
+    rows = read_rows(file)
+    for number, one in enumerate(rows, start=1):
+        if not isinstance(one.get("index"), int):
+            raise UsageError(f"{file}, line {number}: it has no index: delete the file, or mend the line")
+    return {one["index"]: one for one in rows}
 
 
 def _stored_row(results: Path | None, wanted: Mapping[str, Any]) -> ResultRow | None:

@@ -221,6 +221,25 @@ def mean_loss(token_log_likelihoods: Sequence[float]) -> float:
     return -sum(token_log_likelihoods) / len(token_log_likelihoods)
 
 
+def select_rows(cache: Any, rows: Tensor) -> None:
+    """Keep rows of a cache, in a new order or several times.
+
+    Args:
+        cache: The model's; it is changed.
+        rows: Int64, the rows to keep.
+
+    Raises:
+        UsageError: If the cache cannot do that, as those of models with a recurrent state.
+    """
+    select = getattr(cache, "batch_select_indices", None)
+    if select is None:
+        raise UsageError(
+            f"the cache of this model, a {type(cache).__name__}, cannot keep some of its rows, so choices cannot be "
+            "compared on it; generation works with batch_size 1"
+        )
+    select(rows)
+
+
 def check_lengths(model: Any, lengths: Sequence[int]) -> None:
     """See that a model can read sequences of these lengths.
 
@@ -270,7 +289,7 @@ def _scores_of_tails(
     """Score what follows the first token of each tail, on copies of its question's cache. Changes the cache."""
     device = mask.device
     chosen = torch.tensor(owners, device=device)
-    cache.batch_select_indices(chosen)
+    select_rows(cache, chosen)
     seen = mask[chosen]  # [R, T]
     longest = max(len(one) for one in tails) - 1
     padded = [[*one, *([0] * (longest + 1 - len(one)))] for one in tails]
