@@ -127,6 +127,16 @@ def test_final_runs_go_seed_by_seed_and_begin_with_the_frozen_model() -> None:
     ]
 
 
+def test_no_two_rates_share_a_folder_and_short_ones_have_short_names() -> None:
+    """0.003162278 and 0.00316227766 are one number in six digits: the second took the first one's weights."""
+    rates = [1e-3, 7.5e-4, 5e-5, 1, 0.003162278, 0.00316227766, 0.1 + 0.2, 0.3]
+    names = [run.name for run in tuning_runs(dataclasses.replace(CONFIG, learning_rates=rates))[: len(rates)]]
+    assert names == [
+        f"soft-moa-lr{rate}-seed0"
+        for rate in ("0.001", "0.00075", "5e-05", "1", "0.003162278", "0.00316227766", "0.30000000000000004", "0.3")
+    ]  # fmt: skip
+
+
 def test_what_is_done_is_not_left_and_a_new_test_is_all_that_is_left_of_a_run() -> None:
     runs = final_runs(CONFIG, {"soft-moa": 1e-2, "lora": 1e-3})
     rows = [row_of(run, "final", {"first": scores(1.0)}) for run in runs[:2]]

@@ -9,7 +9,7 @@ from filelock import FileLock
 
 from moa_peft.compare import execute as execute_module
 from moa_peft.compare.config import StudyConfig
-from moa_peft.compare.execute import Order
+from moa_peft.compare.execute import Order, train_once
 from moa_peft.compare.rows import read_results
 from moa_peft.compare.run import Study, open_study, planned, run_study
 from moa_peft.errors import RunError, UsageError
@@ -124,6 +124,40 @@ def test_a_row_of_something_else_is_refused(study_of: Studies, tmp_path: Path) -
     append_rows(tmp_path / "out" / "results.jsonl", [{"kind": "train"}])
     with pytest.raises(UsageError, match="line 1 is no row of a study that this version writes"):
         study_of()
+
+
+def test_weights_that_other_settings_trained_are_refused_where_rows_and_study_are_gone(
+    study_of: Studies, tmp_path: Path
+) -> None:
+    """The folder of a trained run was taken as it was, and its weights stood in a row of the new settings.
+
+    Seen with results.jsonl and study.json deleted; missed because only study.json was compared.
+    """
+    study = study_of(**ONE_RATE)
+    *_, last = study.orders(study.jobs("final", []), progress=False)
+    train_once(last)
+    assert study_of(**ONE_RATE, data_root=str(tmp_path / ".")).shared == study.shared
+    for changes, differing in (
+        ({"max_length": 300}, "max_length"),
+        ({"train_limit": 16}, "data, limit"),
+        ({"trainer": {**study.config.trainer, "weight_decay": 0.5, "save_steps": 2}}, "weight_decay"),
+    ):
+        with pytest.raises(
+            UsageError,
+            match=rf"runs/lora-lr0.01-seed0 was begun with other values of {differing}: go on with those, delete",
+        ):
+            study_of(**ONE_RATE, **changes)
+    (last.folder / "moa_recipe.json").unlink()
+    with pytest.raises(UsageError, match=r"holds training.json without moa_recipe.json: delete that folder"):
+        study_of(**ONE_RATE)
+
+
+def test_what_another_call_did_since_the_study_was_opened_is_looked_at(study_of: Studies) -> None:
+    """Two calls with different settings on a new folder both ran: the second was checked before the first wrote."""
+    late = study_of(**ONE_RATE, max_length=300)
+    run_study(study_of(**ONE_RATE), pool=Counted())
+    with pytest.raises(UsageError, match="max_length was 400, is 300"):
+        run_study(late, pool=Counted())
 
 
 def test_a_second_process_in_the_same_folder_is_refused(study_of: Studies, tmp_path: Path) -> None:

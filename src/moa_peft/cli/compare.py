@@ -15,6 +15,7 @@ from moa_peft.cli.overrides import load_yaml, parse_flags
 from moa_peft.compare.cells import percent, run_name
 from moa_peft.compare.config import Method, StudyConfig
 from moa_peft.compare.extras import REPORT_PACKAGES, has, need
+from moa_peft.compare.plan import rate_text
 from moa_peft.train.field_docs import field_docs
 from moa_peft.train.merge import merge
 
@@ -156,7 +157,7 @@ def as_object(summary: "StudySummary") -> dict[str, Any]:
 def plan_text(study: "Study", left: dict[str, int]) -> str:
     """Write what a study will do, for a person."""
     config, data = study.config, study.data
-    rates = ", ".join(f"{one:g}" for one in config.learning_rates)
+    rates = ", ".join(map(rate_text, config.learning_rates))
     tuning_seeds = ", ".join(map(str, config.tuning_seeds))
     chosen = f"tried on seed {tuning_seeds}, chosen by {config.choose_by}"
     if len(config.learning_rates) == 1:

@@ -2,6 +2,7 @@
 
 from moa_peft.compare.config import StudyConfig
 from moa_peft.compare.figures import Difference, Estimate
+from moa_peft.compare.plan import rate_text
 from moa_peft.compare.rows import RunRow
 
 NONE = "-"
@@ -10,10 +11,10 @@ NONE = "-"
 
 def run_name(row: RunRow) -> str:
     """What a run is called in a table."""
-    if row.seed is None:
+    if row.learning_rate is None:
         return row.label
     stage = ", tried" if row.stage == "tuning" else ""
-    return f"{row.label}, rate {row.learning_rate:g}, seed {row.seed}{stage}"
+    return f"{row.label}, rate {rate_text(row.learning_rate)}, seed {row.seed}{stage}"
 
 
 def score_on(row: RunRow, name: str) -> Estimate | None:

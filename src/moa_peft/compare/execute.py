@@ -14,6 +14,7 @@ import torch
 
 from moa_peft.compare.config import FROZEN, StudyConfig
 from moa_peft.compare.data import StudyData, questions_md5, source_of
+from moa_peft.compare.folder import TRAINING_FILE
 from moa_peft.compare.measure import StepLog, peak_memory_mib, start_peak_memory, step_time
 from moa_peft.compare.plan import Job, recipe_of
 from moa_peft.compare.router import router_summary
@@ -31,9 +32,6 @@ from moa_peft.train.output_folder import RECIPE_FILE, write_text
 from moa_peft.train.prepare import prepare
 from moa_peft.train.recipe import Recipe
 from moa_peft.train.run import run as train
-
-TRAINING_FILE = "training.json"
-"""Written last of a training run, in its folder: what it gave."""
 
 STEPS_FILE = "steps.jsonl"
 

@@ -10,14 +10,18 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from moa_peft.compare.config import StudyConfig
-from moa_peft.compare.plan import method_settings
+from moa_peft.compare.plan import method_settings, possible_runs, recipe_of
 from moa_peft.compare.rows import RESULTS_FILE, RunRow
 from moa_peft.errors import UsageError
 from moa_peft.json_lines import append_rows, drop_torn_line
-from moa_peft.train.output_folder import write_text
+from moa_peft.train.output_folder import RECIPE_FILE, read_recipe, write_text
+from moa_peft.train.resumption import changed_keys
 
 STUDY_FILE = "study.json"
 """What the runs of a study have in common, and its methods, in its folder."""
+
+TRAINING_FILE = "training.json"
+"""Written last of a training run, in its folder: what it gave."""
 
 
 @contextmanager
@@ -79,6 +83,32 @@ def check_same_study(
             f"the study in {folder} was started with other settings ({'; '.join(differing)}): go on with those, or "
             "give another --out; methods, seeds, learning rates and tasks may be added"
         )
+
+
+def check_run_folders(config: StudyConfig, train_source: str, train_md5: str) -> None:
+    """See that the folders of the runs hold what this config trains: rows and settings may be gone, weights not.
+
+    Args:
+        config: The study as it is given now.
+        train_source: Source of the training rows.
+        train_md5: Their MD5.
+
+    Raises:
+        UsageError: If a run there was trained, or begun, with other settings.
+    """
+    for run in possible_runs(config):
+        folder = Path(config.out) / "runs" / run.name
+        if not any((folder / name).exists() for name in (RECIPE_FILE, TRAINING_FILE)):
+            continue
+        recipe = recipe_of(config, run, data=train_source, data_md5=train_md5, folder=str(folder))
+        anew = "delete that folder to train it anew, or give another --out"
+        if not (folder / RECIPE_FILE).exists():
+            raise UsageError(f"{folder} holds {TRAINING_FILE} without {RECIPE_FILE}: {anew}")
+        changed = changed_keys(read_recipe(folder), recipe.to_mapping())
+        if changed:
+            raise UsageError(
+                f"the run in {folder} was begun with other values of {', '.join(changed)}: go on with those, {anew}"
+            )
 
 
 def write_study(

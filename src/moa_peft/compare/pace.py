@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Mapping
 
-from moa_peft.compare.plan import Job
+from moa_peft.compare.plan import Job, rate_text
 from moa_peft.compare.rows import RunRow
 
 
@@ -62,7 +62,7 @@ def duration(seconds: float) -> str:
 
 def run_text(row: RunRow) -> str:
     """Say what a run gave."""
-    rate = "" if row.learning_rate is None else f"-lr{row.learning_rate:g}-seed{row.seed}"
+    rate = "" if row.learning_rate is None else f"-lr{rate_text(row.learning_rate)}-seed{row.seed}"
     if row.failure is not None:
         return f"{row.label}{rate} failed: {row.failure}"
     figures = []

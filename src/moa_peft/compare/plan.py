@@ -30,7 +30,9 @@ class Run:
     @property
     def name(self) -> str:
         """Name of the run's folder."""
-        return self.label if self.method is None else f"{self.label}-lr{self.learning_rate:g}-seed{self.seed}"
+        if self.learning_rate is None:
+            return self.label
+        return f"{self.label}-lr{rate_text(self.learning_rate)}-seed{self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +45,12 @@ class Job:
     """Whether the validation rows are enough, or tests follow."""
     tests: tuple[str, ...] = field(default=())
     """Tests that are missing."""
+
+
+def rate_text(rate: float) -> str:
+    """A learning rate in words: short where that is the rate itself, so that no two rates read alike."""
+    short = f"{rate:g}"
+    return short if float(short) == rate else repr(rate)
 
 
 def shared_settings(config: StudyConfig, train_md5: str, validation_md5: str) -> dict[str, Any]:
@@ -156,6 +164,16 @@ def final_runs(config: StudyConfig, chosen: Mapping[str, float | None]) -> list[
             if rate is not None:
                 runs.append(Run(label=one.label, method=one, learning_rate=rate, seed=seed))
     return runs
+
+
+def possible_runs(config: StudyConfig) -> list[Run]:
+    """Every run of a method that the study may come to, whichever learning rates are chosen."""
+    return [
+        Run(label=one.label, method=one, learning_rate=float(rate), seed=seed)
+        for seed in dict.fromkeys((*config.tuning_seeds, *config.seeds))
+        for one in config.methods
+        for rate in config.learning_rates
+    ]
 
 
 def needs_training(config: StudyConfig, job: "Job") -> bool:

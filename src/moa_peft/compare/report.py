@@ -19,7 +19,7 @@ from moa_peft.compare.config import FROZEN, StudyConfig
 from moa_peft.compare.document import Picture, Section, Table, as_html, as_markdown
 from moa_peft.compare.extras import REPORT_PACKAGES, need
 from moa_peft.compare.folder import check_same_study, read_study
-from moa_peft.compare.plan import shared_settings
+from moa_peft.compare.plan import rate_text, shared_settings
 from moa_peft.compare.plots import draw_plots
 from moa_peft.compare.router import COLUMNS
 from moa_peft.compare.rows import read_results
@@ -122,7 +122,7 @@ def report_sections(summary: StudySummary, pictures: list[Picture]) -> list[Sect
 
 def _head(summary: StudySummary) -> Section:
     config = summary.config
-    rates = ", ".join(f"{one:g}" for one in config.learning_rates)
+    rates = ", ".join(map(rate_text, config.learning_rates))
     row = next((one for one in summary.rows if one.validation is not None), None)
     trained = f"{row.train.rows:,} rows of {row.train.source}" if row is not None else config.data
     held_out = (
@@ -263,7 +263,7 @@ def _tuning(summary: StudySummary) -> Section | None:
             rows.append(
                 [
                     label,
-                    f"{rate:g}",
+                    rate_text(rate),
                     str(seed),
                     plain(None if scores is None else scores.answer_loss),
                     percent(None if scores is None else estimate_of(scores.accuracy, scores.standard_error)),

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from moa_peft.compare.config import StudyConfig
-from moa_peft.compare.data import StudyData, load_data, questions_md5
+from moa_peft.compare.data import StudyData, load_data, questions_md5, source_of
 from moa_peft.compare.execute import Order, execute
-from moa_peft.compare.folder import append_row, check_same_study, claimed, write_study
+from moa_peft.compare.folder import append_row, check_run_folders, check_same_study, claimed, write_study
 from moa_peft.compare.pace import Pace
 from moa_peft.compare.plan import (
     Job,
@@ -55,6 +55,15 @@ class Study:
     def tests(self) -> dict[str, str]:
         """MD5 of the rows of each test."""
         return {one.name: questions_md5(one) for one in self.data.tests}
+
+    def check_folder(self, rows: Sequence[RunRow]) -> None:
+        """See that the folder holds nothing that other settings have made.
+
+        Raises:
+            UsageError: If it does.
+        """
+        check_same_study(self.folder, self.config, self.shared, self.tests, rows)
+        check_run_folders(self.config, source_of(self.config, self.config.data), self.data.train.md5)
 
     def jobs(self, stage: str, rows: Sequence[RunRow], *, retry_failed: bool = False) -> list[Job]:
         """What is left of a stage."""
@@ -103,7 +112,7 @@ def open_study(config: StudyConfig) -> Study:
     data = load_data(config)
     shared = shared_settings(config, data.train.md5, questions_md5(data.validation))
     study = Study(config=config, data=data, shared=json.loads(json.dumps(shared)))
-    check_same_study(study.folder, config, study.shared, study.tests, read_results(study.folder))
+    study.check_folder(read_results(study.folder))
     return study
 
 
@@ -130,12 +139,13 @@ def run_study(
         The rows of the study, those of earlier calls included. A run that failed has a row that says so.
 
     Raises:
-        UsageError: If another process works in the folder.
+        UsageError: If another process works in the folder, or has left there what other settings made.
         OSError: If the disk is full.
     """
     with claimed(study.folder):
-        write_study(study.folder, study.config, study.shared, study.tests)
         rows = read_results(study.folder)
+        study.check_folder(rows)  # another call may have worked here since the study was opened
+        write_study(study.folder, study.config, study.shared, study.tests)
         pace = Pace(planned(study, rows, retry_failed=retry_failed), at_once=at_once)
         for stage in ("tuning", "final"):
             jobs = study.jobs(stage, rows, retry_failed=retry_failed)
