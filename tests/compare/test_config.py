@@ -65,6 +65,31 @@ def test_a_method_is_called_by_its_name_unless_it_has_a_label() -> None:
             {"methods": ["lora", {"method": "soft-moa", "trainer": {"num_train_epochs": 9}}]},
             "soft-moa: trainer.num_train_epochs differs from the other methods'",
         ),
+        *(
+            (
+                {"methods": ["lora", {"method": "soft-moa", "trainer": {name: value}}]},
+                f"soft-moa: trainer.{name} differs from the other methods': give it once, in the study's trainer",
+            )
+            for name, value in (
+                ("train_sampling_strategy", "sequential"),
+                ("data_seed", 7),
+                ("shuffle_dataset", True),
+                ("packing", True),
+                ("packing_strategy", "wrapped"),
+                ("dataloader_drop_last", True),
+                ("dataloader_in_order", False),
+                ("ignore_data_skip", True),
+                ("accelerator_config", {"split_batches": True}),
+            )
+        ),
+        (
+            {"trainer": {"auto_find_batch_size": True}},
+            "trainer.auto_find_batch_size: a method that needs more memory would get smaller batches",
+        ),
+        (
+            {"methods": ["lora", {"method": "soft-moa", "trainer": {"auto_find_batch_size": True}}]},
+            "trainer.auto_find_batch_size: a method that needs more memory would get smaller batches",
+        ),
         (
             {"methods": ["lora", {"method": "soft-moa", "trainer": {"per_device_train_batch_size": 1}}]},
             "soft-moa: per_device_train_batch_size times gradient_accumulation_steps differs",

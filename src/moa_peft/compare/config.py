@@ -15,8 +15,23 @@ from moa_peft.train.recipe import REFUSED, TRAINER_DEFAULTS, own_fields
 FROZEN = "frozen"
 """Label of the base model without an adapter, which every study evaluates."""
 
-EQUAL = ("num_train_epochs", "max_steps", "learning_rate")
-"""Fields of the trainer that no method may have for itself; the batch is compared as a product."""
+EQUAL = (
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "train_sampling_strategy",
+    "length_column_name",
+    "data_seed",
+    "shuffle_dataset",
+    "packing",
+    "packing_strategy",
+    "dataloader_drop_last",
+    "dataloader_in_order",
+    "ignore_data_skip",
+    "accelerator_config",
+)
+"""Fields of the trainer that no method may have for itself: they decide which rows it meets, in which order, in how many
+steps. The batch is compared as a product."""
 
 ChooseBy = Literal["answer_loss", "accuracy"]
 
@@ -40,7 +55,7 @@ class Method:
     """Changes to the method, as in a recipe: router.kind, experts.0.rank ..."""
 
     trainer: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `trl.SFTConfig` for this method alone; not its epochs, steps, learning rate or batch."""
+    """Fields of `trl.SFTConfig` for this method alone; not its epochs, steps, learning rate, batch or order of rows."""
 
     def __post_init__(self) -> None:
         if not self.label:
@@ -228,11 +243,16 @@ def _trainer_problems(config: StudyConfig) -> list[str]:
         if key in own
     ]
     problems += [
-        f"trainer.train_sampling_strategy is {one.trainer['train_sampling_strategy']!r}: methods would meet the rows in "
-        f"different orders; give {' or '.join(SAME_ORDER)}, or leave it out"
+        "trainer.auto_find_batch_size: a method that needs more memory would get smaller batches; leave it out, and give "
+        "per_device_train_batch_size what the largest can hold"
         for one in (config, *config.methods)
-        if one.trainer.get("train_sampling_strategy", "random") not in SAME_ORDER
+        if one.trainer.get("auto_find_batch_size")
     ]
+    if config.trainer.get("train_sampling_strategy", "random") not in SAME_ORDER:
+        problems.append(
+            f"trainer.train_sampling_strategy is {config.trainer['train_sampling_strategy']!r}: methods would meet the "
+            f"rows in different orders; give {' or '.join(SAME_ORDER)}, or leave it out"
+        )
     if "learning_rate" in config.trainer:
         problems.append("trainer.learning_rate: give learning_rates, the same for every method")
     for one in config.methods:
