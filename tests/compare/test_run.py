@@ -14,7 +14,7 @@ from moa_peft.compare.rows import read_results
 from moa_peft.compare.run import Study, open_study, planned, run_study
 from moa_peft.errors import RunError, UsageError
 from moa_peft.json_lines import append_rows, read_rows
-from tiny_lm import write_rows
+from tiny_lm import tiny_llama, write_rows
 from tiny_study import made_up_row, named, write_study
 
 Studies = Callable[..., Study]
@@ -30,13 +30,14 @@ def study_of(tmp_path: Path) -> Studies:
 class Counted:
     """A pool that remembers what it was asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, **found: Any) -> None:
         self.asked: list[str] = []
+        self.found = found
 
     def __call__(self, orders: Sequence[Order]) -> Any:
         for order in orders:
             self.asked.append(f"{order.job.run.name} {order.job.stage} {'+'.join(order.job.tests)}")
-            yield order, made_up_row(order)
+            yield order, made_up_row(order, **self.found)
 
 
 def test_a_finished_study_asks_for_nothing_and_more_seeds_methods_and_tasks_for_what_is_new(
@@ -158,6 +159,38 @@ def test_what_another_call_did_since_the_study_was_opened_is_looked_at(study_of:
     run_study(study_of(**ONE_RATE), pool=Counted())
     with pytest.raises(UsageError, match="max_length was 400, is 300"):
         run_study(late, pool=Counted())
+
+
+def test_a_base_model_with_other_weights_is_refused_in_one_line_before_anything_is_trained(
+    study_of: Studies, tmp_path: Path
+) -> None:
+    """A base folder overwritten between two calls gave rows with one test of each base."""
+    lora = json_methods(study_of())[1:]
+    run_study(study_of(**ONE_RATE, tasks="first", methods=lora), progress=False)
+    before = read_rows(tmp_path / "out" / "results.jsonl")
+    tiny_llama(seed=5).save_pretrained(tmp_path / "base")
+    for changes in ({"methods": lora}, {"tasks": "first"}):  # a score only, and a method to train
+        study = study_of(**ONE_RATE, **changes)
+        with pytest.raises(
+            UsageError,
+            match=rf"base model {tmp_path}/base are [0-9a-f]+, in the rows of .* {before[0]['base_fingerprint']}: give",
+        ):
+            run_study(study, progress=False)
+    assert read_rows(tmp_path / "out" / "results.jsonl") == before
+    assert not (tmp_path / "out" / "runs" / "soft-moa-lr0.01-seed0").exists()
+
+
+@pytest.mark.parametrize(("weights", "asked_anew"), [("one", []), ("other", ["first"] * 3)])
+def test_tests_of_other_weights_of_the_same_run_are_not_joined_but_done_again(
+    weights: str, asked_anew: list[str], study_of: Studies
+) -> None:
+    """A run that was trained anew for a new test got a row with the tests of two adapters."""
+    run_study(study_of(**ONE_RATE, tasks="first"), pool=Counted(adapter_fingerprint="one"))
+    pool = Counted(adapter_fingerprint=weights)
+    rows = run_study(study_of(**ONE_RATE), pool=pool)
+    assert [one.split()[-1] for one in pool.asked] == ["second"] * 3 + asked_anew
+    assert all(set(row.tests) == {"first", "second"} for row in rows)
+    assert {row.adapter_fingerprint for row in rows} == {weights}
 
 
 def test_a_second_process_in_the_same_folder_is_refused(study_of: Studies, tmp_path: Path) -> None:

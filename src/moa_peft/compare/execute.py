@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
-from moa_peft.compare.config import FROZEN, StudyConfig
+from moa_peft.compare.config import FROZEN, Method, StudyConfig
 from moa_peft.compare.data import StudyData, questions_md5, source_of
 from moa_peft.compare.folder import TRAINING_FILE
 from moa_peft.compare.measure import StepLog, peak_memory_mib, start_peak_memory, step_time
 from moa_peft.compare.plan import Job, recipe_of
 from moa_peft.compare.router import router_summary
 from moa_peft.compare.rows import RunRow, Scores
-from moa_peft.evaluate.identity import identify
+from moa_peft.errors import UsageError
+from moa_peft.evaluate.identity import ModelIdentity, identify
 from moa_peft.evaluate.loading import load, read_adapter
 from moa_peft.evaluate.options import EvaluationOptions
 from moa_peft.evaluate.run import evaluate
@@ -52,6 +53,8 @@ class Order:
     """Hash of all that decides the run."""
     command: str
     """The command line that the study was started with."""
+    base_fingerprint: str | None = None
+    """Hash of the base model's weights in the rows that there are; None before the first."""
     progress: bool = True
     """Show bars on standard error."""
 
@@ -59,6 +62,20 @@ class Order:
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.config.out) / "runs" / self.job.run.name
+
+    @property
+    def dtype(self) -> str | None:
+        """The dtype that the base model is scored in; None for the one that `load` chooses."""
+        return "bfloat16" if reads_bf16(self.config, self.job.run.method) else None
+
+
+class OtherBaseError(UsageError):
+    """The base model has not the weights that the rows of a study are of."""
+
+
+def reads_bf16(config: StudyConfig, method: Method | None) -> bool:
+    """Whether the runs of a method, or the base model's own, read the base model in bfloat16."""
+    return bool(config.trainer.get("bf16") if method is None else config.trainer_of(method)["bf16"])
 
 
 def execute(order: Order) -> RunRow:
@@ -72,6 +89,7 @@ def execute(order: Order) -> RunRow:
 
     Raises:
         OSError: If the disk is full or closed; the next run would meet it too.
+        OtherBaseError: If the base model is not that of the rows so far; likewise.
     """
     found: dict[str, Any] = {}
     failure = None
@@ -81,13 +99,28 @@ def execute(order: Order) -> RunRow:
                 found |= train_once(order)
                 _free()
             found |= score(order)
-    except OSError:
+    except (OSError, OtherBaseError):
         raise
     except Exception as error:  # noqa: BLE001  # whatever it is, it is this run's failure and stands in its row
         failure = " ".join(f"{type(error).__name__}: {error}".split())
     finally:
         _free()
     return describe(order, found, failure)
+
+
+def check_base(order: Order, identity: ModelIdentity) -> None:
+    """See that the base model is that of the rows there are.
+
+    Raises:
+        OtherBaseError: If it is not.
+    """
+    found = identity.base_fingerprint
+    if order.base_fingerprint not in (None, found):
+        raise OtherBaseError(
+            f"the weights of the base model {order.config.model} are {found}, in the rows of the study in "
+            f"{order.config.out} {order.base_fingerprint}: give the model that they are of, in the dtype that it had, or "
+            "another --out"
+        )
 
 
 def train_once(order: Order) -> dict[str, Any]:
@@ -102,6 +135,11 @@ def train_once(order: Order) -> dict[str, Any]:
     folder = order.folder
     done = folder / TRAINING_FILE
     if not done.exists():
+        if (
+            order.base_fingerprint is not None
+        ):  # as scoring reads it, which may be another dtype than training does
+            check_base(order, identify(load(order.config.model, dtype=order.dtype).model))
+            _free()
         recipe = run_recipe(order)
         begun = (folder / RECIPE_FILE).exists()
         if not begun:
@@ -146,8 +184,7 @@ def score(order: Order) -> dict[str, Any]:
     """
     start, config, run = time.perf_counter(), order.config, order.job.run
     adapter = None if run.method is None else read_adapter(str(order.folder))
-    bf16 = bool(config.trainer.get("bf16") if run.method is None else config.trainer_of(run.method)["bf16"])
-    loaded = load(config.model, adapter, dtype="bfloat16" if bf16 else None)
+    loaded = load(config.model, adapter, dtype=order.dtype)
     identity = identify(
         loaded.model,
         base_model=config.model,
@@ -155,6 +192,7 @@ def score(order: Order) -> dict[str, Any]:
         method=None if run.method is None else run.method.method,
         seed=run.seed,
     )
+    check_base(order, identity)
     options = EvaluationOptions(
         template=config.template,
         batch_size=config.batch_size,

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moa_peft.compare.execute import Order, describe, execute
+from moa_peft.compare.execute import Order, OtherBaseError, describe, execute
 from moa_peft.compare.extras import need
 from moa_peft.compare.rows import RunRow
 from moa_peft.compare.run import Pool
@@ -61,6 +61,8 @@ def _pool(remote: Any, cpus: int) -> Pool:
                 row = ray.get(ended)
             except OSError:
                 raise
+            except OtherBaseError as error:  # Ray's copy of it tells the whole traceback
+                raise getattr(error, "cause", error) from None
             except RayError as error:  # its process died, as for want of memory
                 row = describe(order, {}, " ".join(f"{type(error).__name__}: {error}".split()))
             yield order, row

@@ -136,6 +136,13 @@ class RunRow:
     taken_at: str
     """UTC, ISO 8601."""
 
+    def has_weights_of(self, other: Self) -> bool:
+        """Whether both are of the same base model and the same adapter, weight for weight."""
+        return (self.base_fingerprint, self.adapter_fingerprint) == (
+            other.base_fingerprint,
+            other.adapter_fingerprint,
+        )
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
         """Read a row back."""
@@ -158,7 +165,7 @@ def read_results(folder: Path) -> list[RunRow]:
 
     Returns:
         One row for each run and stage, in the order of their first rows. A later row takes the place of an earlier
-        one and keeps its tests, unless that had failed.
+        one, and keeps its tests where they are of the same weights, unless that had failed.
 
     Raises:
         UsageError: If the file holds something else.
@@ -175,10 +182,9 @@ def read_results(folder: Path) -> list[RunRow]:
         key = (row.stage, row.config_hash)
         before = found.get(key)
         if before is not None and before.failure is None:
-            row = (
-                dataclasses.replace(row, tests={**before.tests, **row.tests})
-                if row.failure is None
-                else before
-            )
+            if row.failure is not None:
+                row = before
+            elif row.has_weights_of(before):
+                row = dataclasses.replace(row, tests={**before.tests, **row.tests})
         found[key] = row
     return list(found.values())

@@ -11,7 +11,7 @@ from typing import Any
 
 from moa_peft.compare.config import StudyConfig
 from moa_peft.compare.data import StudyData, load_data, questions_md5, source_of
-from moa_peft.compare.execute import Order, execute
+from moa_peft.compare.execute import Order, execute, reads_bf16
 from moa_peft.compare.folder import append_row, check_run_folders, check_same_study, claimed, write_study
 from moa_peft.compare.pace import Pace
 from moa_peft.compare.plan import (
@@ -74,9 +74,15 @@ class Study:
         names = list(self.tests)
         return pending(runs, "final", rows, shared=self.shared, tests=names, retry_failed=retry_failed)
 
-    def orders(self, jobs: Sequence[Job], *, progress: bool) -> list[Order]:
-        """What processes need to do them."""
+    def orders(self, jobs: Sequence[Job], rows: Sequence[RunRow] = (), *, progress: bool) -> list[Order]:
+        """What processes need to do jobs, beside the rows that there are."""
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        whole = self.config.trainer.get("bf16", False)
+        bases = {
+            bool(row.trainer.get("bf16", whole)): row.base_fingerprint  # its weights differ with their dtype
+            for row in reversed(rows)
+            if row.base_fingerprint is not None
+        }
         return [
             Order(
                 config=self.config,
@@ -84,6 +90,7 @@ class Study:
                 job=one,
                 config_hash=run_hash(self.shared, one.run),
                 command=command,
+                base_fingerprint=bases.get(reads_bf16(self.config, one.run.method)),
                 progress=progress,
             )
             for one in jobs
@@ -140,6 +147,7 @@ def run_study(
 
     Raises:
         UsageError: If another process works in the folder, or has left there what other settings made.
+        OtherBaseError: If the base model has not the weights that the rows of the study are of.
         OSError: If the disk is full.
     """
     with claimed(study.folder):
@@ -147,9 +155,10 @@ def run_study(
         study.check_folder(rows)  # another call may have worked here since the study was opened
         write_study(study.folder, study.config, study.shared, study.tests)
         pace = Pace(planned(study, rows, retry_failed=retry_failed), at_once=at_once)
-        for stage in ("tuning", "final"):
-            jobs = study.jobs(stage, rows, retry_failed=retry_failed)
-            orders = study.orders(jobs, progress=progress)
+        for stage, again in (("tuning", retry_failed), ("final", retry_failed), ("final", False)):
+            # the last time for tests that a run had with other weights, before it was trained anew for a new test
+            jobs = study.jobs(stage, rows, retry_failed=again)
+            orders = study.orders(jobs, rows, progress=progress)
             for order, row in (pool or one_by_one(say, pace))(orders):
                 append_row(study.folder, row)
                 say(pace.done(row, needs_training=needs_training(study.config, order.job)))
