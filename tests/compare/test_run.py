@@ -9,9 +9,10 @@ from filelock import FileLock
 
 from moa_peft.compare import execute as execute_module
 from moa_peft.compare.config import StudyConfig
-from moa_peft.compare.execute import Order, train_once
+from moa_peft.compare.execute import Order, describe, train_once
 from moa_peft.compare.rows import read_results
 from moa_peft.compare.run import Study, open_study, planned, run_study
+from moa_peft.compare.summary import summarise
 from moa_peft.errors import RunError, UsageError
 from moa_peft.json_lines import append_rows, read_rows
 from tiny_lm import tiny_llama, write_rows
@@ -248,6 +249,35 @@ def test_a_run_that_fails_has_a_row_that_says_so_the_study_goes_on_and_it_can_be
     assert again["soft-moa"].failure is None
     assert again["soft-moa"].tests["first"].n == 16
     assert len(read_rows(study.folder / "results.jsonl")) == 4
+
+
+def test_a_run_that_fails_at_an_added_test_keeps_its_scores_and_its_failure_until_it_is_done_again(
+    study_of: Studies,
+) -> None:
+    """The earlier row took the failed one's place: no failure was reported, and every call did the runs again."""
+
+    def broken(orders: Sequence[Order]) -> Any:
+        for order in orders:
+            yield order, describe(order, {}, "UsageError: a question is too long")
+
+    run_study(study_of(**ONE_RATE, tasks="first"), pool=Counted())
+    study = study_of(**ONE_RATE)
+    run_study(study, pool=broken)
+    again = Counted()
+    rows = run_study(study, pool=again)
+    assert again.asked == []
+    assert planned(study, rows) == {"train": 0, "score": 0}
+    assert {(row.failure, *row.tests) for row in rows} == {("UsageError: a question is too long", "first")}
+    summary = summarise(study.config, study.shared, list(study.tests), rows)
+    assert [row.label for row in summary.failures] == ["frozen", "soft-moa", "lora"]
+    assert summary.missing == ()
+    assert [list(one.tests) for one in summary.methods] == [["first"]] * 3
+    first = study_of(**ONE_RATE, tasks="first")
+    assert summarise(first.config, first.shared, list(first.tests), rows).failures == ()
+    run_study(study, pool=broken, retry_failed=True)
+    rows = run_study(study, pool=again, retry_failed=True)
+    assert [one.split()[-1] for one in again.asked] == ["second"] * 3
+    assert {(row.failure, *row.tests) for row in rows} == {(None, "first", "second")}
 
 
 def test_a_full_disk_ends_the_study_instead_of_failing_run_after_run(

@@ -254,12 +254,8 @@ def pending(
     jobs: list[Job] = []
     for run in runs:
         row = done.get(run_hash(shared, run))
-        if row is not None and row.failure is not None:
-            if retry_failed:
-                jobs.append(Job(run=run, stage=stage, tests=tuple(tests)))
-            continue
         missing = tuple(name for name in tests if row is None or name not in row.tests)
-        if row is None or missing:
+        if row is None or (retry_failed if row.failed(tests) else missing):
             jobs.append(Job(run=run, stage=stage, tests=missing))
     return jobs
 

@@ -1,7 +1,7 @@
 """A row of a study's results: one for each learning rate that was tried and for each finished run."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -136,6 +136,10 @@ class RunRow:
     taken_at: str
     """UTC, ISO 8601."""
 
+    def failed(self, tests: Sequence[str]) -> bool:
+        """Whether the run failed, as a whole or with one of these tests; scores of tests before that are no failure."""
+        return self.failure is not None and not (self.tests and all(name in self.tests for name in tests))
+
     def has_weights_of(self, other: Self) -> bool:
         """Whether both are of the same base model and the same adapter, weight for weight."""
         return (self.base_fingerprint, self.adapter_fingerprint) == (
@@ -165,7 +169,8 @@ def read_results(folder: Path) -> list[RunRow]:
 
     Returns:
         One row for each run and stage, in the order of their first rows. A later row takes the place of an earlier
-        one, and keeps its tests where they are of the same weights, unless that had failed.
+        one, and keeps its tests where they are of the same weights; one that failed after a good one leaves it all it
+        had, and its failure.
 
     Raises:
         UsageError: If the file holds something else.
@@ -181,9 +186,9 @@ def read_results(folder: Path) -> list[RunRow]:
             ) from error
         key = (row.stage, row.config_hash)
         before = found.get(key)
-        if before is not None and before.failure is None:
+        if before is not None and before.validation is not None:
             if row.failure is not None:
-                row = before
+                row = dataclasses.replace(before, failure=row.failure)
             elif row.has_weights_of(before):
                 row = dataclasses.replace(row, tests={**before.tests, **row.tests})
         found[key] = row

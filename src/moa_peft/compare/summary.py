@@ -85,7 +85,7 @@ def summarise(
         row = done.get(("final", run_hash(shared, run)))
         used += [row] if row is not None else []
         missing += _missing(run, row, tests)
-        if row is not None and row.failure is None:
+        if row is not None and (row.failure is None or row.tests):
             found[run.label].append(row)
     missing += [
         f"{label}, seed {seed}: no learning rate is chosen"
@@ -101,7 +101,7 @@ def summarise(
         ),
         chosen=chosen,
         tuning=tuning,
-        failures=tuple(row for row in used if row.failure is not None),
+        failures=tuple(row for row in used if row.failed(tests)),
         missing=tuple(missing),
         rows=tuple(used),
         planned=len(tuning_runs(config)) + 1 + len(config.methods) * len(config.seeds),
@@ -123,7 +123,7 @@ def _missing(run: Run, row: RunRow | None, tests: Sequence[str]) -> list[str]:
     if row is None:
         return [f"{run.name}"]
     lacking = [name for name in tests if name not in row.tests]
-    return [f"{run.name}: {', '.join(lacking)}"] if lacking and row.failure is None else []
+    return [f"{run.name}: {', '.join(lacking)}"] if lacking and not row.failed(tests) else []
 
 
 def _method(
