@@ -176,6 +176,21 @@ def test_rows_of_runs_that_the_config_does_not_name_are_left_out(reported: Any, 
     assert (study.folder / "report.md").read_text(encoding="utf-8") == before
 
 
+def test_the_tasks_of_the_config_alone_are_reported_in_its_order(reported: Any, study: Study) -> None:
+    """A task that was taken out of the config stayed in tables, means and what is missing."""
+    _, text = reported()
+    assert text.count("second") > text.count("| second |") > 0
+    turned = write_report(dataclasses.replace(study.config, tasks=["second", "first"]))
+    assert turned.tests == ("second", "first")
+    one = write_report(dataclasses.replace(study.config, tasks="first"))
+    assert (one.tests, one.missing) == (("first",), ())
+    text = (study.folder / "report.md").read_text(encoding="utf-8")
+    assert "second" not in text
+    assert row_of(text, "Accuracy", "soft-moa") == ["1,000", "2", "87.5 ± 12.5", "87.5 ± 12.5"]
+    more = write_report(dataclasses.replace(study.config, tasks="first,third"))
+    assert "frozen: third" in more.missing
+
+
 def test_markup_in_words_is_shown_as_it_is() -> None:
     section = Section(title="T", texts=["a * b"], items=["<i>"], table=Table(head=["x|y"], rows=[["`z`"]]))
     assert as_markdown("D", [section]) == (

@@ -6,7 +6,7 @@ import pytest
 
 from moa_peft.data.rows import Row
 from moa_peft.errors import UsageError
-from moa_peft.evaluate.tasks import GROUPS, as_question, load_task, load_tasks
+from moa_peft.evaluate.tasks import GROUPS, as_question, load_task, load_tasks, task_names
 from tiny_lm import choice_rows, number_rows, write_rows
 
 DATA = Path(__file__).parents[2] / "../shared/data"
@@ -88,6 +88,22 @@ def test_names_groups_files_and_folders_are_found(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.json", number_rows(1))
     found = load_tasks(f"math, PIQA,arc-e,gsm8k,extra,{file}", data_root=tmp_path)
     assert [one.name for one in found] == [*GROUPS["math"], "piqa", "ARC-Easy", "extra", "rows"]
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_tasks_are_named_without_their_rows_as_with_them(is_there: bool, tmp_path: Path) -> None:
+    for name in ("piqa", "own", "extra"):
+        write_rows(tmp_path / name / "test.json", number_rows(1))
+    file = write_rows(tmp_path / "rows.json", number_rows(1))
+    given = f"extra,obqa,{tmp_path}/own,{file},PIQA,piqa,{tmp_path}/piqa/test.json,name/on-the-hub"
+    wanted = ["extra", "openbookqa", "own", "rows", "piqa", "name/on-the-hub"]
+    if is_there:
+        read = load_tasks(f"extra,{tmp_path}/own,{file},PIQA,{tmp_path}/piqa/test.json", data_root=tmp_path)
+        assert {one.name for one in read} < set(wanted)
+    else:
+        given = given.replace(str(tmp_path), "nowhere")
+    assert task_names(given, ["own"]) == wanted
+    assert task_names("math", []) == list(GROUPS["math"])
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from moa_peft.compare.router import COLUMNS
 from moa_peft.compare.rows import read_results
 from moa_peft.compare.summary import MethodSummary, StudySummary, median_step_ms, summarise
 from moa_peft.errors import UsageError
+from moa_peft.evaluate.tasks import task_names
 from moa_peft.train.output_folder import write_text
 
 MARKDOWN_FILE = "report.md"
@@ -69,7 +70,7 @@ def read_summary(config: StudyConfig) -> StudySummary:
     rows = read_results(folder)
     shared = shared_settings(config, study["settings"]["train_md5"], study["settings"]["validation_md5"])
     check_same_study(folder, config, shared, {}, rows)
-    return summarise(config, shared, list(study["tests"]), rows)
+    return summarise(config, shared, task_names(config.task_names(), study["tests"]), rows)
 
 
 def write_report(config: StudyConfig) -> StudySummary:
@@ -155,7 +156,11 @@ def _accuracy(summary: StudySummary) -> Section:
         for one in summary.methods
     ]
     questions = {
-        name: one.n for method in summary.methods for row in method.rows for name, one in row.tests.items()
+        name: row.tests[name].n
+        for name in summary.tests
+        for method in summary.methods
+        for row in method.rows
+        if name in row.tests
     }
     counts = ", ".join(f"{name} {count:,}" for name, count in questions.items())
     return Section(
@@ -327,6 +332,7 @@ def _origin(summary: StudySummary) -> Section:
         name: one.file_md5 or one.md5
         for row in rows
         for name, one in {"train": row.train, **row.tests}.items()
+        if name in ("train", *summary.tests)
     }
     return Section(
         title="How it was made",

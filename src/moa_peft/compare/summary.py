@@ -37,7 +37,7 @@ class StudySummary:
     config: StudyConfig
     """The study."""
     tests: tuple[str, ...]
-    """Names of its tests, in the order of the rows."""
+    """Names of its tests, in the config's order."""
     methods: tuple[MethodSummary, ...]
     """The frozen model, then the methods in their order; those with at least one run."""
     chosen: Mapping[str, float | None]
@@ -62,7 +62,7 @@ def summarise(
     Args:
         config: The study.
         shared: From `shared_settings`.
-        tests: Names of its tests.
+        tests: Names of its tests; what rows have beside them is left out.
         rows: Rows of its folder; those of runs that the config does not name are left out.
 
     Returns:

@@ -3,7 +3,7 @@
 import gzip
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from moa_peft.data.row_files import SUFFIXES, is_row_file, split_name
@@ -22,6 +22,7 @@ __all__ = [
     "as_question",
     "load_task",
     "load_tasks",
+    "task_names",
 ]
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -123,13 +124,41 @@ def load_tasks(
     return [load_task(source, split=split, limit=limit, name=name) for source, name in sources.items()]
 
 
+def task_names(names: str, known: Collection[str]) -> list[str]:
+    """Name the tasks of a list such as `load_tasks` takes, without their rows.
+
+    Args:
+        names: Names of tasks and groups, files and folders, with commas between.
+        known: Names of tasks that were read before; one that a file or folder may have had goes before others.
+
+    Returns:
+        The names in the order given, each once.
+    """
+    found: list[str] = []
+    for one in (given.strip() for given in names.split(",") if given.strip()):
+        if one in GROUPS:
+            found += GROUPS[one]
+        elif "/" not in one and _bare(one) in _known():
+            found.append(_known()[_bare(one)])
+        else:
+            path = expanded(one)
+            guesses = (_name_of(one, path), one, path.name)
+            found.append(next((guess for guess in guesses if guess in known), guesses[0]))
+    return list(dict.fromkeys(found))
+
+
+def _known() -> dict[str, str]:
+    """The paper's tasks by their names and short names, as `_bare` writes them."""
+    return {_bare(one): one for group in GROUPS.values() for one in group} | dict(ALIASES)
+
+
 def _resolve(given: str, data_root: Path | None) -> dict[str, str | None]:
     """The sources that a name stands for, with their tasks' names."""
     if given == "demo":
         return {"demo": "demo"}
     if given in GROUPS:
         return {_source_of(one, data_root): one for one in GROUPS[given]}
-    known = {_bare(one): one for group in GROUPS.values() for one in group} | dict(ALIASES)
+    known = _known()
     if "/" not in given and _bare(given) in known:
         name = known[_bare(given)]
         return {_source_of(name, data_root): name}
@@ -201,7 +230,7 @@ def _file_of(folder: Path, split: str) -> Path | None:
 def _name_of(source: str, path: Path) -> str:
     if path.is_dir():
         return path.resolve().name
-    if path.is_file():
+    if path.is_file() or is_row_file(path.name):
         split = split_name(path)
         return path.resolve().parent.name if split in ("train", "validation", "test") else split
     return next((name for name, one in HUB.items() if one.source == source), source)
