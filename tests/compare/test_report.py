@@ -176,6 +176,18 @@ def test_rows_of_runs_that_the_config_does_not_name_are_left_out(reported: Any, 
     assert (study.folder / "report.md").read_text(encoding="utf-8") == before
 
 
+def test_a_label_that_was_changed_is_the_new_one_everywhere(reported: Any, study: Study) -> None:
+    """Every run, routers and failures still had the old one, which stands in the rows."""
+    reported()
+    soft, lora = study.config.methods
+    write_report(
+        dataclasses.replace(study.config, methods=(dataclasses.replace(soft, label="renamed"), lora))
+    )
+    text = (study.folder / "report.md").read_text(encoding="utf-8")
+    assert row_of(text, "Every run", "renamed, rate 0.003, seed 1")
+    assert "soft-moa" not in text
+
+
 def test_the_tasks_of_the_config_alone_are_reported_in_its_order(reported: Any, study: Study) -> None:
     """A task that was taken out of the config stayed in tables, means and what is missing."""
     _, text = reported()

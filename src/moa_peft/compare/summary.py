@@ -1,5 +1,6 @@
 """What a study has found so far, taken from its rows: the input of tables and plots."""
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 from moa_peft.compare.config import FROZEN, StudyConfig
 from moa_peft.compare.figures import Answers, Difference, Estimate, difference, estimate, mean_share, share
 from moa_peft.compare.plan import Run, choose_rates, final_runs, run_hash, tuning_runs
-from moa_peft.compare.rows import RunRow
+from moa_peft.compare.rows import RunRow, Stage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,21 +69,26 @@ def summarise(
     Returns:
         The summary.
     """
-    done = {(row.stage, row.config_hash): row for row in rows}
+    found_rows = {(row.stage, row.config_hash): row for row in rows}
+
+    def done(stage: Stage, run: Run) -> RunRow | None:
+        row = found_rows.get((stage, run_hash(shared, run)))
+        return None if row is None else dataclasses.replace(row, label=run.label)  # it may have had another
+
     chosen = choose_rates(config, shared, rows)
     tuning: dict[tuple[str, float], tuple[RunRow | None, ...]] = {}
     missing: list[str] = []
     used: list[RunRow] = []
     for run in tuning_runs(config):
         assert run.learning_rate is not None, "only methods are tuned"
-        row = done.get(("tuning", run_hash(shared, run)))
+        row = done("tuning", run)
         key = (run.label, run.learning_rate)
         tuning[key] = (*tuning.get(key, ()), row)
         used += [row] if row is not None else []
         missing += [] if row is not None else [f"{run.name}, tried on validation rows"]
     found: dict[str, list[RunRow]] = {label: [] for label in (FROZEN, *config.labels())}
     for run in final_runs(config, chosen):
-        row = done.get(("final", run_hash(shared, run)))
+        row = done("final", run)
         used += [row] if row is not None else []
         missing += _missing(run, row, tests)
         if row is not None and (row.failure is None or row.tests):
