@@ -211,6 +211,20 @@ def test_a_second_process_in_the_same_folder_is_refused(study_of: Studies, tmp_p
         ({"methods": [{"method": "lora", "mixture": {"experts": {7: {}}}}]}, "experts.7 does not exist"),
         ({"trainer": {"num_train_epochs": "two"}}, "num_train_epochs is 'two': give a number"),
         ({"trainer": {"save_strategy": "sometimes"}}, "the trainer refuses these settings"),
+        ({"model": "./no/model"}, "model './no/model' does not exist: give a folder with a config.json"),
+        (
+            {
+                "methods": [
+                    "lora",
+                    {"method": "lora", "label": "high", "mixture": {"layers_to_transform": [99]}},
+                ]
+            },
+            r"high does not fit the model '.*/base': layers \[99\] do not exist: the model has blocks 0 to 1",
+        ),
+        (
+            {"methods": [{"method": "lora", "mixture": {"experts": {0: {"targets": ["c_attn"]}}}}]},
+            "lora does not fit the model '.*/base': expert 'lora': unknown target of llama 'c_attn'",
+        ),
     ],
 )
 def test_what_no_run_could_do_is_refused_before_anything_is_read(

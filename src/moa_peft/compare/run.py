@@ -1,6 +1,5 @@
 """A study from its config to its rows: what is left is done, run after run, each row on the disk before the next."""
 
-import copy
 import json
 import shlex
 import sys
@@ -13,23 +12,19 @@ from moa_peft.compare.config import StudyConfig
 from moa_peft.compare.data import StudyData, load_data, questions_md5, source_of
 from moa_peft.compare.execute import Order, execute, reads_bf16
 from moa_peft.compare.folder import append_row, check_run_folders, check_same_study, claimed, write_study
+from moa_peft.compare.methods import check_methods
 from moa_peft.compare.pace import Pace
 from moa_peft.compare.plan import (
     Job,
-    Run,
     choose_rates,
     final_runs,
     needs_training,
     pending,
-    recipe_of,
     run_hash,
     shared_settings,
     tuning_runs,
 )
 from moa_peft.compare.rows import RunRow, read_results
-from moa_peft.quiet import quiet_libraries
-from moa_peft.train.method import build_peft_config
-from moa_peft.train.settings import build_settings, check_trainer
 
 Pool = Callable[[Sequence[Order]], Iterator[tuple[Order, RunRow]]]
 """Does orders and gives each with its row as it ends."""
@@ -98,7 +93,7 @@ class Study:
 
 
 def open_study(config: StudyConfig) -> Study:
-    """Check a study before its first run: methods, trainer, files, rows, and what its folder holds already.
+    """Check a study before its first run: methods, trainer, model, files, rows, and what its folder holds already.
 
     Args:
         config: The study.
@@ -109,13 +104,7 @@ def open_study(config: StudyConfig) -> Study:
     Raises:
         UsageError: If it cannot be run as asked.
     """
-    for one in config.methods:
-        run = Run(label=one.label, method=one, learning_rate=float(config.learning_rates[0]), seed=0)
-        recipe = recipe_of(config, run, data=config.data, data_md5="", folder=config.out)
-        check_trainer(recipe)
-        build_peft_config(recipe)
-        with quiet_libraries():
-            build_settings(copy.deepcopy(recipe), has_validation=False, cuda=False)
+    check_methods(config)
     data = load_data(config)
     shared = shared_settings(config, data.train.md5, questions_md5(data.validation))
     study = Study(config=config, data=data, shared=json.loads(json.dumps(shared)))

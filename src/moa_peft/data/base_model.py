@@ -84,8 +84,7 @@ def load_model(path: str, name: str, **options: Any) -> Any:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UsageError(f"the model {name!r} cannot be loaded: {reason}") from error
+        raise UsageError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
     model, found = loaded
     lacking = sorted(found["missing_keys"])
     if lacking:
@@ -94,6 +93,47 @@ def load_model(path: str, name: str, **options: Any) -> Any:
             "folder or name that holds all of them"
         )
     return model
+
+
+def base_config(path: str, name: str) -> Any:
+    """Read a base model's config.
+
+    Args:
+        path: What `resolve_model` returned.
+        name: The model as it was named, for errors.
+
+    Raises:
+        UsageError: If there is none, or it is of no known family.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the model {name!r} cannot be read: {_first_line(error)}") from error
+
+
+def empty_model(path: str, name: str) -> Any:
+    """Build a causal language model of a base model's sizes, on the meta device, without weights.
+
+    Args:
+        path: What `resolve_model` returned.
+        name: The model as it was named, for errors.
+
+    Raises:
+        UsageError: If its config cannot be read, or is of no causal language model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = base_config(path, name)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise UsageError(
+            f"the model {name!r} is no causal language model of transformers: {_first_line(error)}"
+        ) from error
 
 
 def model_fingerprint(path: str) -> str:
@@ -223,3 +263,7 @@ def _no_bars() -> Iterator[None]:
             reader.__dict__["tqdm"] = own_bar
         if shown:
             logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

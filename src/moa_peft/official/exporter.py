@@ -19,13 +19,13 @@ from torch import Tensor
 
 from moa_peft.adapter_output import check_file, single_file
 from moa_peft.config import CopiedExpertConfig, ExpertConfig, RouterConfig
-from moa_peft.data.base_model import resolve_model
+from moa_peft.data.base_model import empty_model, resolve_model
 from moa_peft.errors import UsageError, unknown
 from moa_peft.evaluate.loading import AdapterFolder
 from moa_peft.experts import LoraExpert, ParallelAdapterExpert, PromptExpert
 from moa_peft.official.checkpoint import PICKLED
 from moa_peft.official.importer import DEFAULT_ORDER, parameters_by_place
-from moa_peft.official.importing import FORK_ALPHA, FORK_THRESHOLD, empty_model, head_size, method_of
+from moa_peft.official.importing import FORK_ALPHA, FORK_THRESHOLD, head_size, method_of
 from moa_peft.official.names import KIND_GATES, Destination, Layout, destinations, kind_gates
 from moa_peft.peft_config import MoAConfig
 

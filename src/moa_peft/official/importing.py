@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from moa_peft.adapter_output import adapter_folder, check_folder
 from moa_peft.config import RouterConfig
-from moa_peft.data.base_model import resolve_model
+from moa_peft.data.base_model import empty_model, resolve_model
 from moa_peft.errors import UsageError, unknown
 from moa_peft.experts.lora import PROJECTIONS
 from moa_peft.official.checkpoint import OfficialCheckpoint, checkpoint_files, read_checkpoint
@@ -178,42 +177,6 @@ def head_size(config: Any) -> int:
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
-def base_config(path: str, name: str) -> Any:
-    """Read a base model's config.
-
-    Args:
-        path: What `resolve_model` returned.
-        name: The model as it was named, for errors.
-
-    Raises:
-        UsageError: If there is none, or it is of no known family.
-    """
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"the model {name!r} cannot be read: {_first_line(error)}") from error
-
-
-def empty_model(path: str, name: str) -> Any:
-    """Build a causal language model of a base model's sizes, on the meta device, without weights.
-
-    Args:
-        path: What `resolve_model` returned.
-        name: The model as it was named, for errors.
-
-    Raises:
-        UsageError: If its config cannot be read, or is of no causal language model.
-    """
-    config = base_config(path, name)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise UsageError(
-            f"the model {name!r} is no causal language model of transformers: {_first_line(error)}"
-        ) from error
-
-
 def method_of(config: MoAConfig) -> str:
     """Name the method that a config stands for, as `moa methods` does; "mixture" where it is none of them.
 
@@ -359,7 +322,3 @@ def _doubts(method: str, flags: ImportFlags) -> tuple[str, ...]:
     taken = "taken as Soft MoA with gates for each token"
     others = "a Sparse MoA with a constant threshold and the instance-level code"
     return (f"{taken}: {others} have the same weights (--constant-threshold 0.5, --instance-level)",)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
