@@ -32,6 +32,32 @@ def test_a_method_is_called_by_its_name_unless_it_has_a_label() -> None:
             {"out": None, "data": None},
             "the study has no out and no data: give --config FILE with it, or --out VALUE",
         ),
+        ({"trainer": 5}, "trainer is 5: give fields, each as NAME: VALUE"),
+        ({"trainer": {5: 1}}, "trainer has the key 5: give a name"),
+        (
+            {"methods": ["lora", {"method": "soft-moa", "trainer": 5}]},
+            "soft-moa: trainer is 5: give fields",
+        ),
+        (
+            {"methods": ["lora", {"method": "soft-moa", "mixture": [1]}]},
+            r"soft-moa: mixture is \[1\]: give fields",
+        ),
+        ({"methods": ["lora", None]}, "methods holds None: give entries, each with method: NAME"),
+        ({"methods": ["lora", 5]}, "methods holds 5: give entries, each with method: NAME"),
+        ({"methods": ["lora", {"method": 5}]}, "method is 5: give text"),
+        ({"methods": ["lora", {"method": "lora", "label": 16}]}, "label is 16: give text"),
+        ({"data_md5": ["a"]}, r"data_md5 is \['a'\]: give fields"),
+        ({"data_md5": {"train": 5}}, "data_md5.train is 5: give text"),
+        ({"tasks": None}, "tasks is None: give names, as a list or with commas between"),
+        ({"tasks": 5}, "tasks is 5: give names"),
+        ({"tasks": ["first", 5]}, r"tasks is \['first', 5\]: give names"),
+        ({"data_root": None}, "data_root is None: give text"),
+        ({"model": 5}, "model is 5: give text"),
+        ({"out": 5}, "out is 5: give text"),
+        ({"baseline": 16}, "baseline is 16: give text"),
+        ({"validation": 5}, "validation is 5: give text"),
+        ({"learning_rates": [float("inf")]}, r"learning_rates is \[inf\]: give a list of numbers above 0"),
+        ({"learning_rates": [10**400]}, "give a list of numbers above 0"),
         ({"methods": "lora"}, "methods is 'lora': give a list of entries, each with method: NAME"),
         ({"methods": [{"methd": "lora"}]}, "unknown field of a method 'methd': did you mean 'method'"),
         ({"methods": ["lora", "lora"]}, "the label 'lora' stands twice"),
@@ -99,6 +125,12 @@ def test_a_method_is_called_by_its_name_unless_it_has_a_label() -> None:
 def test_a_wrong_value_is_told_with_what_is_allowed(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         config(**changes)
+
+
+def test_an_empty_key_of_fields_is_as_one_left_out() -> None:
+    """`trainer:` with every line below it commented out ended in a traceback."""
+    entry = {"method": "lora", "label": None, "mixture": None, "trainer": None}
+    assert config(methods=["soft-moa", entry], trainer=None, data_md5=None) == config()
 
 
 def test_a_method_may_share_the_batch_out_otherwise() -> None:

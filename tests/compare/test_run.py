@@ -210,6 +210,10 @@ def test_a_second_process_in_the_same_folder_is_refused(study_of: Studies, tmp_p
         ({"methods": ["soft-mao", "lora"]}, "unknown method 'soft-mao': did you mean 'soft-moa'"),
         ({"methods": [{"method": "lora", "mixture": {"experts": {7: {}}}}]}, "experts.7 does not exist"),
         ({"trainer": {"num_train_epochs": "two"}}, "num_train_epochs is 'two': give a number"),
+        (
+            {"trainer": {"per_device_train_batch_size": None}},
+            "per_device_train_batch_size is None: give a whole number",
+        ),
         ({"trainer": {"save_strategy": "sometimes"}}, "the trainer refuses these settings"),
         ({"model": "./no/model"}, "model './no/model' does not exist: give a folder with a config.json"),
         (

@@ -1,11 +1,14 @@
 """The config of a study: what is compared on what, in one frozen value."""
 
 import dataclasses
+import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
+from moa_peft.compare.forms import wrong_entries, wrong_fields, wrong_names, wrong_text
 from moa_peft.config import from_mapping
 from moa_peft.data.templates import Template
 from moa_peft.errors import UsageError, unknown
@@ -137,7 +140,9 @@ class StudyConfig:
     """Fields of `trl.SFTConfig` for every run: num_train_epochs, per_device_train_batch_size, save_steps ..."""
 
     def __post_init__(self) -> None:
-        problems = [*_number_problems(self), *_method_problems(self), *_trainer_problems(self)]
+        problems = _form_problems(self)  # what follows looks into these values
+        if not problems:
+            problems = [*_number_problems(self), *_method_problems(self), *_trainer_problems(self)]
         for name, given, known in (
             ("template", self.template, get_args(Template)),
             ("choose_by", self.choose_by, get_args(ChooseBy)),
@@ -165,11 +170,19 @@ class StudyConfig:
             raise UsageError(
                 f"the study has no {' and no '.join(missing)}: give --config FILE with it, or --{missing[0]} VALUE"
             )
+        settings = _without_empty(settings, ("trainer", "data_md5"))
         entries = settings["methods"]
-        if not isinstance(entries, Sequence) or isinstance(entries, str):
-            raise UsageError(f"methods is {entries!r}: give a list of entries, each with method: NAME")
+        wrong = wrong_entries(entries)
+        if wrong:
+            raise UsageError("study: " + "; ".join(wrong))
         methods = [
-            from_mapping(Method, {"method": one} if isinstance(one, str) else one, "field of a method")
+            from_mapping(
+                Method,
+                {"method": one}
+                if isinstance(one, str)
+                else _without_empty(one, ("label", "mixture", "trainer")),
+                "field of a method",
+            )
             for one in entries
         ]
         out = settings["out"]
@@ -190,6 +203,29 @@ class StudyConfig:
         return {key: value for key, value in fields.items() if key != "learning_rate"}
 
 
+def _without_empty(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The settings without these keys where they are empty, as when all lines below them are commented out."""
+    return {key: value for key, value in settings.items() if value is not None or key not in names}
+
+
+def _form_problems(config: StudyConfig) -> list[str]:
+    problems: list[str] = []
+    for name in ("out", "data", "baseline", "model", "data_root"):
+        problems += wrong_text(name, getattr(config, name))
+    if config.validation is not None:
+        problems += wrong_text("validation", config.validation)
+    problems += wrong_names("tasks", config.tasks)
+    problems += wrong_fields("data_md5", config.data_md5) or [
+        one for name, md5 in config.data_md5.items() for one in wrong_text(f"data_md5.{name}", md5)
+    ]
+    problems += wrong_fields("trainer", config.trainer)
+    for one in config.methods:
+        problems += wrong_text("label", one.label) + wrong_text("method", one.method)
+        problems += wrong_fields(f"{one.label}: mixture", one.mixture)
+        problems += wrong_fields(f"{one.label}: trainer", one.trainer)
+    return problems
+
+
 def _number_problems(config: StudyConfig) -> list[str]:
     problems: list[str] = []
     least = {"train_limit": 1, "validation_limit": 1, "test_limit": 1, "draw_seed": 0, "max_length": 2}
@@ -206,7 +242,9 @@ def _number_problems(config: StudyConfig) -> list[str]:
         elif len(set(values)) < len(values):
             problems.append(f"{name} is {list(values)}: give each seed once")
     rates = config.learning_rates
-    if not _is_list(rates) or any(type(one) not in (int, float) or not one > 0 for one in rates):
+    if not _is_list(rates) or any(
+        type(one) not in (int, float) or not 0 < one <= sys.float_info.max for one in rates
+    ):
         problems.append(f"learning_rates is {rates!r}: give a list of numbers above 0")
     elif len(set(rates)) < len(rates):
         problems.append(f"learning_rates is {list(rates)}: give each rate once")
@@ -261,7 +299,8 @@ def _trainer_problems(config: StudyConfig) -> list[str]:
             for key in EQUAL
             if key in one.trainer
         ]
-        if _batch(config.trainer_of(one)) != _batch({**TRAINER_DEFAULTS, **config.trainer}):
+        own, others = _batch(config.trainer_of(one)), _batch({**TRAINER_DEFAULTS, **config.trainer})
+        if own is not None and others is not None and own != others:
             problems.append(
                 f"{one.label}: per_device_train_batch_size times gradient_accumulation_steps differs from the other "
                 "methods'"
@@ -269,8 +308,10 @@ def _trainer_problems(config: StudyConfig) -> list[str]:
     return problems
 
 
-def _batch(trainer: Mapping[str, Any]) -> int:
-    return trainer["per_device_train_batch_size"] * trainer["gradient_accumulation_steps"]
+def _batch(trainer: Mapping[str, Any]) -> int | None:
+    """The rows of a step; None where they are no numbers, which `check_trainer` says."""
+    parts = [trainer[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
+    return math.prod(parts) if all(type(one) is int for one in parts) else None
 
 
 def _is_list(values: object) -> bool:
