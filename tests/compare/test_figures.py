@@ -5,6 +5,7 @@ import statistics
 import pytest
 from scipy.stats import nct, t
 
+from moa_peft.compare import extras
 from moa_peft.compare.figures import Answers, difference, estimate, mean_share
 
 
@@ -48,6 +49,14 @@ def test_the_parts_of_a_paired_difference_are_those_of_its_definition() -> None:
 def test_a_single_seed_finds_nothing() -> None:
     found = difference([({"a": "1111"}, {"a": "0000"})])
     assert (found.mean, found.error, found.detectable, found.is_found) == (1.0, None, None, False)
+
+
+def test_without_scipy_a_difference_has_its_error_and_nothing_is_claimed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
+    found = difference([({"a": "1" * 60 + "01" * 20}, {"a": "0" * 60 + "10" * 20})] * 3)
+    assert (found.error is not None, found.detectable, found.is_found) == (True, None, False)
 
 
 def test_a_difference_is_found_from_the_detectable_one_on() -> None:

@@ -69,18 +69,16 @@ def compare(
     study_config = StudyConfig.from_mapping(merge(settings, parse_flags(context.args)))
     say = partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
 
-    from moa_peft.compare.report import write_report
+    from moa_peft.compare.report import read_summary, write_report
 
     if not report_only:
         cpus = cpus_per_run if use_ray else None
         run_all(study_config, say, dry_run=dry_run, retry_failed=retry_failed, as_json=as_json, ray_cpus=cpus)
     if dry_run:
         return
-    if not report_only and not all(map(has, REPORT_PACKAGES)):  # a machine that computes needs no plots
-        say(f"rows      {study_config.out}/results.jsonl\nno report: it needs pip install 'moa-peft[report]'")
-        return
-    summary = write_report(study_config)
-    say(outcome_text(summary))
+    has_report = report_only or all(map(has, REPORT_PACKAGES))  # a machine that computes needs no plots
+    summary = write_report(study_config) if has_report else read_summary(study_config)
+    say(outcome_text(summary, has_report=has_report))
     if as_json:
         print(json.dumps(as_object(summary)))
     if summary.failures:
@@ -124,14 +122,15 @@ def run_all(
         raise
 
 
-def outcome_text(summary: "StudySummary") -> str:
+def outcome_text(summary: "StudySummary", *, has_report: bool) -> str:
     """Write what a study has found and where it lies, for a person."""
     folder = Path(summary.config.out)
     lines = [f"  {one.label}: {percent(one.mean)} %" for one in summary.methods]
     lines += [f"failed    {run_name(row)}: {row.failure}" for row in summary.failures]
     lines += [f"missing   {one}" for one in summary.missing]
+    report = f"report    {folder / 'report.md'}, {folder / 'report.html'}"
     lines += [
-        f"report    {folder / 'report.md'}, {folder / 'report.html'}",
+        report if has_report else "no report: it needs pip install 'moa-peft[report]'",
         f"rows      {folder / 'results.jsonl'}",
     ]
     return "\n".join(["mean accuracy over tests, ± standard error over seeds:", *lines])

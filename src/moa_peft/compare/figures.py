@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from moa_peft.compare.extras import has
 from moa_peft.evaluate.results import mean_and_standard_error
 
 POWER = 0.8
@@ -40,7 +41,7 @@ class Difference:
     error: float | None
     """Both together, the root of the sum of their squares; None with a single seed."""
     detectable: float | None
-    """The least difference that a study of this size finds in 80 of 100 cases, at the level of 5 %."""
+    """The least difference that a study of this size finds in 80 of 100 cases, at the level of 5 %; None without scipy."""
     seeds: int
     """Seeds that both methods have."""
 
@@ -110,7 +111,9 @@ def difference(pairs: Sequence[tuple[Answers, Answers]]) -> Difference:
     )
 
 
-def _detectable(error: float, variances: Sequence[tuple[float, int]]) -> float:
+def _detectable(error: float, variances: Sequence[tuple[float, int]]) -> float | None:
+    if not has("scipy"):  # nothing is claimed without it
+        return None
     from scipy.stats import t
 
     spread = sum(variance**2 / freedom for variance, freedom in variances)
