@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moa_peft.analysis.reading import TokenText
 from moa_peft.analysis.token_classes import token_class
@@ -73,6 +73,12 @@ def as_prompt(row: Row, template: Template | None, tokenizer: "PreTrainedTokeniz
         if start >= 0:
             own.append((start, start + len(part)))
     return Prompt(text=text, own=tuple(own), holds_special=template == "chat")
+
+
+def token_ids(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """Cut a prompt into its tokens alone; any tokenizer does that."""
+    options: dict[str, Any] = {"add_special_tokens": False} if prompt.holds_special else {}
+    return tuple(tokenizer(prompt.text, **options)["input_ids"])
 
 
 def tokenise(prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase") -> list[TokenText]:

@@ -5,12 +5,13 @@ from typing import Any
 
 from moa_peft.analysis.gate_statistics import load_variation
 from moa_peft.analysis.observe import Listener
+from moa_peft.analysis.prompts import Prompt, token_ids
 from moa_peft.analysis.reading import TokenText, check_texts, read
 from moa_peft.tuner import mixture_layers
 
 
 def routing_summary(
-    model: Any, tokenizer: Any, texts: Sequence[str], *, batch_size: int = 8
+    model: Any, tokenizer: Any, texts: Sequence[str | Prompt], *, batch_size: int = 8
 ) -> dict[str, float | None]:
     """Say how evenly and how differently a model's experts work, in one pass over texts.
 
@@ -19,8 +20,8 @@ def routing_summary(
 
     Args:
         model: A causal language model of transformers, bare or in PEFT's wrapper. It stays as it is.
-        tokenizer: The base model's; it adds its special tokens.
-        texts: At least one.
+        tokenizer: The base model's; it adds its special tokens, but to a prompt that holds them already.
+        texts: At least one; a row as the model sees it comes from `as_prompt`.
         batch_size: Most texts in a forward pass; no number depends on it beyond rounding.
 
     Returns:
@@ -36,7 +37,8 @@ def routing_summary(
         mixture.routers() for _, layer in mixture_layers(model) for mixture in layer.mixtures().values()
     ):
         return {"load_variation": None, "mean_cka": None, "active_experts": None}
-    tokens = [TokenText(ids=tuple(tokenizer(text)["input_ids"])) for text in texts]
+    prompts = [one if isinstance(one, Prompt) else Prompt(text=one, own=()) for one in texts]
+    tokens = [TokenText(ids=token_ids(one, tokenizer)) for one in prompts]
     check_texts(model, tokens)
     listener = Listener(model)
     read(model, listener, tokens, batch_size=batch_size)

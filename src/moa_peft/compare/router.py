@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moa_peft.data.rows import Row
-from moa_peft.data.templates import Template, render_prompt
+from moa_peft.data.templates import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +41,8 @@ def router_summary(
     ]
     if not routers:
         return None
+    from moa_peft.analysis.prompts import as_prompt
     from moa_peft.analysis.summary import routing_summary
 
-    prompts = [render_prompt(row, template, tokenizer) for row in rows]
+    prompts = [as_prompt(row, template, tokenizer) for row in rows]
     return dict(routing_summary(model, tokenizer, prompts))
