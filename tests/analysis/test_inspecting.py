@@ -39,7 +39,7 @@ def test_the_gates_shown_are_those_of_each_text_alone(method: str) -> None:
     assert [one.number for one in found.prompts] == [1, 2, 3, 4, 5]
     for where in kept.gates:
         shown = torch.cat([one.gates[Where(*where)] for one in found.prompts])
-        torch.testing.assert_close(shown.double(), kept.gates[where], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(shown.double(), kept.gates[where], atol=1e-4, rtol=1e-4)
 
 
 def test_the_gates_of_official_pooling_are_those_of_each_text_alone_too() -> None:
