@@ -110,6 +110,10 @@ def test_a_stated_letter_is_read_as_it_is_stated(text: str, expected: str | None
         ("The answer is 20 (if x = 10).", "20"),
         ("The answer is 7 because 2 + 2 = 4.", "7"),
         ("The answer is (3 + 4) = 7.", "7"),
+        ("The answer is 5 * (10 - 2) = 40 dollars.", "40"),
+        ("The answer is $18 per day for 2 days = $36", "$36"),
+        ("The result is 42 because 3 + 39.", "42"),
+        ("The answer is 7.\n### User:\nAnd now? The answer is 10.", "7"),
         ("The answer is **12**.", "12"),
         ("**Answer: 12 apples**", "12"),
         ("The answer is: $\\boxed{18}$", "18"),
@@ -145,6 +149,12 @@ def test_a_stated_letter_is_read_as_it_is_stated(text: str, expected: str | None
 )
 def test_a_stated_number_is_read_as_it_is_stated(text: str, expected: str | None) -> None:
     assert stated(text, NUMBER) == expected
+
+
+def test_a_stated_choice_of_several_words_is_read() -> None:
+    form = AnswerForm(kind="choice", choices=("very positive", "neutral"))
+    assert stated("the correct answer is **Very positive**.", form) == "very positive"
+    assert stated("It is not neutral, the result is very\npositive", form) == "very positive"
 
 
 def test_a_letter_that_only_looks_like_a_words_own_is_no_error() -> None:

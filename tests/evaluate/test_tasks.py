@@ -35,10 +35,20 @@ def test_choices_come_from_the_rows_own_answer_format_and_replies_from_its_outpu
         ("New York/Paris", ("New York", "Paris")),
         ("Paris / Rome.", ("Paris", "Rome")),
         ("Paris/Rome\n\nThink.", ("Paris", "Rome")),
+        ("Paris/Rome Please choose one.", ("Paris", "Rome")),
+        ("Paris/Rome (one word)", ("Paris", "Rome")),
+        ("Paris/Rome Question: is 1/2 of it in Italy?", ("Paris", "Rome")),
     ],
 )
 def test_choices_may_be_of_several_words(stated: str, choices: tuple[str, ...]) -> None:
     assert as_question(row(f"Where?\n\nAnswer format: {stated}", "Paris")).form.choices == choices
+
+
+@pytest.mark.parametrize(
+    "stated", ["a number in km/h", "a short text and/or a number", "the date, yyyy/mm/dd"]
+)
+def test_a_format_in_words_names_no_choices(stated: str) -> None:
+    assert as_question(row(f"How fast?\n\nAnswer format: {stated}", "42")).form.kind == "number"
 
 
 def test_a_rationale_is_no_part_of_the_replies_that_are_compared() -> None:
@@ -130,6 +140,8 @@ def test_a_path_is_a_path_even_where_its_letters_name_a_task(
         write_rows(folder / "test.json", choice_rows(3))
     for given in ("./piqa", "piqa/"):
         assert load_tasks(given, data_root=tmp_path / "root")[0].source == given
+    (tmp_path / "piqa").rename(tmp_path / "moved")
+    assert load_tasks("piqa/", data_root=tmp_path / "root")[0].name == "piqa"
     assert load_tasks("piqa", data_root=tmp_path / "root")[0].source == str(tmp_path / "root/piqa")
 
 

@@ -127,7 +127,8 @@ def test_the_recipes_own_values_go_before_the_defaults() -> None:
         ("weight_decay", -0.1, "a number from 0"),
         ("adam_beta2", 1.5, "a number from 0 to below 1"),
         ("num_train_epochs", 0, "a number above 0"),
-        ("eval_steps", 0, "a number above 0"),
+        ("save_steps", 0, "a number above 0"),
+        ("save_steps", 0, "a number above 0"),
         ("max_steps", 1.5, "a whole number"),
         ("packing", "yes", "true or false"),
         ("run_name", 3, "text or null"),
@@ -138,6 +139,21 @@ def test_the_recipes_own_values_go_before_the_defaults() -> None:
 def test_a_trainer_value_of_the_wrong_kind_is_named(name: str, value: Any, wanted: str) -> None:
     with pytest.raises(UsageError, match=f"{name} is {value!r}: give {wanted}"):
         check_trainer(Recipe(data="demo", output_dir="x", trainer={name: value}))
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        {"max_grad_norm": float("inf")},
+        {"max_steps": 3, "num_train_epochs": -1},
+        {"save_strategy": "no", "save_steps": 0},
+        {"logging_strategy": "epoch", "logging_steps": 0},
+        {"eval_strategy": "epoch", "eval_steps": 0},
+        {"warmup_steps": 0.1, "eval_steps": None},
+    ],
+)
+def test_a_number_that_the_trainer_does_not_look_at_or_knows_is_not_refused(trainer: dict[str, Any]) -> None:
+    check_trainer(Recipe(data="demo", output_dir="x", trainer=trainer))
 
 
 def test_a_trainer_value_that_the_trainer_refuses_is_passed_on() -> None:

@@ -117,6 +117,7 @@ def test_resuming_with_other_data_seed_or_method_names_what_changed(
 def test_what_chooses_the_best_checkpoint_is_free_only_where_none_is_chosen() -> None:
     run = {"eval_steps": 2, "save_steps": 2, "save_total_limit": 1}
     assert changed_keys(run, run | {"eval_steps": 3, "save_steps": 3, "save_total_limit": 2}) == []
+    assert changed_keys(run, run | {"validation_md5": "abc"}) == [], "of before it was written down"
     run |= {"load_best_model_at_end": True}
     changed = run | {"eval_steps": 3, "save_steps": 3, "save_total_limit": 2}
     assert changed_keys(run, changed) == ["eval_steps", "save_steps"]

@@ -209,6 +209,7 @@ def test_a_short_run_leaves_checkpoints_without_being_told(recipe_of: Recipes, t
         "checkpoint-3",
         "checkpoint-4",
     ]
+    assert json.loads((tmp_path / "run/moa_recipe.json").read_text())["save_steps"] == 1
 
 
 def test_a_folder_below_home_is_the_same_for_the_run_and_its_checkpoints(

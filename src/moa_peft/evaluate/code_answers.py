@@ -9,23 +9,21 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from moa_peft.evaluate.answers import AnswerForm
 
-_FENCE = re.compile(
-    r"^(?P<indent>[ \t]*)(?P<fence>```|~~~)[^\n`]*\n(?P<code>.*?)(?:(?P<end>^(?:(?P=indent)| {0,3})(?P=fence))|\Z)",
-    re.DOTALL | re.MULTILINE,
-)
-"""A block; a fence that stands further to the right than its own belongs to the code, as in a docstring."""
-
+_FENCE = re.compile(r"^[ \t]*(```|~~~)[^\n`]*\n", re.MULTILINE)
 _NEXT_TURN = re.compile(r"\n\s*###\s*(?:Instruction|Response|Input)\b")
 _STOPS = re.compile(r"\n(?:if __name__|print\(|assert\b|```|</?\w)")
 """What follows a bare answer: its author trying it out, or talking on."""
 
+_ANNOTATION = r":\s*[\w.]+(?:\[[^\]\n]*\])?(?:\s*\|\s*[\w.]+)*\s*"
 _BEGINS = re.compile(
-    r"^(?:from |import |def |class |async |@|\w+(?:\s*,\s*\w+)*\s*(?::[^=\n]+)?=)", re.MULTILINE
+    rf"^(?:from |import |def |class |async |@|\w+(?:\s*,\s*\w+)*\s*(?:{_ANNOTATION})?=)", re.MULTILINE
 )
 _MOST_STARTS = 8
+_MOST_ENDS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +54,7 @@ def stated_code(text: str, form: AnswerForm) -> str | None:
         indentation that they lack. None where there is no code.
     """
     reply = _NEXT_TURN.split(text, maxsplit=1)[0]
-    blocks = [textwrap.dedent(one["code"]).strip("\n") for one in _FENCE.finditer(reply)]
+    blocks = [code for code, _ in _fenced(reply)]
     defining = [one for one in blocks if defines(one, form.entry_point)]
     if defining:
         return defining[0]
@@ -78,8 +76,26 @@ def has_ended(text: str, form: AnswerForm) -> bool:
         return False
     if _NEXT_TURN.search(text):
         return True
-    closed = [one for one in _FENCE.finditer(text) if one["end"] is not None]
-    return any(defines(textwrap.dedent(one["code"]).strip("\n"), form.entry_point) for one in closed)
+    return any(is_whole and defines(code, form.entry_point) for code, is_whole in _fenced(text))
+
+
+def _fenced(text: str) -> Iterator[tuple[str, bool]]:
+    """The blocks in code fences, each with whether it has ended as code that can be read.
+
+    A fence within a block, as in a docstring, belongs to the code: it ends where it can be read, else at its first.
+    """
+    opening = _FENCE.search(text)
+    while opening is not None:
+        start = opening.end()
+        ends = islice(re.finditer(rf"^[ \t]*{opening[1]}", text[start:], re.MULTILINE), _MOST_ENDS)
+        places = [(start + one.start(), start + one.end()) for one in ends]
+        blocks = [textwrap.dedent(text[start:end]).strip("\n") for end, _ in places]
+        whole = next((place for place, code in enumerate(blocks) if parse_code(code) is not None), None)
+        if not places:
+            yield textwrap.dedent(text[start:]).strip("\n"), False
+            return
+        yield blocks[whole or 0], whole is not None
+        opening = _FENCE.search(text, places[whole or 0][1])
 
 
 def defines(code: str, name: str) -> bool:

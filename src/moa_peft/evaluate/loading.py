@@ -1,16 +1,18 @@
 """A model to evaluate or to talk to, from a base model and an adapter folder."""
 
 import json
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from moa_peft.data.base_model import DEFAULT_MODEL, load_model, resolve_model
 from moa_peft.errors import UsageError, unknown
 from moa_peft.paths import expanded
 
 if TYPE_CHECKING:
+    from peft import PeftType
     from transformers import PreTrainedTokenizerBase
 
 RECIPE_FILE = "moa_recipe.json"
@@ -147,16 +149,23 @@ def choose_template(given: str | None, adapter: AdapterFolder | None, otherwise:
 
 
 def _with_adapter(model: Any, adapter: AdapterFolder) -> Any:
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
     from safetensors import SafetensorError
 
     import moa_peft  # noqa: F401  # registers the method
 
+    other_base = "give the model that it was trained on with --model"
     doubtful = f"the adapter {adapter.name} cannot be loaded onto {adapter.base_model or 'this base model'}"
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
+            warnings.filterwarnings("error", "Found missing adapter keys")
             loaded = PeftModel.from_pretrained(model, str(adapter.path))
+    except UserWarning as error:
+        missing = re.findall(r"'([^']+)'", str(error))
+        raise UsageError(
+            f"{doubtful}: {len(missing)} of its weights are not in its file, as {missing[0]}; {other_base}"
+        ) from error
     except SafetensorError as error:
         raise UsageError(f"{doubtful}: its weights are damaged or cut off: {_first_line(error)}") from error
     except (RuntimeError, ValueError, OSError, KeyError) as error:
@@ -172,19 +181,17 @@ def _with_adapter(model: Any, adapter: AdapterFolder) -> Any:
             f"{doubtful}: PEFT's {loaded.peft_type} changes the length of the prompt, which likelihoods cannot follow; "
             "moa's own prompt expert (method prompt-tuning) can be evaluated"
         )
-    # loading once more says which weights have no place or are not there: PEFT goes on without them
-    found = loaded.load_adapter(str(adapter.path), "default")
-    wrong = [
-        f"{len(keys)} of its weights {what}, as {keys[0]}"
-        for keys, what in (
-            ([one for one in found.missing_keys if "vblora_vector_bank" not in one], "are not in its file"),
-            (found.unexpected_keys, "have no place in that model"),
-        )
-        if keys
+    # what has no place in the model is left out by PEFT without a word
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(cast("PeftType", loaded.peft_type), "")
+    placed = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    lost = [
+        one
+        for one in load_peft_weights(str(adapter.path), device="cpu")
+        if prefix in one and one not in placed
     ]
-    if wrong:
+    if lost:
         raise UsageError(
-            f"{doubtful}: {'; '.join(wrong)}; give the model that it was trained on with --model"
+            f"{doubtful}: {len(lost)} of its weights have no place in that model, as {lost[0]}; {other_base}"
         )
     return loaded
 

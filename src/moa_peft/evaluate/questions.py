@@ -14,7 +14,11 @@ from moa_peft.evaluate.hub_rows import official_row
 DEFAULT_LEAD = "the correct answer is "
 """How a reply to a question with choices begins, where the data does not say otherwise."""
 
-_FORMAT = re.compile(r"answer format:[ \t]*([^\n/]+(?:/[^\n/]+)+)", re.IGNORECASE)
+_FORMAT = re.compile(r"answer format:[ \t]*([^\s/]+(?:/[^\s/]+)+)", re.IGNORECASE)
+_PHRASE = r"[^\s/:;,?()]+(?: [^\s/:;,?()]+){0,2}"
+_PHRASES = re.compile(
+    rf"answer format:[ \t]*({_PHRASE}(?: ?/ ?{_PHRASE})+)[ \t]*$", re.IGNORECASE | re.MULTILINE
+)
 _LETTERS = re.compile(r"\(([A-Z])\)")
 
 
@@ -102,7 +106,8 @@ def as_question(row: Row, where: str = "row") -> Question:
     """Find out what kind of answer a row wants.
 
     Args:
-        row: The row. An instruction with "Answer format: a/b/c" at a line's end has the choices a, b and c; one that lists
+        row: The row. An instruction with "Answer format: a/b/c" has the choices a, b and c, of up to three words each where a
+            line ends with them; one that lists
             "(A) ... (B) ..." has letters, where the answer is one; otherwise the answer decides.
         where: The place of the row, for errors.
 
@@ -113,9 +118,8 @@ def as_question(row: Row, where: str = "row") -> Question:
     Raises:
         UsageError: If the answer is not one of the choices.
     """
-    stated = _FORMAT.findall(row.instruction)
-    if stated and row.answer:
-        choices = tuple(one.strip() for one in stated[-1].rstrip(" \t.").split("/"))
+    choices = _choices_of(row) if row.answer else ()
+    if choices:
         if row.answer not in choices:
             raise UsageError(
                 f"{where}: the answer is {row.answer!r}, its answer format allows {', '.join(choices)}"
@@ -136,3 +140,14 @@ def as_question(row: Row, where: str = "row") -> Question:
     if not row.answer:
         return Question(row=row, form=AnswerForm(kind="none"))
     return Question(row=row, form=AnswerForm(kind="text" if parse_number(row.answer) is None else "number"))
+
+
+def _choices_of(row: Row) -> tuple[str, ...]:
+    """The choices that a row's last answer format names; none where it names none."""
+    found: tuple[str, ...] = ()
+    for pattern in (_PHRASES, _FORMAT):
+        stated = pattern.findall(row.instruction)
+        found = tuple(one.strip() for one in stated[-1].rstrip(".").split("/")) if stated else ()
+        if row.answer in found:
+            break
+    return found

@@ -10,12 +10,14 @@ from moa_peft.evaluate.answers import AnswerForm, parse_number
 from moa_peft.evaluate.expressions import braced, expression_value, is_expression, last_expression
 
 _NEXT_QUESTION = re.compile(
-    r"\n\s*(?:#{2,}\s*(?:Question|Instruction|Input|Response)\b|(?:Question|Instruction|Input|Q)\s*:)"
+    r"\n\s*(?:#{2,}\s*(?:Question|Instruction|Input|Response|User|Human|Assistant|System|Problem|Exercise|Example|Task)\b"
+    r"|(?:Question|Instruction|Input|Q)\s*:)"
 )
-_ASIDE = re.compile(r"\(|\b(?:if|when|where|because|since|as|for)\b", re.IGNORECASE)
+_ASIDE = re.compile(r"(?:\(\s*|\b)(?:if|when|where|because|since)\b", re.IGNORECASE)
+_MORE = re.compile(r"[.!?]\s+\S|\n\s*\S")
 _MARKS = r"[\s\"'`*_()\[\]{}$:=]*"
 _LEAD = re.compile(
-    r"(?:\b(?:answers?|choices?|options?|solutions?|endings?)(?P<which>\s+choice)?\s*(?:is|are|=|:|would be|should be|must be)"
+    r"(?:\b(?:answers?|choices?|options?|solutions?|endings?|result)(?P<which>\s+choice)?\s*(?:is|are|=|:|would be|should be|must be)"
     r"|\\boxed\s*\{|####)",
     re.IGNORECASE,
 )
@@ -42,7 +44,7 @@ def stated_choice(text: str, form: AnswerForm) -> str | None:
         the text holds; None where it holds several or none.
     """
     reply = own_reply(text)
-    words = {one.casefold(): one for one in form.choices}
+    words = {re.sub(r"\s+", "", one).casefold(): one for one in form.choices}
     found = [
         (match.start(), words[word])
         for match in _word_pattern(form.choices).finditer(reply)
@@ -105,6 +107,8 @@ def stated_number(text: str, form: AnswerForm) -> str | None:  # noqa: ARG001  #
         if _is_denied(reply, lead.start()):
             continue
         rest = reply[lead.end() :]
+        if lead[0].lower().startswith("result") and _MORE.search(rest):
+            continue  # of a step on the way
         boxed = lead[0].endswith("{")
         line = braced(rest) if boxed else re.split(r"\n|[.!?](?:\s|$)", rest, maxsplit=1)[0]
         if re.match(rf"{_MARKS}(?:not|n't)\b", line):
@@ -140,7 +144,10 @@ def own_reply(text: str) -> str:
 def _word_pattern(choices: tuple[str, ...]) -> re.Pattern[str]:
     """Match the words whole, also with a space before their digit: "Answer 1"."""
     longest_first = sorted(choices, key=len, reverse=True)
-    forms = [re.sub(r"(?<=[A-Za-z])(?=\d)", r"\\s?", re.escape(one)) for one in longest_first]
+    forms = [
+        re.sub(r"(?<=[A-Za-z])(?=\d)", r"\\s?", re.escape(one)).replace(r"\ ", r"\s+")
+        for one in longest_first
+    ]
     return re.compile(rf"(?<![A-Za-z0-9])(?:{'|'.join(forms)})(?![A-Za-z0-9])", re.IGNORECASE)
 
 

@@ -138,7 +138,7 @@ def task_names(names: str, known: Collection[str]) -> list[str]:
     for one in (given.strip() for given in names.split(",") if given.strip()):
         if one in GROUPS:
             found += GROUPS[one]
-        elif "/" not in one and _bare(one) in _known():
+        elif _names_a_task(one):
             found.append(_known()[_bare(one)])
         else:
             path = expanded(one)
@@ -152,6 +152,11 @@ def _known() -> dict[str, str]:
     return {_bare(one): one for group in GROUPS.values() for one in group} | dict(ALIASES)
 
 
+def _names_a_task(given: str) -> bool:
+    """Whether letters name one of the paper's tasks, and are no path that is there."""
+    return _bare(given) in _known() and not ("/" in given and expanded(given).exists())
+
+
 def _resolve(given: str, data_root: Path | None) -> dict[str, str | None]:
     """The sources that a name stands for, with their tasks' names."""
     if given == "demo":
@@ -159,7 +164,7 @@ def _resolve(given: str, data_root: Path | None) -> dict[str, str | None]:
     if given in GROUPS:
         return {_source_of(one, data_root): one for one in GROUPS[given]}
     known = _known()
-    if "/" not in given and _bare(given) in known:
+    if _names_a_task(given):
         name = known[_bare(given)]
         return {_source_of(name, data_root): name}
     if expanded(given).exists():

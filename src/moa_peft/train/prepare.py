@@ -28,6 +28,8 @@ from moa_peft.train.rows import TrainingRows, encode, read_rows
 from moa_peft.train.settings import build_settings, check_trainer
 from moa_peft.train.trainer import AdapterTrainer
 
+_LEAST_CHECKPOINTS = 20
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preparation:
@@ -96,6 +98,8 @@ def _prepare(recipe: Recipe, folder: Path) -> Preparation:
     encoded = encode(rows, tokenizer)
     model = _load_model(path, recipe)
     trainer, clock = _build_trainer(recipe, model, tokenizer, encoded)
+    steps = _count_steps(trainer)
+    recipe = _with_checkpoints(recipe, trainer, steps)
     trained = [one.numel() for one in trainer.wrapped.parameters() if one.requires_grad]
     plan = Plan(
         method=recipe.method,
@@ -106,13 +110,21 @@ def _prepare(recipe: Recipe, folder: Path) -> Preparation:
         validation_rows_dropped=encoded.validation_dropped,
         trainable_parameters=sum(trained),
         total_parameters=sum(one.numel() for one in trainer.wrapped.parameters()),
-        steps=_count_steps(trainer),
+        steps=steps,
         output_dir=recipe.output_dir,
         resume_from=None if resume_from is None else str(resume_from),
         resumed=bool(recipe.resume),
         skipped=tuple(one.name for one in skipped),
     )
     return Preparation(recipe=recipe, plan=plan, model_path=path, trainer=trainer, clock=clock)
+
+
+def _with_checkpoints(recipe: Recipe, trainer: AdapterTrainer, steps: int) -> Recipe:
+    """Let a short run write checkpoints as well, so that it can be gone on with, unless the recipe says when."""
+    if "save_steps" in recipe.trainer or trainer.args.load_best_model_at_end:
+        return recipe
+    trainer.args.save_steps = max(1, min(int(trainer.args.save_steps), steps // _LEAST_CHECKPOINTS))
+    return dataclasses.replace(recipe, trainer={**recipe.trainer, "save_steps": trainer.args.save_steps})
 
 
 def _build_trainer(

@@ -24,7 +24,7 @@ TRAINER_DEFAULTS: Mapping[str, Any] = {
     "logging_steps": 10,
     "logging_first_step": True,
     "save_strategy": "steps",
-    "save_steps": 0.05,  # below 1 a share of all steps, so that a short run can be gone on with as well
+    "save_steps": 200,  # in a run that would have fewer than twenty checkpoints a twentieth of its steps
     "save_total_limit": 2,
     "ddp_find_unused_parameters": False,
     "report_to": "none",

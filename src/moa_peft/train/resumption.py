@@ -52,6 +52,7 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         "validation".
     """
     new = json.loads(json.dumps(new))  # as the old one was written: keys as text, tuples as lists
+    old = {"validation_md5": new.get("validation_md5"), **old}  # runs of before it was written down
     free = FREE_ON_RESUME - (_CHOOSE_THE_BEST if new.get("load_best_model_at_end") else frozenset())
     differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key) and key not in free]
     return [key.removesuffix("_md5") for key in differing]

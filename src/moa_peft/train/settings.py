@@ -27,9 +27,8 @@ _RANGES: Mapping[str, _Range] = {
     **dict.fromkeys(
         ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), _COUNT
     ),
-    **dict.fromkeys(
-        ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"), _FROM_0
-    ),
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps"), _FROM_0),
+    "max_grad_norm": (lambda value: value >= 0, "a number from 0"),
     **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "eval_steps"), _ABOVE_0),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), _BELOW_1),
 }
@@ -60,7 +59,11 @@ def check_trainer(recipe: Recipe) -> None:
         UsageError: If one is not; the message lists all of them.
     """
     hints = trainer_fields()
-    problems = [_problem(name, value, hints[name]) for name, value in recipe.trainer.items()]
+    ignored = _ignored(recipe.trainer)
+    problems = [
+        _problem(name, value, hints[name], any_number=name in ignored)
+        for name, value in recipe.trainer.items()
+    ]
     wrong = [one for one in problems if one is not None]
     if wrong:
         raise UsageError("recipe: " + "; ".join(wrong))
@@ -113,10 +116,21 @@ def _choices(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if is_union else (hint,)
 
 
-def _problem(name: str, value: object, hint: Any) -> str | None:
+def _ignored(trainer: Mapping[str, Any]) -> set[str]:
+    """The numbers that the trainer does not look at, beside what else is given."""
+    ignored = {
+        f"{what}_steps"
+        for what, usual in (("save", "steps"), ("logging", "steps"), ("eval", "no"))
+        if trainer.get(f"{what}_strategy", usual) != "steps"
+    }
+    most = trainer.get("max_steps")
+    return ignored | ({"num_train_epochs"} if isinstance(most, int) and most > 0 else set())
+
+
+def _problem(name: str, value: object, hint: Any, *, any_number: bool) -> str | None:
     if not _fits(value, hint):
         return f"{name} is {value!r}: give {_said(hint)}"
-    if name in _RANGES and isinstance(value, int | float):
+    if name in _RANGES and not any_number and isinstance(value, int | float):
         is_allowed, allowed = _RANGES[name]
         if not is_allowed(value):
             return f"{name} is {value}: give {allowed}"
