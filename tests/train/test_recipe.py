@@ -128,7 +128,6 @@ def test_the_recipes_own_values_go_before_the_defaults() -> None:
         ("adam_beta2", 1.5, "a number from 0 to below 1"),
         ("num_train_epochs", 0, "a number above 0"),
         ("save_steps", 0, "a number above 0"),
-        ("save_steps", 0, "a number above 0"),
         ("max_steps", 1.5, "a whole number"),
         ("packing", "yes", "true or false"),
         ("run_name", 3, "text or null"),

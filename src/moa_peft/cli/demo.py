@@ -81,7 +81,7 @@ def print_report(result: "DemoResult") -> None:
     print(f"trained     {training.trainable_parameters:,} parameters ({share:.2f} % of the model)")
     if training.step_s is not None:
         print(f"speed       {training.step_s:.2f} s a step")
-    folder, moa = training.output_dir, (shutil.which("moa") and "moa") or str(Path(sys.argv[0]))
+    folder, moa = training.output_dir, "moa" if shutil.which("moa") else sys.argv[0]
     print(f"adapter     {folder}")
     print(f"model card  {folder}/README.md")
     print(f"results     {folder}/results.jsonl")

@@ -124,10 +124,9 @@ def as_question(row: Row, where: str = "row") -> Question:
             raise UsageError(
                 f"{where}: the answer is {row.answer!r}, its answer format allows {', '.join(choices)}"
             )
-        lead = row.output.removesuffix(row.answer) if row.output.endswith(row.answer) else DEFAULT_LEAD
-        if any(
-            re.search(rf"\b{re.escape(one)}\b", lead) for one in choices
-        ):  # a rationale, which gives it away
+        lead = row.output.removesuffix(row.answer)
+        gives_away = any(re.search(rf"\b{re.escape(one)}\b", lead) for one in choices)  # in a rationale
+        if gives_away or not row.output.endswith(row.answer):
             lead = DEFAULT_LEAD
         return Question(
             row=row,

@@ -44,13 +44,12 @@ def stated_choice(text: str, form: AnswerForm) -> str | None:
         the text holds; None where it holds several or none.
     """
     reply = own_reply(text)
-    words = {re.sub(r"\s+", "", one).casefold(): one for one in form.choices}
+    words = {_bare(one): one for one in form.choices}
     found = [
-        (match.start(), words[word])
+        (match.start(), words[_bare(match[0])])
         for match in _word_pattern(form.choices).finditer(reply)
-        if (word := re.sub(r"\s+", "", match[0]).casefold())
-        in words  # IGNORECASE knows letters that casefold does not
-        and not _is_denied(reply, match.start())
+        # the pattern knows letters that are the same without case, casefold does not
+        if _bare(match[0]) in words and not _is_denied(reply, match.start())
     ]
     stated = [word for start, word in found if _follows_lead(reply, start)]
     if stated:
@@ -139,6 +138,11 @@ def stated_text(text: str, form: AnswerForm) -> str | None:  # noqa: ARG001  # t
 def own_reply(text: str) -> str:
     """Cut a reply where it begins a new turn of the template or a question of its own."""
     return _NEXT_QUESTION.split(text, maxsplit=1)[0]
+
+
+def _bare(word: str) -> str:
+    """A word without its spaces and its case."""
+    return re.sub(r"\s+", "", word).casefold()
 
 
 def _word_pattern(choices: tuple[str, ...]) -> re.Pattern[str]:
