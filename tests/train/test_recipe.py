@@ -44,6 +44,7 @@ def test_a_recipe_written_down_is_read_back_the_same() -> None:
             "unknown recipe key 'outputdir': did you mean 'output_dir'\\? known: data, output_dir,",
         ),
         ({"learning_rat": 1}, "unknown recipe key 'learning_rat': did you mean 'learning_rate'"),
+        ({"lr": 1}, "unknown recipe key 'lr': did you mean 'learning_rate'"),
         ({"trainer": {}}, "unknown recipe key 'trainer'"),
         ({"output_dir": "x"}, "the recipe has no data: give --data VALUE"),
         ({}, "the recipe has no data and no output_dir"),

@@ -55,6 +55,17 @@ REFUSED: Mapping[str, str] = {
 """Fields of `trl.SFTConfig` that have no meaning here, and what to do instead."""
 
 
+_SHORT: Mapping[str, str] = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "steps": "max_steps",
+    "out": "output_dir",
+}
+"""What other tools call keys of a recipe."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """Everything that one training run depends on.
@@ -167,7 +178,7 @@ def unknown_key(given: str, own: Collection[str], trainer_fields: Collection[str
     Returns:
         One sentence for an error message.
     """
-    near = get_close_matches(given, [*own, *trainer_fields], n=1)
+    near = [_SHORT[given]] if given in _SHORT else get_close_matches(given, [*own, *trainer_fields], n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"unknown recipe key {given!r}: {hint}known: {', '.join(own)}, and every field of trl.SFTConfig"
 
