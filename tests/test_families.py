@@ -159,39 +159,6 @@ def test_no_gate_survives_a_forward_or_a_recomputed_backward_pass(family: str, m
     assert not any(layer._now.passes for _, layer in mixture_layers(model))
 
 
-COMPILED = [(family, "everything") for family in FAMILIES] + [
-    (family, method) for family, method in CASES if family == "llama" and method != "everything"
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "method"), COMPILED)
-def test_the_forward_compiles_without_a_graph_break_and_its_backward_runs(family: str, method: str) -> None:
-    torch._dynamo.reset()
-    ids = tokens()
-    model = mixture_model(family, method)
-    model.train()
-
-    def outside_loss(logits: Tensor) -> Tensor:
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-
-    eager = model(input_ids=ids).logits
-    outside_loss(eager).backward()
-    expected = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-    model.zero_grad()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids=ids).logits
-    outside_loss(compiled).backward()
-    assert largest(compiled, eager) < 1e-5 * max(1.0, eager.abs().max().item())
-    size = max(one.abs().max().item() for one in expected.values() if one is not None)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            theirs, ours = expected[name], parameter.grad
-            assert theirs is not None, name
-            assert ours is not None, name
-            # a threshold's bias is one number, a sum of terms that cancel
-            assert largest(ours, theirs) <= 1e-4 * max(theirs.abs().max().item(), 1e-2 * size), name
-
-
 def test_awaken_really_changes_the_output() -> None:
     """The table is worthless if the experts it tests are silent."""
     model = mixture_model("llama", "everything", awake=False)
