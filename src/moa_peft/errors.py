@@ -31,3 +31,8 @@ def unknown(what: str, given: str, known: Iterable[str]) -> str:
     near = get_close_matches(given, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"unknown {what} {given!r}: {hint}known: {', '.join(names)}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, for a message of one line."""
+    return str(error).strip().partition("\n")[0]

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import PeftConfig
 
 from moa_peft.cli.overrides import load_yaml
@@ -162,9 +163,12 @@ def test_a_trainer_value_that_the_trainer_refuses_is_passed_on() -> None:
         build_settings(recipe, has_validation=False, cuda=False)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_bf16_without_a_gpu_says_what_to_do() -> None:
     recipe = Recipe(data="demo", output_dir="x", trainer={"bf16": True})
-    with pytest.raises(UsageError, match=r"bf16 is true and there is no GPU: leave it out, or add use_cpu"):
+    with pytest.raises(
+        UsageError, match=r"bf16 is true and no device here takes it: leave it out, or add use_cpu"
+    ):
         build_settings(recipe, has_validation=False, cuda=False)
     on_cpu = Recipe(data="demo", output_dir="x", trainer={"bf16": True, "use_cpu": True})
     assert build_settings(on_cpu, has_validation=False, cuda=False).bf16

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from typing import Any
 
-from moa_peft.errors import UsageError
+from moa_peft.errors import UsageError, first_line
 from moa_peft.evaluate.loading import AdapterFolder
 from moa_peft.tuner import mixture_layers
 
@@ -36,9 +36,8 @@ def add_adapter(model: Any, folder: AdapterFolder, base_model: str | None) -> st
     try:
         model.load_adapter(str(folder.path), adapter_name=SECOND)
     except (SafetensorError, RuntimeError, ValueError, OSError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise UsageError(
-            f"--compare {folder.name} cannot be loaded beside the first adapter: {reason}"
+            f"--compare {folder.name} cannot be loaded beside the first adapter: {first_line(error)}"
         ) from error
     return SECOND
 

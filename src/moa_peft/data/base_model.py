@@ -10,7 +10,7 @@ from typing import Any
 from moa_peft.data.cache import cached_folder, read_manifest, sha256_of
 from moa_peft.data.packages import Package, package_files
 from moa_peft.data.progress import working
-from moa_peft.errors import RunError, UsageError
+from moa_peft.errors import RunError, UsageError, first_line
 from moa_peft.paths import expanded
 
 DEFAULT_MODEL = "smollm2"
@@ -84,7 +84,7 @@ def load_model(path: str, name: str, **options: Any) -> Any:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UsageError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise UsageError(f"the model {name!r} cannot be loaded: {first_line(error)}") from error
     model, found = loaded
     lacking = sorted(found["missing_keys"])
     if lacking:
@@ -110,7 +110,7 @@ def base_config(path: str, name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UsageError(f"the model {name!r} cannot be read: {_first_line(error)}") from error
+        raise UsageError(f"the model {name!r} cannot be read: {first_line(error)}") from error
 
 
 def empty_model(path: str, name: str) -> Any:
@@ -132,7 +132,7 @@ def empty_model(path: str, name: str) -> Any:
             return AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         raise UsageError(
-            f"the model {name!r} is no causal language model of transformers: {_first_line(error)}"
+            f"the model {name!r} is no causal language model of transformers: {first_line(error)}"
         ) from error
 
 
@@ -263,7 +263,3 @@ def _no_bars() -> Iterator[None]:
             reader.__dict__["tqdm"] = own_bar
         if shown:
             logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from moa_peft.data.base_model import DEFAULT_MODEL, load_model, resolve_model
-from moa_peft.errors import UsageError, unknown
+from moa_peft.errors import UsageError, first_line, unknown
 from moa_peft.paths import expanded
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(adapter.path if adapter and holds_tokenizer else path)
     except (OSError, ValueError) as error:
-        raise UsageError(f"the tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise UsageError(f"the tokenizer of {name!r} cannot be loaded: {first_line(error)}") from error
     model = load_model(path, name, dtype=own if dtype is None else getattr(torch, dtype))
     if adapter is not None:
         model = _with_adapter(model, adapter)
@@ -167,7 +167,7 @@ def _with_adapter(model: Any, adapter: AdapterFolder) -> Any:
             f"{doubtful}: {len(missing)} of its weights are not in its file, as {missing[0]}; {other_base}"
         ) from error
     except SafetensorError as error:
-        raise UsageError(f"{doubtful}: its weights are damaged or cut off: {_first_line(error)}") from error
+        raise UsageError(f"{doubtful}: its weights are damaged or cut off: {first_line(error)}") from error
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         if isinstance(error, UsageError):
             raise
@@ -175,7 +175,7 @@ def _with_adapter(model: Any, adapter: AdapterFolder) -> Any:
             raise UsageError(
                 f"{doubtful}: it was trained on a base of other sizes; give that one with --model"
             ) from error
-        raise UsageError(f"{doubtful}: {_first_line(error)}") from error
+        raise UsageError(f"{doubtful}: {first_line(error)}") from error
     if any(one.is_prompt_learning for one in loaded.peft_config.values()):
         raise UsageError(
             f"{doubtful}: PEFT's {loaded.peft_type} changes the length of the prompt, which likelihoods cannot follow; "
@@ -206,7 +206,7 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise UsageError(
-            f"adapter {name} is no folder here, and the hub does not give it: {_first_line(error)}"
+            f"adapter {name} is no folder here, and the hub does not give it: {first_line(error)}"
         ) from error
 
 
@@ -222,7 +222,3 @@ def _read_json(file: Path) -> dict[str, Any]:
             f"{file} holds no JSON object: the adapter was not written whole; train or copy it again"
         )
     return content
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

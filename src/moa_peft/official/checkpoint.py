@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moa_peft.errors import UsageError
+from moa_peft.errors import UsageError, first_line
 from moa_peft.official.names import Layout, idle_kind_gates
 
 Value = TypeVar("Value")
@@ -171,7 +171,7 @@ def _read_pickled(file: Path, path: Path) -> dict[str, Tensor]:
             "from, as in torch.save(checkpoint['model'], 'adapter.pth')"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UsageError(f"{file} is damaged or cut off: {_first_line(error)}") from error
+        raise UsageError(f"{file} is damaged or cut off: {first_line(error)}") from error
     while isinstance(content, Mapping):
         inner = [key for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
         if not inner:
@@ -194,7 +194,7 @@ def _read_safetensors(file: Path, base_names: Collection[str]) -> dict[str, Tens
                 name: None if name in base_names else content.get_tensor(key) for name, key in stored.items()
             }
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{file} is damaged or cut off: {_first_line(error)}") from error
+        raise UsageError(f"{file} is damaged or cut off: {first_line(error)}") from error
 
 
 def _bare(named: Mapping[str, Value]) -> dict[str, Value]:
@@ -235,7 +235,3 @@ def idle_routers(weights: Mapping[str, Tensor]) -> set[str]:
     carrying = {block for name, block in blocks.items() if not _ROUTER.match(name)}
     alone = {name for name, block in blocks.items() if _ROUTER.match(name) and block not in carrying}
     return alone | idle_kind_gates(weights)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

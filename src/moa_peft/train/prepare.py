@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
 
 from moa_peft import mixture_layers
 from moa_peft.data.base_model import load_model, resolve_model
-from moa_peft.errors import UsageError
+from moa_peft.errors import UsageError, first_line
 from moa_peft.paths import expanded
 from moa_peft.quiet import quiet_libraries
 from moa_peft.train.method import build_peft_config
@@ -161,7 +161,7 @@ def _load_tokenizer(path: str, recipe: Recipe) -> Any:
         return AutoTokenizer.from_pretrained(path, **_loading(recipe))
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"the tokenizer of {recipe.model!r} cannot be loaded: {_first_line(error)}"
+            f"the tokenizer of {recipe.model!r} cannot be loaded: {first_line(error)}"
         ) from error
 
 
@@ -186,7 +186,3 @@ def _count_steps(trainer: AdapterTrainer) -> int:
     return math.ceil(
         settings.num_train_epochs * max(math.ceil(whole / settings.gradient_accumulation_steps), 1)
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -92,10 +92,6 @@ def build_settings(recipe: Recipe, *, has_validation: bool, cuda: bool) -> "SFTC
     values.pop("model_init_kwargs", None)  # the model is loaded before the trainer is made
     values["save_total_limit"] = None  # checkpoints.prune deletes old ones, once the new one is complete
     values["logging_nan_inf_filter"] = False
-    if values["bf16"] and not cuda and not values.get("use_cpu"):
-        raise UsageError(
-            "bf16 is true and there is no GPU: leave it out, or add use_cpu (--use_cpu true) to train in bfloat16 on the CPU"
-        )
     packing = bool(values.get("packing"))
     try:
         return SFTConfig(
@@ -108,6 +104,11 @@ def build_settings(recipe: Recipe, *, has_validation: bool, cuda: bool) -> "SFTC
             **values,
         )
     except (ValueError, TypeError, KeyError) as error:
+        if values["bf16"] and "bf16" in str(error):  # it knows of more devices than CUDA's
+            raise UsageError(
+                "bf16 is true and no device here takes it: leave it out, or add use_cpu (--use_cpu true) to train in "
+                "bfloat16 on the CPU"
+            ) from error
         raise UsageError(f"the trainer refuses these settings: {' '.join(str(error).split())}") from error
 
 
