@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from moa_peft import parameter_groups
 from tiny import mixture_model, tokens
 
 RANKS = 2
@@ -81,7 +82,9 @@ def fsdp_train(rank: int, method: str, dtype: torch.dtype) -> dict[str, Any]:
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    groups = parameter_groups(model, learning_rate=0.1, router_lr_factor=2)
+    names = {one["name"]: [name for name, _ in one["params"]] for one in groups}
+    optimiser = torch.optim.SGD(groups)
     ids, labels = global_batch()
     mine = slice(2 * rank, 2 * rank + 2)
     losses: list[float] = []
@@ -103,7 +106,7 @@ def fsdp_train(rank: int, method: str, dtype: torch.dtype) -> dict[str, Any]:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     full: dict[str, Any] = get_model_state_dict(model, options=options)
     adapter = get_peft_model_state_dict(model, state_dict=full) if rank == 0 else {}
-    return {"adapter": adapter, "logits": logits, "losses": losses}
+    return {"adapter": adapter, "logits": logits, "losses": losses, "groups": names}
 
 
 def reloaded(method: str, dtype: torch.dtype, adapter: dict[str, Tensor]) -> PeftModel:

@@ -46,6 +46,12 @@ from tiny import base_model
         ),
         (lambda: RouterConfig(kind="linear", hidden_per_expert=4), "a linear router has no hidden layer"),
         (lambda: RouterConfig(hidden_per_expert=0), "hidden_per_expert is 0: it must be at least 1"),
+        (lambda: RouterConfig(initial_gate=1.0), r"initial_gate is 1.0: it must lie in \(0, 1\)"),
+        (lambda: RouterConfig(initial_gate=0.9, bias=False), "it is set by the bias, and bias is false"),
+        (
+            lambda: RouterConfig(gate="softmax", initial_gate=0.9),
+            "initial_gate is 0.9: the gate 'softmax' has none",
+        ),
         (lambda: LoraExpert(targets=()), "targets is empty"),
         (lambda: LoraExpert(targets="q_proj"), r"targets is the text 'q_proj': give a list"),
         (lambda: LoraExpert(targets=("q_proj", "q_proj")), "names a projection twice"),

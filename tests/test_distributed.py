@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
+from moa_peft import parameter_groups
 from ranks import (
     DDP_CASES,
     FSDP_CASES,
@@ -61,3 +62,5 @@ def test_fsdp2_trains_and_saves_a_full_adapter_that_reloads_equal(
     assert torch.equal(logits, saved["logits"])
     state = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert len(saved["adapter"]) == len(state)
+    groups = parameter_groups(model, learning_rate=0.1)
+    assert saved["groups"] == {one["name"]: [name for name, _ in one["params"]] for one in groups}

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from moa_peft import MoAConfig, mixture_layers
+from moa_peft import LoraExpert, MoAConfig, mixture_layers
 from moa_peft.presets import PROJECTIONS
 from tiny import base_model, tokens
 
@@ -14,8 +14,9 @@ pytestmark = pytest.mark.usefixtures("both_paths")
 Weights = dict[tuple[int, str, str], nn.Parameter]
 
 
-def ours(family: str) -> tuple[PeftModel, Weights]:
-    model = get_peft_model(base_model(family), MoAConfig.preset("lora"))
+def ours(family: str, *, rslora: bool) -> tuple[PeftModel, Weights]:
+    experts = [LoraExpert(targets=PROJECTIONS, rank=16, alpha=16, rslora=rslora)]
+    model = get_peft_model(base_model(family), MoAConfig.preset("lora", experts=experts))
     assert isinstance(model, PeftModel)
     found: Weights = {}
     for _, layer in mixture_layers(model):
@@ -25,8 +26,10 @@ def ours(family: str) -> tuple[PeftModel, Weights]:
     return model, found
 
 
-def theirs(family: str) -> tuple[PeftModel, Weights]:
-    config = LoraConfig(r=16, lora_alpha=16, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM")
+def theirs(family: str, *, rslora: bool) -> tuple[PeftModel, Weights]:
+    config = LoraConfig(
+        r=16, lora_alpha=16, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM", use_rslora=rslora
+    )
     model = get_peft_model(base_model(family), config)
     assert isinstance(model, PeftModel)
     found: Weights = {}
@@ -47,14 +50,26 @@ def train(model: nn.Module, optimiser: torch.optim.Optimizer, batches: list[Tens
         optimiser.step()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize(
-    ("optimiser", "rate", "limit"), [(torch.optim.SGD, 0.1, 1e-6), (torch.optim.AdamW, 1e-3, 1e-5)]
+    ("family", "rslora", "optimiser", "rate", "limit"),
+    [
+        ("llama", False, torch.optim.SGD, 0.1, 1e-6),
+        ("qwen3", False, torch.optim.SGD, 0.1, 1e-6),
+        ("llama", False, torch.optim.AdamW, 1e-3, 1e-5),
+        ("qwen3", False, torch.optim.AdamW, 1e-3, 1e-5),
+        (
+            "llama",
+            True,
+            torch.optim.SGD,
+            0.1 / 16,
+            1e-6,
+        ),  # its gradients are 4 times as large, and so their effect
+    ],
 )
 def test_after_twenty_steps_the_weights_are_those_of_pefts_lora(
-    family: str, optimiser: type[torch.optim.Optimizer], rate: float, limit: float
+    family: str, rslora: bool, optimiser: type[torch.optim.Optimizer], rate: float, limit: float
 ) -> None:
-    (model, mixed), (reference, plain) = ours(family), theirs(family)
+    (model, mixed), (reference, plain) = ours(family, rslora=rslora), theirs(family, rslora=rslora)
     assert mixed.keys() == plain.keys()
     with torch.no_grad():
         for place, parameter in plain.items():

@@ -109,6 +109,24 @@ def test_a_router_gives_float32_gates_also_under_autocast(kind: str, dtype: torc
     assert torch.equal(plain.threshold, cast.threshold)
 
 
+@pytest.mark.parametrize("initial", [None, 0.05, 0.5, 0.9])
+@pytest.mark.parametrize(
+    ("kind", "threshold"), [("linear", None), ("swiglu", None), ("swiglu", ThresholdConfig(maximum=0.5))]
+)
+def test_every_gate_of_a_fresh_router_is_the_initial_one_on_a_zero_input(
+    kind: str, threshold: ThresholdConfig | None, initial: float | None
+) -> None:
+    router = Router(8, 3, RouterConfig(kind=kind, initial_gate=initial, threshold=threshold))
+    wanted = 0.5 if initial is None else initial
+    gates = router(torch.zeros(2, 4, 8)).gates
+    assert (gates - wanted).abs().max() <= 1e-6  # also below a threshold: the best experts stay on
+    biases = [
+        one for name, one in router.logits.named_parameters() if name.endswith(("w2.bias", "linear.bias"))
+    ]
+    assert len(biases) == 1
+    torch.testing.assert_close(biases[0], torch.full((3,), math.log(wanted / (1 - wanted))))
+
+
 def test_a_constant_threshold_adds_no_parameters_and_is_kept_exactly() -> None:
     router = Router(
         8, 3, RouterConfig(kind="linear", threshold=ThresholdConfig(constant=0.5, at_least_one=False))

@@ -23,6 +23,7 @@ from moa_peft.model import MoAModel
 from moa_peft.peft_config import MoAConfig
 from moa_peft.presets import preset_names
 from moa_peft.registration import register
+from moa_peft.train.optimizer import parameter_groups
 from moa_peft.tuner import ChangeRecord, GateRecord, MoALayer, mixture_layers
 
 __version__ = "0.1.0"
@@ -48,6 +49,7 @@ __all__ = [
     "UsageError",
     "VeraExpert",
     "mixture_layers",
+    "parameter_groups",
     "preset_names",
     "register_expert",
     "register_gate",

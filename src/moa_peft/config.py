@@ -172,8 +172,11 @@ class RouterConfig:
     gate: str = "sigmoid"
     """What makes weights of the logits: sigmoid, softmax, top-k, threshold (AdaMoLE), sparsegen, or a registered one."""
 
+    initial_gate: float | None = None
+    """Gate "sigmoid": every gate of a fresh router on a zero input, in (0, 1), set by the bias; None is 0.5, the paper's."""
+
     threshold: ThresholdConfig | None = None
-    """Gate "sigmoid": Sparse MoA's threshold; None is Soft MoA, where every expert speaks."""
+    """Gate "sigmoid": Sparse MoA's threshold; None is Soft MoA, with all experts active."""
 
     keep: int | None = None
     """Gate "top-k": experts kept for each token."""

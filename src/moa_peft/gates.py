@@ -30,7 +30,7 @@ from moa_peft.routing import (
     top_k_gates,
 )
 
-OPTIONS = ("threshold", "keep", "noise", "target", "sparsity", "balance")
+OPTIONS = ("initial_gate", "threshold", "keep", "noise", "target", "sparsity", "balance")
 """The fields of a `RouterConfig` that belong to some gates and not to others."""
 
 
@@ -105,6 +105,11 @@ class Gate(nn.Module):
         """Parameters that the config declares untrained."""
         return []
 
+    @classmethod
+    def initial_logit(cls, config: RouterConfig) -> float:  # noqa: ARG003  # for subclasses
+        """What the bias of the logits starts at."""
+        return 0.0
+
 
 Kind = TypeVar("Kind", bound=type[Gate])
 
@@ -131,7 +136,23 @@ def register_gate(name: str) -> Callable[[Kind], Kind]:
 class SigmoidGate(Gate):
     """Soft MoA; with ``threshold``, Sparse MoA. Source: MoA, arXiv 2506.05928."""
 
-    options = frozenset({"threshold"})
+    options = frozenset({"initial_gate", "threshold"})
+
+    @classmethod
+    def problems(cls, config: RouterConfig) -> list[str]:
+        """What is wrong with the options, a sentence each."""
+        wrong = super().problems(config)
+        if config.initial_gate is not None and not 0 < config.initial_gate < 1:
+            wrong.append(f"initial_gate is {config.initial_gate}: it must lie in (0, 1)")
+        elif config.initial_gate not in (None, 0.5) and not config.bias:
+            wrong.append(f"initial_gate is {config.initial_gate}: it is set by the bias, and bias is false")
+        return wrong
+
+    @classmethod
+    def initial_logit(cls, config: RouterConfig) -> float:
+        """The logit of the initial gate."""
+        gate = 0.5 if config.initial_gate is None else config.initial_gate
+        return math.log(gate / (1 - gate))
 
     def __init__(self, inputs: int, num_experts: int, config: RouterConfig) -> None:
         super().__init__(inputs, num_experts, config)

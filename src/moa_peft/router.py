@@ -29,6 +29,11 @@ class LinearRouter(nn.Module):
         super().__init__()
         self.linear = zero_bias_linear(inputs, num_experts, bias=config.bias)
 
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that makes the logits."""
+        return self.linear
+
     def linears(self) -> tuple[nn.Linear, ...]:
         """What reads the router's input."""
         return (self.linear,)
@@ -56,6 +61,11 @@ class SwiGLURouter(nn.Module):
         self.w1 = zero_bias_linear(inputs, hidden, bias=config.bias)
         self.w2 = zero_bias_linear(hidden, num_experts, bias=config.bias)
         self.w3 = zero_bias_linear(inputs, hidden, bias=config.bias)
+
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that makes the logits."""
+        return self.w2
 
     def linears(self) -> tuple[nn.Linear, ...]:
         """What reads the router's input."""
@@ -137,6 +147,8 @@ class Router(nn.Module):
         kind = GATES[config.gate]
         assert issubclass(kind, Gate), "register_gate takes gates only"
         self.gate: Gate = kind(inputs, num_experts, config)
+        if config.bias:
+            nn.init.constant_(self.logits.last.bias, self.gate.initial_logit(config))
         self.balance = kind.default_balance if config.balance is None else config.balance
         self.has_losses = self.balance > 0 or bool(config.target and config.sparsity != 0)
         self.loss_scale: float | Tensor | None = None

@@ -63,6 +63,10 @@ class LinearExpert(nn.Module):
 
     starts_at_zero: ClassVar[bool] = True
     """Whether a fresh expert leaves the model bit-equal to the frozen one."""
+    undecayed: ClassVar[frozenset[str]] = frozenset()
+    """Parameters, beside biases, that weight decay must not shrink where it is selective: scales and prompts."""
+    lora_b: ClassVar[frozenset[str]] = frozenset()
+    """Parameters that are the B of a low-rank product, which LoRA+ trains at a rate of its own."""
 
     def change(self, x: Tensor, base: Tensor, gate: Tensor) -> Tensor:
         """Give the gated change of the site's output.
@@ -94,6 +98,10 @@ class AttentionExpert(nn.Module):
 
     starts_at_zero: ClassVar[bool] = True
     """Whether a fresh expert leaves the model bit-equal to the frozen one."""
+    undecayed: ClassVar[frozenset[str]] = frozenset()
+    """Parameters, beside biases, that weight decay must not shrink where it is selective: scales and prompts."""
+    lora_b: ClassVar[frozenset[str]] = frozenset()
+    """Parameters that are the B of a low-rank product, which LoRA+ trains at a rate of its own."""
 
     def change(self, site: "AttentionSite", query: Tensor, scaling: float, gate: Tensor) -> Tensor:
         """Give the gated change of the attention's output, before o_proj.

@@ -36,7 +36,10 @@ class DoraExpert(ExpertConfig):
     """Inner size of each low-rank change."""
 
     alpha: float = 8.0
-    """The low-rank change is scaled by alpha / rank."""
+    """The low-rank change is scaled by alpha / rank, or by alpha / sqrt(rank) with ``rslora``."""
+
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank), as rank-stabilized LoRA does (arXiv 2312.03732)."""
 
     def problems(self) -> list[str]:
         """What is wrong with the fields, a sentence each."""
@@ -46,6 +49,11 @@ class DoraExpert(ExpertConfig):
         if not self.alpha > 0:
             wrong.append(f"alpha is {self.alpha}: it must be above 0")
         return wrong
+
+    @property
+    def scale(self) -> float:
+        """What the low-rank product is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def site_names(self) -> tuple[str, ...]:
         """One expert at each target."""
@@ -61,7 +69,7 @@ class DoraExpert(ExpertConfig):
 
 
 class WeightDecomposedChange(LinearExpert):
-    """``gate * ((m / n - 1) W x + (m / n) s B A x)``, n = ``||W + s B A||`` of each row, s = ``alpha / rank``.
+    """``gate * ((m / n - 1) W x + (m / n) s B A x)``, n = ``||W + s B A||`` of each row, s = ``config.scale``.
 
     A [r, D_in] Kaiming-uniform, B [D_out, r] zero, m [D_out] the rows' lengths ``||W||`` at first; no gradient flows
     through n. n takes a pass over the whole frozen weight in each call, and memory for two copies of it in float32.
@@ -69,9 +77,12 @@ class WeightDecomposedChange(LinearExpert):
     Source: DoRA, arXiv 2402.09353, with the constant norm of its section 4.3; with the gate at 1 no departure.
     """
 
+    undecayed: ClassVar[frozenset[str]] = frozenset({"magnitude"})
+    lora_b: ClassVar[frozenset[str]] = frozenset({"B"})
+
     def __init__(self, config: DoraExpert, site: "LinearSite") -> None:
         super().__init__()
-        self.scale = config.alpha / config.rank
+        self.scale = config.scale
         self.slot = site.slot
         self.frozen = (site.module,)  # in a tuple it is no part of this module
         self.packed = is_packed(site.module)

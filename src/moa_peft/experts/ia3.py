@@ -51,6 +51,8 @@ class RescaledChange(LinearExpert):
     the factor l towards 1 and not towards 0.
     """
 
+    undecayed: ClassVar[frozenset[str]] = frozenset({"offset"})
+
     def __init__(self, site: "LinearSite") -> None:
         super().__init__()
         of_input = site.name == RESCALED_INPUT

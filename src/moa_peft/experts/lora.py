@@ -33,7 +33,10 @@ class LoraExpert(CopiedExpertConfig):
     """Inner size of each LoRA."""
 
     alpha: float = 8.0
-    """The change is scaled by alpha / rank."""
+    """The change is scaled by alpha / rank, or by alpha / sqrt(rank) with ``rslora``."""
+
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank), as rank-stabilized LoRA does (arXiv 2312.03732)."""
 
     dropout: float = 0.0
     """Share of the input's entries dropped while training, in [0, 1)."""
@@ -54,6 +57,11 @@ class LoraExpert(CopiedExpertConfig):
             wrong.append(f"dropout is {self.dropout}: it must lie in [0, 1)")
         return wrong
 
+    @property
+    def scale(self) -> float:
+        """What the low-rank product is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
     def site_names(self) -> tuple[str, ...]:
         """One expert at each target."""
         return tuple(self.targets)
@@ -64,17 +72,19 @@ class LoraExpert(CopiedExpertConfig):
 
 
 class LowRankChange(LinearExpert):
-    """``(alpha / rank) * sum_n gate_n B_n A_n x``: A [N * r, D_in] Kaiming-uniform, B [D_out, N * r] zero.
+    """``scale * sum_n gate_n B_n A_n x``: A [N * r, D_in] Kaiming-uniform, B [D_out, N * r] zero.
 
     The N copies are stacked, so that there are two products whatever N; with ``shared``, A is [r, D_in], one for all.
 
     Source: LoRA, arXiv 2106.09685; MoA, arXiv 2506.05928; shared: HydraLoRA, arXiv 2404.19245.
     """
 
+    lora_b: ClassVar[frozenset[str]] = frozenset({"B"})
+
     def __init__(self, config: LoraExpert, in_features: int, out_features: int) -> None:
         super().__init__()
         self.rank = config.rank
-        self.scale = config.alpha / config.rank
+        self.scale = config.scale
         self.dropout = config.dropout
         rows = config.rank if config.shared else config.num_experts * config.rank
         self.A = nn.Parameter(torch.empty(rows, in_features))

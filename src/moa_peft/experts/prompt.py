@@ -49,6 +49,8 @@ class PromptChange(AttentionExpert):
     of Gemma 2 is left out.
     """
 
+    undecayed: ClassVar[frozenset[str]] = frozenset({"vectors", "head_scale"})
+
     def __init__(self, config: PromptExpert, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.length = config.length

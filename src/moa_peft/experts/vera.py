@@ -66,6 +66,8 @@ class VectorChange(LinearExpert):
     B; here each size has matrices of its own. They come from torch's generator on the CPU, whatever the device.
     """
 
+    undecayed: ClassVar[frozenset[str]] = frozenset({"d", "b"})
+
     A: Tensor
     B: Tensor
 

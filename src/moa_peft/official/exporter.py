@@ -367,6 +367,10 @@ def _problems(config: MoAConfig) -> list[str]:
         if any(getattr(own, field) != getattr(loras[0], field) for own in loras):
             given = " and ".join(dict.fromkeys(str(getattr(own, field)) for own in loras))
             wrong.append(f"its LoRA have one {field} for all targets, these have {given}")
+    if any(own.rslora for own in loras):
+        wrong.append(
+            "its LoRA are scaled by alpha / rank, rslora is true: give alpha / rank as large instead"
+        )
     if parts.router is None and len(kinds) > 1:
         wrong.append(f"experts of several kinds ({', '.join(kinds)}) need a router of the block in it")
     if config.modules_to_save:

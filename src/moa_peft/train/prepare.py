@@ -141,6 +141,9 @@ def _build_trainer(
         processing_class=tokenizer,
         peft_config=build_peft_config(recipe),
     )
+    factors = {"router_lr_factor": recipe.router_lr_factor, "lora_b_lr_factor": recipe.lora_b_lr_factor}
+    given = {name: factor for name, factor in factors.items() if factor is not None}
+    trainer.lr_factors = given or None
     trainer.keep_checkpoints = recipe.to_mapping()["save_total_limit"]
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)

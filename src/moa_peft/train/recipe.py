@@ -1,6 +1,7 @@
 """A recipe: everything that a training run depends on, in one frozen value that can be written down and read back."""
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -110,6 +111,13 @@ class Recipe:
     validation_md5: str | None = None
     """MD5 of the rows of a validation source, as data_md5 is of the training rows; none for a share."""
 
+    router_lr_factor: float | None = None
+    """Times the learning rate for routers and thresholds. A number, 1 too, also ends weight decay on them, on biases,
+    prompts and scales; none leaves the trainer's own parameter groups."""
+
+    lora_b_lr_factor: float | None = None
+    """Times the learning rate for the B of each LoRA (LoRA+); none as for router_lr_factor."""
+
     seed: int = 0
     """Seed of the adapter's initial weights, the order of the rows, dropout and the held-out share."""
 
@@ -197,6 +205,11 @@ def _number_problems(recipe: Recipe) -> list[str]:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             problems.append(f"{name} is {value!r}: give a whole number of at least {least}")
+    for name in ("router_lr_factor", "lora_b_lr_factor"):
+        factor = getattr(recipe, name)
+        is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
+        if factor is not None and not (is_number and 0 < factor < math.inf):
+            problems.append(f"{name} is {factor!r}: give a number above 0, or leave it out")
     share = recipe.validation
     if isinstance(share, bool | int | float) and not (isinstance(share, float) and 0 < share < 1):
         problems.append(

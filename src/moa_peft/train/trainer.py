@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 from trl.trainer import utils as trl_forward
 from trl.trainer.sft_trainer import SFTTrainer
 
 from moa_peft.errors import UsageError
 from moa_peft.train import checkpoints
+from moa_peft.train.optimizer import parameter_groups
 from moa_peft.train.output_folder import disk_errors_named
 
 NEXT_STEP = "start a new run in another output_dir with a lower learning_rate, bf16 instead of fp16, or a lower max_grad_norm"
@@ -29,10 +30,12 @@ class AdapterTrainer(SFTTrainer):
         keep_checkpoints: Complete checkpoints to keep; None keeps all. The config's ``save_total_limit`` must be
             None, for the trainer would delete an old checkpoint before the new one is known to be complete.
         extra_figures: Gives more figures for the log at each logging step of training; None for none.
+        lr_factors: The factors of `parameter_groups`, by name; None for the trainer's own groups.
     """
 
     keep_checkpoints: int | None = None
     extra_figures: Callable[[], Mapping[str, float]] | None = None
+    lr_factors: Mapping[str, float] | None = None
 
     @property
     def wrapped(self) -> nn.Module:
@@ -52,6 +55,23 @@ class AdapterTrainer(SFTTrainer):
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
+
+    def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:  # type: ignore[override]  # the factors are the instance's
+        """Choose the optimizer as the trainer does, with the parameter groups that `lr_factors` ask for."""
+        kind, settings = super().get_optimizer_cls_and_kwargs(args, model)
+        if self.lr_factors is not None:
+            if not issubclass(kind, torch.optim.Optimizer) or settings.keys() & {
+                "params",
+                "model",
+                "optimizer_dict",
+            }:
+                raise UsageError(
+                    f"optim is {args.optim}: it groups the parameters itself, so {' and '.join(self.lr_factors)} would have "
+                    "no effect; choose optim adamw_torch, or leave the factors out"
+                )
+            rates = {"learning_rate": args.learning_rate, "weight_decay": args.weight_decay}
+            settings["params"] = parameter_groups(model, **rates, **self.lr_factors)
+        return kind, settings
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the loss as TRL does.
