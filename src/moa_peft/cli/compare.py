@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +16,7 @@ from moa_peft.compare.cells import percent, run_name
 from moa_peft.compare.config import Method, StudyConfig
 from moa_peft.compare.extras import REPORT_PACKAGES, has, need
 from moa_peft.compare.plan import rate_text
+from moa_peft.errors import UsageError, unknown
 from moa_peft.train.field_docs import field_docs
 from moa_peft.train.merge import merge
 
@@ -51,6 +52,10 @@ def compare_help() -> str:
 def compare(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="YAML file with the study.")] = None,
+    domain: Annotated[
+        str | None,
+        typer.Option(help="Only this one of the study's domains; all of them, one by one, without."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan.")] = False,
     use_ray: Annotated[
         bool, typer.Option("--ray", help="Do runs in parallel processes through Ray (extra: ray).")
@@ -66,23 +71,58 @@ def compare(
 ) -> None:
     """Compare methods."""
     settings = load_yaml(config) if config is not None else {}
-    study_config = StudyConfig.from_mapping(merge(settings, parse_flags(context.args)))
     say = partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
 
     from moa_peft.compare.report import read_summary, write_report
 
-    if not report_only:
-        cpus = cpus_per_run if use_ray else None
-        run_all(study_config, say, dry_run=dry_run, retry_failed=retry_failed, as_json=as_json, ray_cpus=cpus)
-    if dry_run:
-        return
     has_report = report_only or all(map(has, REPORT_PACKAGES))  # a machine that computes needs no plots
-    summary = write_report(study_config) if has_report else read_summary(study_config)
-    say(outcome_text(summary, has_report=has_report))
-    if as_json:
-        print(json.dumps(as_object(summary)))
-    if summary.failures:
+    has_failed = False
+    for study_config in studies_of(settings, parse_flags(context.args), domain):
+        if not report_only:
+            cpus = cpus_per_run if use_ray else None
+            run_all(
+                study_config, say, dry_run=dry_run, retry_failed=retry_failed, as_json=as_json, ray_cpus=cpus
+            )
+        if dry_run:
+            continue
+        summary = write_report(study_config) if has_report else read_summary(study_config)
+        say(outcome_text(summary, has_report=has_report))
+        if as_json:
+            print(json.dumps(as_object(summary)))
+        has_failed |= bool(summary.failures)
+    if has_failed:
         raise typer.Exit(1)
+
+
+def studies_of(
+    settings: Mapping[str, Any], flags: Mapping[str, Any], domain: str | None = None
+) -> list[StudyConfig]:
+    """The studies of a file: one, or one for each of its ``domains``, with changes and a folder of its own in ``out``.
+
+    Args:
+        settings: The file's.
+        flags: What goes over them, over the changes of a domain too.
+        domain: The only domain wanted; None for all.
+
+    Raises:
+        UsageError: If a value is wrong, or there is no such domain.
+    """
+    shared = {key: value for key, value in settings.items() if key != "domains"}
+    domains = settings.get("domains")
+    if domains is None and domain is None:
+        return [StudyConfig.from_mapping(merge(shared, flags))]
+    if not isinstance(domains, Mapping) or not all(isinstance(one, Mapping) for one in domains.values()):
+        raise UsageError(f"domains is {domains!r}: give a mapping of names, each to the keys that it changes")
+    if domain is not None and domain not in domains:
+        raise UsageError(unknown("domain", domain, domains))
+    found = []
+    for name, changes in domains.items():
+        if domain in (None, name):
+            whole = merge(merge(shared, changes), flags)
+            found.append(
+                StudyConfig.from_mapping({**whole, "out": f"{whole.get('out', 'runs/study')}/{name}"})
+            )
+    return found
 
 
 def run_all(

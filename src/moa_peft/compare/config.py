@@ -12,8 +12,9 @@ from moa_peft.compare.forms import wrong_entries, wrong_fields, wrong_names, wro
 from moa_peft.config import from_mapping
 from moa_peft.data.templates import Template
 from moa_peft.errors import UsageError, unknown
+from moa_peft.evaluate.options import Mode
 from moa_peft.paths import expanded
-from moa_peft.train.recipe import REFUSED, TRAINER_DEFAULTS, own_fields
+from moa_peft.train.recipe import FACTORS, REFUSED, TRAINER_DEFAULTS, factor_problems, own_fields
 
 FROZEN = "frozen"
 """Label of the base model without an adapter, which every study evaluates."""
@@ -59,6 +60,12 @@ class Method:
 
     trainer: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `trl.SFTConfig` for this method alone; not its epochs, steps, learning rate, batch or order of rows."""
+
+    router_lr_factor: float | None = None
+    """Times the learning rate for routers, as in a recipe."""
+
+    lora_b_lr_factor: float | None = None
+    """Times the learning rate for the B of each LoRA, as in a recipe."""
 
     def __post_init__(self) -> None:
         if not self.label:
@@ -106,8 +113,18 @@ class StudyConfig:
     learning_rates: Sequence[float] = (7.5e-4,)
     """Learning rates, the same for every method; the best on the validation rows is chosen for each method."""
 
+    most_rates: int | None = None
+    """Learning rates that each method may try in all: while its choice lies at an end of those tried, twice or half of it
+    is tried too. None tries those of the list alone."""
+
     tuning_seeds: Sequence[int] = (0,)
     """Seeds that the learning rates are tried with."""
+
+    tuning_limit: int | None = None
+    """Training rows while learning rates are tried, from the start of the file; None for those of train_limit."""
+
+    finalists: Sequence[str] | None = None
+    """Labels of the methods that are run with every seed and tested; None for all, [] to only try learning rates."""
 
     choose_by: ChooseBy = "answer_loss"
     """What chooses: the lowest "answer_loss" or the highest "accuracy" on the validation rows, mean over tuning_seeds."""
@@ -123,6 +140,9 @@ class StudyConfig:
 
     draw_seed: int = 0
     """Seed of these draws. A smaller draw is part of a larger one."""
+
+    mode: Mode | None = None
+    """How tests are scored, as `moa evaluate --mode` has it; "likelihood" takes of tests without choices the loss alone."""
 
     template: Template = "paper"
     """How a row becomes text."""
@@ -146,6 +166,7 @@ class StudyConfig:
         for name, given, known in (
             ("template", self.template, get_args(Template)),
             ("choose_by", self.choose_by, get_args(ChooseBy)),
+            ("mode", "likelihood" if self.mode is None else self.mode, get_args(Mode)),
         ):
             if given not in known:
                 problems.append(unknown(name, str(given), known))
@@ -193,6 +214,16 @@ class StudyConfig:
         """The tests with commas between."""
         return self.tasks if isinstance(self.tasks, str) else ",".join(self.tasks)
 
+    @property
+    def has_tuning(self) -> bool:
+        """Whether learning rates are tried."""
+        return len(self.learning_rates) > 1 or (self.most_rates or 1) > 1
+
+    @property
+    def short_rows(self) -> int | None:
+        """The training rows of a tuning run where they are fewer than a final run's; None for as many."""
+        return None if self.tuning_limit == self.train_limit else self.tuning_limit
+
     def labels(self) -> list[str]:
         """The methods' labels, in their order."""
         return [one.label for one in self.methods]
@@ -219,6 +250,8 @@ def _form_problems(config: StudyConfig) -> list[str]:
         one for name, md5 in config.data_md5.items() for one in wrong_text(f"data_md5.{name}", md5)
     ]
     problems += wrong_fields("trainer", config.trainer)
+    if config.finalists is not None and config.finalists != []:
+        problems += wrong_names("finalists", config.finalists)
     for one in config.methods:
         problems += wrong_text("label", one.label) + wrong_text("method", one.method)
         problems += wrong_fields(f"{one.label}: mixture", one.mixture)
@@ -228,10 +261,17 @@ def _form_problems(config: StudyConfig) -> list[str]:
 
 def _number_problems(config: StudyConfig) -> list[str]:
     problems: list[str] = []
-    least = {"train_limit": 1, "validation_limit": 1, "test_limit": 1, "draw_seed": 0, "max_length": 2}
-    for name, low in (least | {"batch_size": 1, "router_prompts": 0}).items():
+    limits = ("train_limit", "tuning_limit", "validation_limit", "test_limit", "most_rates")
+    least = {
+        **dict.fromkeys(limits, 1),
+        "draw_seed": 0,
+        "max_length": 2,
+        "batch_size": 1,
+        "router_prompts": 0,
+    }
+    for name, low in least.items():
         value = getattr(config, name)
-        if value is None and name.endswith("limit"):
+        if value is None and name in limits:
             continue
         if type(value) is not int or value < low:
             problems.append(f"{name} is {value!r}: give a whole number of at least {low}")
@@ -241,6 +281,15 @@ def _number_problems(config: StudyConfig) -> list[str]:
             problems.append(f"{name} is {values!r}: give a list of whole numbers from 0")
         elif len(set(values)) < len(values):
             problems.append(f"{name} is {list(values)}: give each seed once")
+    if _is_below(config.train_limit, config.tuning_limit):
+        problems.append(
+            f"tuning_limit is {config.tuning_limit}: give at most train_limit, {config.train_limit}"
+        )
+    return problems + _rate_problems(config)
+
+
+def _rate_problems(config: StudyConfig) -> list[str]:
+    problems: list[str] = []
     rates = config.learning_rates
     if not _is_list(rates) or any(
         type(one) not in (int, float) or not 0 < one <= sys.float_info.max for one in rates
@@ -248,6 +297,8 @@ def _number_problems(config: StudyConfig) -> list[str]:
         problems.append(f"learning_rates is {rates!r}: give a list of numbers above 0")
     elif len(set(rates)) < len(rates):
         problems.append(f"learning_rates is {list(rates)}: give each rate once")
+    elif type(config.most_rates) is int and config.most_rates < len(rates):
+        problems.append(f"most_rates is {config.most_rates}: learning_rates has {len(rates)} already")
     return problems
 
 
@@ -263,6 +314,10 @@ def _method_problems(config: StudyConfig) -> list[str]:
             problems.append(f"the label {label!r} stands twice: give each entry a label of its own")
     if config.baseline not in labels:
         problems.append(unknown("baseline", str(config.baseline), labels))
+    problems += [unknown("finalist", one, labels) for one in config.finalists or () if one not in labels]
+    for one in config.methods:
+        for name in FACTORS:
+            problems += [f"{one.label}: {wrong}" for wrong in factor_problems(name, getattr(one, name))]
     return problems
 
 
@@ -312,6 +367,10 @@ def _batch(trainer: Mapping[str, Any]) -> int | None:
     """The rows of a step; None where they are no numbers, which `check_trainer` says."""
     parts = [trainer[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
     return math.prod(parts) if all(type(one) is int for one in parts) else None
+
+
+def _is_below(most: object, given: object) -> bool:
+    return isinstance(most, int) and isinstance(given, int) and most < given
 
 
 def _is_list(values: object) -> bool:

@@ -35,6 +35,8 @@ class StudyData:
 
     train: RowSet
     """The training rows, which each run reads for itself."""
+    short: RowSet
+    """Those of them that learning rates are tried with; all of them unless the study says fewer."""
     validation: Task
     """The rows that the learning rate is chosen on."""
     tests: tuple[Task, ...]
@@ -55,7 +57,10 @@ def load_data(config: StudyConfig) -> StudyData:
             in a test or in both.
     """
     source = source_of(config, config.data)
-    train = load_task(source, split="train", limit=config.train_limit, name="train")
+    train, short = (
+        load_task(source, split="train", limit=limit, name="train")
+        for limit in (config.train_limit, config.short_rows or config.train_limit)
+    )
     held_out = load_task(
         source if config.validation is None else source_of(config, config.validation),
         split=VALIDATION,
@@ -65,9 +70,11 @@ def load_data(config: StudyConfig) -> StudyData:
     whole = load_tasks(config.task_names(), data_root=root)
     check_files([train, held_out, *whole], config)
     validation = draw(held_out, config.validation_limit, config.draw_seed)
+    whole = [rest_of(one, validation) if one.file_md5 == held_out.file_md5 else one for one in whole]
     check_apart(train, validation, whole)
     return StudyData(
         train=row_set(train, config.data),
+        short=row_set(short, config.data),
         validation=validation,
         tests=tuple(draw(one, config.test_limit, config.draw_seed) for one in whole),
     )
@@ -107,6 +114,22 @@ def draw(task: Task, limit: int | None, seed: int) -> Task:
     return dataclasses.replace(
         task, questions=tuple(task.questions[place] for place in sorted(order[:limit]))
     )
+
+
+def rest_of(test: Task, validation: Task) -> Task:
+    """What a test of the validation rows' own file has beside the rows drawn for validation.
+
+    Raises:
+        UsageError: If nothing is left.
+    """
+    chosen = {row_key(one.row) for one in validation.questions}
+    rest = tuple(one for one in test.questions if row_key(one.row) not in chosen)
+    if not rest:
+        raise UsageError(
+            f"the test {test.name} is the file of the validation rows, and all of them are used for validation: give a "
+            "validation_limit below their number, or leave the test out"
+        )
+    return dataclasses.replace(test, questions=rest)
 
 
 def check_files(tasks: Sequence[Task], config: StudyConfig) -> None:

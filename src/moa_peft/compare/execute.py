@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from moa_peft.compare.config import FROZEN, Method, StudyConfig
-from moa_peft.compare.data import StudyData, questions_md5, source_of
+from moa_peft.compare.data import RowSet, StudyData, questions_md5, source_of
 from moa_peft.compare.folder import TRAINING_FILE
 from moa_peft.compare.measure import StepLog, peak_memory_mib, start_peak_memory, step_time
 from moa_peft.compare.plan import Job, recipe_of
@@ -62,6 +62,11 @@ class Order:
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.config.out) / "runs" / self.job.run.name
+
+    @property
+    def rows(self) -> RowSet:
+        """The rows that the run is trained on."""
+        return self.data.train if self.job.run.rows is None else self.data.short
 
     @property
     def dtype(self) -> str | None:
@@ -163,7 +168,7 @@ def run_recipe(order: Order) -> Recipe:
         config,
         order.job.run,
         data=source_of(config, config.data),
-        data_md5=order.data.train.md5,
+        data_md5=order.rows.md5,
         folder=str(order.folder),
     )
     if order.progress:
@@ -194,6 +199,7 @@ def score(order: Order) -> dict[str, Any]:
     )
     check_base(order, identity)
     options = EvaluationOptions(
+        mode=config.mode,
         template=config.template,
         batch_size=config.batch_size,
         out=order.folder / "evaluation",
@@ -233,6 +239,7 @@ def as_scores(task: Task, result: Any) -> Scores:
         answer_loss=row.answer_loss,
         answer_loss_standard_error=row.answer_loss_standard_error,
         correct="".join("1" if one else "0" for one in result.correct()),
+        losses=[float(f"{one:.6g}") for one in result.losses()],
     )
 
 
@@ -259,7 +266,7 @@ def describe(order: Order, found: Mapping[str, Any], failure: str | None) -> Run
         "template": config.template,
         "max_length": config.max_length,
         "draw_seed": config.draw_seed,
-        "train": order.data.train,
+        "train": order.rows,
         **provenance(),
         "command": order.command,
     }

@@ -10,7 +10,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from moa_peft.compare.config import StudyConfig
-from moa_peft.compare.plan import method_settings, possible_runs, recipe_of
+from moa_peft.compare.data import StudyData, source_of
+from moa_peft.compare.plan import Run, method_settings, recipe_of
 from moa_peft.compare.rows import RESULTS_FILE, RunRow
 from moa_peft.errors import UsageError
 from moa_peft.json_lines import append_rows, drop_torn_line
@@ -85,22 +86,24 @@ def check_same_study(
         )
 
 
-def check_run_folders(config: StudyConfig, train_source: str, train_md5: str) -> None:
+def check_run_folders(config: StudyConfig, runs: Sequence[Run], data: StudyData) -> None:
     """See that the folders of the runs hold what this config trains: rows and settings may be gone, weights not.
 
     Args:
         config: The study as it is given now.
-        train_source: Source of the training rows.
-        train_md5: Their MD5.
+        runs: Every run that it may come to.
+        data: Its rows.
 
     Raises:
         UsageError: If a run there was trained, or begun, with other settings.
     """
-    for run in possible_runs(config):
+    source = source_of(config, config.data)
+    for run in runs:
         folder = Path(config.out) / "runs" / run.name
         if not any((folder / name).exists() for name in (RECIPE_FILE, TRAINING_FILE)):
             continue
-        recipe = recipe_of(config, run, data=train_source, data_md5=train_md5, folder=str(folder))
+        rows = data.train if run.rows is None else data.short
+        recipe = recipe_of(config, run, data=source, data_md5=rows.md5, folder=str(folder))
         anew = "delete that folder to train it anew, or give another --out"
         if not (folder / RECIPE_FILE).exists():
             raise UsageError(f"{folder} holds {TRAINING_FILE} without {RECIPE_FILE}: {anew}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from moa_peft.compare.config import FROZEN, Method, StudyConfig
 from moa_peft.compare.rows import RunRow, Stage
-from moa_peft.train.recipe import Recipe
+from moa_peft.train.recipe import FACTORS, Recipe
 from moa_peft.train.resumption import FREE_ON_RESUME
 from moa_peft.train.settings import trainer_fields
 
@@ -26,13 +26,16 @@ class Run:
     """The learning rate."""
     seed: int | None = None
     """The seed."""
+    rows: int | None = None
+    """Training rows where they are fewer than the study's, as while learning rates are tried; None for those."""
 
     @property
     def name(self) -> str:
         """Name of the run's folder."""
         if self.learning_rate is None:
             return self.label
-        return f"{self.label}-lr{rate_text(self.learning_rate)}-seed{self.seed}"
+        rows = "" if self.rows is None else f"-rows{self.rows}"
+        return f"{self.label}-lr{rate_text(self.learning_rate)}-seed{self.seed}{rows}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +78,7 @@ def shared_settings(config: StudyConfig, train_md5: str, validation_md5: str) ->
         "draw_seed": config.draw_seed,
         "train_md5": train_md5,
         "validation_md5": validation_md5,
+        **({} if config.mode is None else {"mode": config.mode}),
         **{f"trainer.{key}": value for key, value in sorted(trainer.items())},
     }
 
@@ -82,7 +86,14 @@ def shared_settings(config: StudyConfig, train_md5: str, validation_md5: str) ->
 def method_settings(method: Method) -> dict[str, Any]:
     """All of a method's entry that decides its runs."""
     trainer = {key: value for key, value in sorted(method.trainer.items()) if _decides(key)}
-    return {"method": method.method, "mixture": _plain(method.mixture), "trainer": trainer}
+    return {"method": method.method, "mixture": _plain(method.mixture), "trainer": trainer} | factors_of(
+        method
+    )
+
+
+def factors_of(method: Method) -> dict[str, float]:
+    """The factors on learning rates that a method has."""
+    return {name: factor for name in FACTORS if (factor := getattr(method, name)) is not None}
 
 
 def run_hash(shared: Mapping[str, Any], run: Run) -> str:
@@ -96,7 +107,8 @@ def run_hash(shared: Mapping[str, Any], run: Run) -> str:
         16 hexadecimal digits.
     """
     entry = None if run.method is None else method_settings(run.method)
-    text = json.dumps([shared, entry, run.learning_rate, run.seed], sort_keys=True)
+    rows = [] if run.rows is None else [run.rows]
+    text = json.dumps([shared, entry, run.learning_rate, run.seed, *rows], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -122,29 +134,82 @@ def recipe_of(config: StudyConfig, run: Run, *, data: str, data_md5: str, folder
         "data": data,
         "data_split": "train",
         "data_md5": data_md5,
-        "limit": config.train_limit,
+        "limit": run.rows or config.train_limit,
         "output_dir": folder,
         "method": run.method.method,
         "mixture": _plain(run.method.mixture),
         "template": config.template,
         "max_length": config.max_length,
         "seed": run.seed,
+        **factors_of(run.method),
         **config.trainer_of(run.method),
         "learning_rate": run.learning_rate,
     }
     return Recipe.from_mapping(settings, trainer_fields())
 
 
-def tuning_runs(config: StudyConfig) -> list[Run]:
-    """The runs that choose a learning rate for each method; none where there is nothing to choose."""
-    if len(config.learning_rates) == 1:
+def tuning_runs(config: StudyConfig, tried: Mapping[str, Sequence[float]] | None = None) -> list[Run]:
+    """The runs that choose a learning rate for each method; none where there is nothing to choose.
+
+    Args:
+        config: The study.
+        tried: The learning rates of each method by label, from `tried_rates`; None for those of the list.
+    """
+    tried = tried or {one.label: [float(rate) for rate in config.learning_rates] for one in config.methods}
+    if not config.has_tuning:
         return []
     return [
-        Run(label=one.label, method=one, learning_rate=float(rate), seed=seed)
+        _tuning_run(config, one, rate, seed)
         for seed in config.tuning_seeds
         for one in config.methods
-        for rate in config.learning_rates
+        for rate in tried[one.label]
     ]
+
+
+def _tuning_run(config: StudyConfig, method: Method, rate: float, seed: int) -> Run:
+    return Run(label=method.label, method=method, learning_rate=rate, seed=seed, rows=config.short_rows)
+
+
+def tried_rates(
+    config: StudyConfig, shared: Mapping[str, Any], rows: Sequence[RunRow]
+) -> dict[str, list[float]]:
+    """The learning rates of each method: the list's, and those added while its choice lies at an end.
+
+    Args:
+        config: The study.
+        shared: From `shared_settings`.
+        rows: What is done; a rate is added once all before it are done.
+
+    Returns:
+        By label, the list's own in its order and those added behind them; at most ``most_rates``.
+    """
+    done = {row.config_hash: row for row in rows if row.stage == "tuning"}
+    found: dict[str, list[float]] = {}
+    for method in config.methods:
+        rates = found[method.label] = [float(one) for one in config.learning_rates]
+        while len(rates) < (config.most_rates or 0):
+            best = _best(_tuning_rows(config, shared, method, rates, done), config.choose_by)
+            if best is None or min(rates) < best < max(rates):
+                break
+            rates.append(best / 2 if best == min(rates) else best * 2)
+    return found
+
+
+def _tuning_rows(
+    config: StudyConfig,
+    shared: Mapping[str, Any],
+    method: Method,
+    rates: Sequence[float],
+    done: Mapping[str, RunRow],
+) -> dict[float, list[RunRow | None]]:
+    """The rows of a method's tuning runs by learning rate, seed by seed; None for one that is not done."""
+    return {
+        rate: [
+            done.get(run_hash(shared, _tuning_run(config, method, rate, seed)))
+            for seed in config.tuning_seeds
+        ]
+        for rate in rates
+    }
 
 
 def final_runs(config: StudyConfig, chosen: Mapping[str, float | None]) -> list[Run]:
@@ -160,27 +225,34 @@ def final_runs(config: StudyConfig, chosen: Mapping[str, float | None]) -> list[
     runs = [Run(label=FROZEN)]
     for seed in config.seeds:
         for one in config.methods:
-            rate = chosen.get(one.label)
+            rate = chosen.get(one.label) if is_finalist(config, one) else None
             if rate is not None:
                 runs.append(Run(label=one.label, method=one, learning_rate=rate, seed=seed))
     return runs
 
 
-def possible_runs(config: StudyConfig) -> list[Run]:
-    """Every run of a method that the study may come to, whichever learning rates are chosen."""
-    return [
-        Run(label=one.label, method=one, learning_rate=float(rate), seed=seed)
+def is_finalist(config: StudyConfig, method: Method) -> bool:
+    """Whether a method is run with every seed and tested."""
+    return config.finalists is None or method.label in config.finalists
+
+
+def possible_runs(config: StudyConfig, tried: Mapping[str, Sequence[float]]) -> list[Run]:
+    """Every run of a method that the study may come to, whichever of the learning rates tried are chosen."""
+    final = [
+        Run(label=one.label, method=one, learning_rate=rate, seed=seed)
         for seed in dict.fromkeys((*config.tuning_seeds, *config.seeds))
         for one in config.methods
-        for rate in config.learning_rates
+        for rate in tried[one.label]
     ]
+    return list({run.name: run for run in (*tuning_runs(config, tried), *final)}.values())
 
 
 def needs_training(config: StudyConfig, job: "Job") -> bool:
-    """Whether a job trains; the base model does not, nor does the chosen run of a tuning seed, which is used again."""
+    """Whether a job trains; the base model does not, nor does a tuning seed's run where tuning had as many rows."""
     if job.run.method is None:
         return False
-    return job.stage == "tuning" or len(config.learning_rates) == 1 or job.run.seed not in config.tuning_seeds
+    is_tuned = config.has_tuning and config.short_rows is None and job.run.seed in config.tuning_seeds
+    return job.stage == "tuning" or not is_tuned
 
 
 def choose_rates(
@@ -197,15 +269,14 @@ def choose_rates(
         By label the rate with the best mean over the tuning seeds, the smallest of equals; one that failed with any of
         them is out. None while a tuning run is missing, or when all failed.
     """
-    if len(config.learning_rates) == 1:
+    if not config.has_tuning:
         return dict.fromkeys(config.labels(), float(config.learning_rates[0]))
     done = {row.config_hash: row for row in rows if row.stage == "tuning"}
-    tried: dict[str, dict[float, list[RunRow | None]]] = {}
-    for run in tuning_runs(config):
-        assert run.learning_rate is not None
-        rates = tried.setdefault(run.label, {})
-        rates.setdefault(run.learning_rate, []).append(done.get(run_hash(shared, run)))
-    return {label: _best(rates, config.choose_by) for label, rates in tried.items()}
+    tried = tried_rates(config, shared, rows)
+    return {
+        one.label: _best(_tuning_rows(config, shared, one, tried[one.label], done), config.choose_by)
+        for one in config.methods
+    }
 
 
 def _best(tried: Mapping[float, Sequence[RunRow | None]], choose_by: str) -> float | None:

@@ -40,6 +40,8 @@ class Scores:
     """Of that mean."""
     correct: str
     """A 1 for each scored question answered rightly, a 0 for each other, in the order of the questions."""
+    losses: Sequence[float] = ()
+    """The reference answers' losses, nats a token, to six digits, question by question; none in older rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

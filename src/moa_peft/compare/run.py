@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moa_peft.compare.config import StudyConfig
-from moa_peft.compare.data import StudyData, load_data, questions_md5, source_of
+from moa_peft.compare.data import StudyData, load_data, questions_md5
 from moa_peft.compare.execute import Order, execute, reads_bf16
 from moa_peft.compare.folder import append_row, check_run_folders, check_same_study, claimed, write_study
 from moa_peft.compare.methods import check_methods
@@ -20,11 +20,13 @@ from moa_peft.compare.plan import (
     final_runs,
     needs_training,
     pending,
+    possible_runs,
     run_hash,
     shared_settings,
+    tried_rates,
     tuning_runs,
 )
-from moa_peft.compare.rows import RunRow, read_results
+from moa_peft.compare.rows import RunRow, Stage, read_results
 
 Pool = Callable[[Sequence[Order]], Iterator[tuple[Order, RunRow]]]
 """Does orders and gives each with its row as it ends."""
@@ -58,12 +60,13 @@ class Study:
             UsageError: If it does.
         """
         check_same_study(self.folder, self.config, self.shared, self.tests, rows)
-        check_run_folders(self.config, source_of(self.config, self.config.data), self.data.train.md5)
+        possible = possible_runs(self.config, tried_rates(self.config, self.shared, rows))
+        check_run_folders(self.config, possible, self.data)
 
     def jobs(self, stage: str, rows: Sequence[RunRow], *, retry_failed: bool = False) -> list[Job]:
         """What is left of a stage."""
         if stage == "tuning":
-            runs = tuning_runs(self.config)
+            runs = tuning_runs(self.config, tried_rates(self.config, self.shared, rows))
             return pending(runs, "tuning", rows, shared=self.shared, retry_failed=retry_failed)
         runs = final_runs(self.config, choose_rates(self.config, self.shared, rows))
         names = list(self.tests)
@@ -144,8 +147,7 @@ def run_study(
         study.check_folder(rows)  # another call may have worked here since the study was opened
         write_study(study.folder, study.config, study.shared, study.tests)
         pace = Pace(planned(study, rows, retry_failed=retry_failed), at_once=at_once)
-        for stage, again in (("tuning", retry_failed), ("final", retry_failed), ("final", False)):
-            # the last time for tests that a run had with other weights, before it was trained anew for a new test
+        for stage, again in stages(study.config, retry_failed=retry_failed):
             jobs = study.jobs(stage, rows, retry_failed=again)
             orders = study.orders(jobs, rows, progress=progress)
             for order, row in (pool or one_by_one(say, pace))(orders):
@@ -153,6 +155,17 @@ def run_study(
                 say(pace.done(row, needs_training=needs_training(study.config, order.job)))
             rows = read_results(study.folder)
         return rows
+
+
+def stages(config: StudyConfig, *, retry_failed: bool) -> list[tuple[Stage, bool]]:
+    """The stages in their order, each with whether runs that failed are done again in it.
+
+    Learning rates are tried once for the list, and once for each rate that may be added. The final stage comes twice:
+    for tests that a run had with other weights, before it was trained anew for a new test.
+    """
+    added = max(0, (config.most_rates or 0) - len(config.learning_rates))
+    order: list[tuple[Stage, bool]] = [("tuning", place == 0 and retry_failed) for place in range(1 + added)]
+    return [*order, ("final", retry_failed), ("final", False)]
 
 
 def one_by_one(say: Callable[[str], None], pace: Pace) -> Pool:

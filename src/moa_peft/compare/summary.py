@@ -9,7 +9,15 @@ from typing import Any
 
 from moa_peft.compare.config import FROZEN, StudyConfig
 from moa_peft.compare.figures import Answers, Difference, Estimate, difference, estimate, mean_share, share
-from moa_peft.compare.plan import Run, choose_rates, final_runs, run_hash, tuning_runs
+from moa_peft.compare.plan import (
+    Run,
+    choose_rates,
+    final_runs,
+    is_finalist,
+    run_hash,
+    tried_rates,
+    tuning_runs,
+)
 from moa_peft.compare.rows import RunRow, Stage
 
 
@@ -79,13 +87,15 @@ def summarise(
     tuning: dict[tuple[str, float], tuple[RunRow | None, ...]] = {}
     missing: list[str] = []
     used: list[RunRow] = []
-    for run in tuning_runs(config):
+    tried = tuning_runs(config, tried_rates(config, shared, rows))
+    for run in tried:
         assert run.learning_rate is not None, "only methods are tuned"
         row = done("tuning", run)
         key = (run.label, run.learning_rate)
         tuning[key] = (*tuning.get(key, ()), row)
         used += [row] if row is not None else []
         missing += [] if row is not None else [f"{run.name}, tried on validation rows"]
+    finalists = [one.label for one in config.methods if is_finalist(config, one)]
     found: dict[str, list[RunRow]] = {label: [] for label in (FROZEN, *config.labels())}
     for run in final_runs(config, chosen):
         row = done("final", run)
@@ -97,7 +107,7 @@ def summarise(
         f"{label}, seed {seed}: no learning rate is chosen"
         for label in config.labels()
         for seed in config.seeds
-        if chosen[label] is None
+        if chosen[label] is None and label in finalists
     ]
     return StudySummary(
         config=config,
@@ -110,7 +120,7 @@ def summarise(
         failures=tuple(row for row in used if row.failed(tests)),
         missing=tuple(missing),
         rows=tuple(used),
-        planned=len(tuning_runs(config)) + 1 + len(config.methods) * len(config.seeds),
+        planned=len(tried) + 1 + len(finalists) * len(config.seeds),
     )
 
 

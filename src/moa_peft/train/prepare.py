@@ -21,7 +21,7 @@ from moa_peft.train.method import build_peft_config
 from moa_peft.train.outcome import Plan
 from moa_peft.train.output_folder import claim
 from moa_peft.train.progress import ProgressLines, StepClock
-from moa_peft.train.recipe import Recipe
+from moa_peft.train.recipe import FACTORS, Recipe
 from moa_peft.train.resumption import find_resumption
 from moa_peft.train.router_figures import RouterFigures
 from moa_peft.train.rows import TrainingRows, encode, read_rows
@@ -141,8 +141,7 @@ def _build_trainer(
         processing_class=tokenizer,
         peft_config=build_peft_config(recipe),
     )
-    factors = {"router_lr_factor": recipe.router_lr_factor, "lora_b_lr_factor": recipe.lora_b_lr_factor}
-    given = {name: factor for name, factor in factors.items() if factor is not None}
+    given = {name: factor for name in FACTORS if (factor := getattr(recipe, name)) is not None}
     trainer.lr_factors = given or None
     trainer.keep_checkpoints = recipe.to_mapping()["save_total_limit"]
     for callback in (ProgressCallback, PrinterCallback):

@@ -56,6 +56,9 @@ REFUSED: Mapping[str, str] = {
 """Fields of `trl.SFTConfig` that have no meaning here, and what to do instead."""
 
 
+FACTORS = ("router_lr_factor", "lora_b_lr_factor")
+"""Keys of a recipe that are arguments of `parameter_groups`."""
+
 _SHORT: Mapping[str, str] = {
     "lr": "learning_rate",
     "epochs": "num_train_epochs",
@@ -191,6 +194,14 @@ def unknown_key(given: str, own: Collection[str], trainer_fields: Collection[str
     return f"unknown recipe key {given!r}: {hint}known: {', '.join(own)}, and every field of trl.SFTConfig"
 
 
+def factor_problems(name: str, factor: object) -> list[str]:
+    """Say that a factor on a learning rate is neither None nor a number above 0."""
+    is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
+    if factor is None or (is_number and 0 < factor < math.inf):
+        return []
+    return [f"{name} is {factor!r}: give a number above 0, or leave it out"]
+
+
 def _text_problems(recipe: Recipe) -> list[str]:
     values = {name: getattr(recipe, name) for name in ("data", "output_dir", "model", "method")}
     wrong = {name: value for name, value in values.items() if not isinstance(value, str) or not value}
@@ -205,11 +216,8 @@ def _number_problems(recipe: Recipe) -> list[str]:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             problems.append(f"{name} is {value!r}: give a whole number of at least {least}")
-    for name in ("router_lr_factor", "lora_b_lr_factor"):
-        factor = getattr(recipe, name)
-        is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
-        if factor is not None and not (is_number and 0 < factor < math.inf):
-            problems.append(f"{name} is {factor!r}: give a number above 0, or leave it out")
+    for name in FACTORS:
+        problems += factor_problems(name, getattr(recipe, name))
     share = recipe.validation
     if isinstance(share, bool | int | float) and not (isinstance(share, float) and 0 < share < 1):
         problems.append(
