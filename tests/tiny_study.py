@@ -63,7 +63,7 @@ def tables(folder: Path) -> str:
     """The report of a study without its costs."""
     text = (folder / "report.md").read_text(encoding="utf-8")
     before, rest = text.split("## Cost\n")
-    return before + rest[rest.index("## Learning rates") :]
+    return before + rest[rest.index("## Choices" if "## Choices" in rest else "## Learning rates") :]
 
 
 def made_up_row(order: Order, correct: str = "10", **found: Any) -> RunRow:

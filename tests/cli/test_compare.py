@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from moa_peft.cli.compare import compare
 from moa_peft.cli.train import ANY_FIELD
 from moa_peft.compare import extras
-from moa_peft.compare.config import Method, StudyConfig
+from moa_peft.compare.config import Method, StudyConfig, studies_of
 from moa_peft.errors import UsageError
 from moa_peft.json_lines import append_rows, read_rows
 from tiny_study import write_study
@@ -75,6 +75,25 @@ def test_a_dry_run_checks_and_counts_and_leaves_nothing(invoke: Invoke, tmp_path
     assert json.loads(done.stdout) == {"out": str(tmp_path / "new"), "train": 2, "score": 1}
     assert not (tmp_path / "new").exists()
     assert json.loads(invoke("--dry-run", "--json").stdout)["train"] == 0
+
+
+def test_each_domain_is_a_study_of_its_own_and_flags_go_before_its_changes() -> None:
+    settings = {
+        "out": "o", "data": "d", "methods": ["lora"], "baseline": "lora", "train_limit": 3,
+        "domains": {"one": {"train_limit": 5, "data": "e"}, "two": {}},
+    }  # fmt: skip
+    found = studies_of(settings, {"test_limit": 7})
+    assert [(one.out, one.data, one.train_limit, one.test_limit) for one in found] == [
+        ("o/one", "e", 5, 7),
+        ("o/two", "d", 3, 7),
+    ]
+    assert [one.train_limit for one in studies_of(settings, {"train_limit": 9})] == [9, 9]
+    assert [one.out for one in studies_of(settings, {}, "two")] == ["o/two"]
+    with pytest.raises(UsageError, match="unknown domain 'tow': did you mean 'two'"):
+        studies_of(settings, {}, "tow")
+    for wrong in (["one"], {"one": 5}, None):
+        with pytest.raises(UsageError, match=r"domains is .+: give a mapping of names"):
+            studies_of({**settings, "domains": wrong}, {}, "one")
 
 
 def test_the_report_alone_is_written_from_the_rows_without_model_and_data(

@@ -2,12 +2,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from moa_peft.cli.overrides import load_yaml, parse_flags
-from moa_peft.compare.config import StudyConfig
+from moa_peft.compare.config import StudyConfig, studies_of
 from moa_peft.compare.plan import Run, recipe_of
 from moa_peft.errors import UsageError
-from moa_peft.train.merge import merge
 from moa_peft.train.method import build_peft_config
 from moa_peft.train.settings import check_trainer
 
@@ -46,6 +48,16 @@ def test_a_method_is_called_by_its_name_unless_it_has_a_label() -> None:
         ({"methods": ["lora", 5]}, "methods holds 5: give entries, each with method: NAME"),
         ({"methods": ["lora", {"method": 5}]}, "method is 5: give text"),
         ({"methods": ["lora", {"method": "lora", "label": 16}]}, "label is 16: give text"),
+        ({"learning_rates": [1, 2], "most_rates": 1}, "most_rates is 1: learning_rates has 2 already"),
+        ({"most_rates": 0}, "most_rates is 0: give a whole number of at least 1"),
+        ({"tuning_limit": 9, "train_limit": 8}, "tuning_limit is 9: give at most train_limit, 8"),
+        ({"finalists": ["loar"]}, "unknown finalist 'loar': did you mean 'lora'"),
+        ({"finalists": [1]}, r"finalists is \[1\]: give names"),
+        ({"mode": "likely"}, "unknown mode 'likely': did you mean 'likelihood'"),
+        (
+            {"methods": ["lora", {"method": "soft-moa", "router_lr_factor": 0}]},
+            "soft-moa: router_lr_factor is 0: give a number above 0",
+        ),
         ({"data_md5": ["a"]}, r"data_md5 is \['a'\]: give fields"),
         ({"data_md5": {"train": 5}}, "data_md5.train is 5: give text"),
         ({"tasks": None}, "tasks is None: give names, as a list or with commas between"),
@@ -141,11 +153,34 @@ def test_a_method_may_share_the_batch_out_otherwise() -> None:
 
 @pytest.mark.parametrize("file", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_method_of_a_committed_study_can_be_built(file: Path) -> None:
-    flags = parse_flags(["--train_limit", "200", "--test_limit=25", "--out", "elsewhere"])
-    made = StudyConfig.from_mapping(merge(load_yaml(file), flags))
-    assert (made.train_limit, made.test_limit, made.out) == (200, 25, "elsewhere")
-    for one in made.methods:
+    flags = parse_flags(["--train_limit", "300", "--test_limit=25", "--out", "elsewhere"])
+    made = studies_of(load_yaml(file), flags)
+    assert all((one.train_limit, one.test_limit) == (300, 25) for one in made)
+    assert {Path(one.out).parts[0] for one in made} == {"elsewhere"}
+    for one in made[0].methods:
         run = Run(label=one.label, method=one, learning_rate=1e-3, seed=0)
-        recipe = recipe_of(made, run, data="d", data_md5="", folder="f")
+        recipe = recipe_of(made[0], run, data="d", data_md5="", folder="f")
         check_trainer(recipe)
         build_peft_config(recipe)
+
+
+def test_the_methods_of_the_cpu_study_have_loras_number_of_parameters_within_5_percent() -> None:
+    """Those of the paper's size, which end in 8x8, have more. One block of SmolLM2 has the same ratios as all of them."""
+    shape = LlamaConfig(
+        vocab_size=64, hidden_size=576, intermediate_size=1536, num_hidden_layers=1, num_attention_heads=9,
+        num_key_value_heads=3,
+    )  # fmt: skip
+    (study, *_) = studies_of(load_yaml(ROOT / "studies" / "cpu.yaml"), {})
+    counts = {}
+    for one in study.methods:
+        run = Run(label=one.label, method=one, learning_rate=1e-3, seed=0)
+        with torch.device("meta"):
+            base = LlamaForCausalLM(shape)
+        recipe = recipe_of(study, run, data="d", data_md5="", folder="f")
+        model = get_peft_model(base, build_peft_config(recipe))
+        counts[one.label] = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    off = {
+        label: count / counts["lora-s1"] - 1 for label, count in counts.items() if not label.endswith("8x8")
+    }
+    assert {label: share for label, share in off.items() if abs(share) > 0.05} == {}
+    assert len(counts) - len(off) == 4

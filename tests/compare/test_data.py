@@ -93,6 +93,21 @@ def test_sums_that_differ_in_their_sign_alone_are_two_questions(config_of: Confi
     assert load_data(config_of()).train.rows == 1
 
 
+def test_a_test_of_the_validation_file_has_the_rows_that_chose_nothing(
+    config_of: Configs, tmp_path: Path
+) -> None:
+    data = load_data(config_of(tasks="mix,first", validation_limit=5))
+    assert [one.name for one in data.tests] == ["mix", "first"]
+    chosen, tested = (
+        {one.row.instruction for one in task.questions} for task in (data.validation, data.tests[0])
+    )
+    assert (len(chosen), len(tested), chosen & tested) == (5, 7, set())
+    with pytest.raises(
+        UsageError, match="the test mix is the file of the validation rows, and all of them are used"
+    ):
+        load_data(config_of(tasks="mix"))
+
+
 def test_a_row_of_a_task_says_which_rows_were_used(tmp_path: Path) -> None:
     write_rows(tmp_path / "test.json", named("test", 20))
     task = load_task(str(tmp_path))

@@ -6,7 +6,12 @@ import pytest
 from scipy.stats import nct, t
 
 from moa_peft.compare import extras
-from moa_peft.compare.figures import Answers, difference, estimate, mean_share
+from moa_peft.compare.figures import Values, difference, estimate, mean_value
+
+
+def right(**answers: str) -> Values:
+    """Answers by task: a 1 for each right one, a 0 for each other."""
+    return {name: tuple(map(int, one)) for name, one in answers.items()}
 
 
 def test_a_mean_over_seeds_has_the_error_of_their_spread() -> None:
@@ -16,12 +21,12 @@ def test_a_mean_over_seeds_has_the_error_of_their_spread() -> None:
 
 
 def test_every_test_counts_the_same_however_many_questions_it_has() -> None:
-    assert mean_share({"small": "10", "large": "1111"}) == 0.75
+    assert mean_value(right(small="10", large="1111")) == 0.75
 
 
-PAIRS: list[tuple[Answers, Answers]] = [
-    ({"a": "1101", "b": "10"}, {"a": "1000", "b": "11"}),
-    ({"a": "1111", "b": "01"}, {"a": "0011", "b": "00"}),
+PAIRS: list[tuple[Values, Values]] = [
+    (right(a="1101", b="10"), right(a="1000", b="11")),
+    (right(a="1111", b="01"), right(a="0011", b="00")),
 ]
 
 
@@ -47,7 +52,7 @@ def test_the_parts_of_a_paired_difference_are_those_of_its_definition() -> None:
 
 
 def test_a_single_seed_finds_nothing() -> None:
-    found = difference([({"a": "1111"}, {"a": "0000"})])
+    found = difference([(right(a="1111"), right(a="0000"))])
     assert (found.mean, found.error, found.detectable, found.is_found) == (1.0, None, None, False)
 
 
@@ -55,25 +60,25 @@ def test_without_scipy_a_difference_has_its_error_and_nothing_is_claimed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
-    found = difference([({"a": "1" * 60 + "01" * 20}, {"a": "0" * 60 + "10" * 20})] * 3)
+    found = difference([(right(a="1" * 60 + "01" * 20), right(a="0" * 60 + "10" * 20))] * 3)
     assert (found.error is not None, found.detectable, found.is_found) == (True, None, False)
 
 
 def test_a_difference_is_found_from_the_detectable_one_on() -> None:
-    same = difference([({"a": "10" * 50}, {"a": "10" * 50})] * 3)
+    same = difference([(right(a="10" * 50), right(a="10" * 50))] * 3)
     assert (same.mean, same.detectable, same.is_found) == (0, 0, False)
-    far = difference([({"a": "1" * 60 + "01" * 20}, {"a": "0" * 60 + "10" * 20})] * 3)
+    far = difference([(right(a="1" * 60 + "01" * 20), right(a="0" * 60 + "10" * 20))] * 3)
     assert far.detectable is not None
     assert 0 < far.detectable < far.mean
     assert far.is_found
-    assert difference([({"a": "1101"}, {"a": "1000"})] * 2).is_found is False
+    assert difference([(right(a="1101"), right(a="1000"))] * 2).is_found is False
 
 
-def drawn(luck: random.Random, gain: float, seeds: int, questions: int) -> list[tuple[Answers, Answers]]:
+def drawn(luck: random.Random, gain: float, seeds: int, questions: int) -> list[tuple[Values, Values]]:
     """Two methods whose answers depend on the question, on the seed and on chance."""
     hardness = [luck.gauss(0, 0.25) for _ in range(questions)]
     liking = [luck.gauss(0, 0.15) for _ in range(questions)]  # of a question for one of the methods
-    pairs: list[tuple[Answers, Answers]] = []
+    pairs: list[tuple[Values, Values]] = []
     for _ in range(seeds):
         shifts = luck.gauss(0, 0.04), luck.gauss(0, 0.04)
         first, second = (
@@ -83,7 +88,7 @@ def drawn(luck: random.Random, gain: float, seeds: int, questions: int) -> list[
             )
             for sign, shift in ((1, shifts[0]), (-1, shifts[1]))
         )
-        pairs.append(({"a": first}, {"a": second}))
+        pairs.append((right(a=first), right(a=second)))
     return pairs
 
 

@@ -7,12 +7,16 @@ import pytest
 from moa_peft.compare.config import StudyConfig
 from moa_peft.compare.data import RowSet
 from moa_peft.compare.plan import (
+    Job,
     Run,
     choose_rates,
     final_runs,
+    needs_training,
     pending,
+    recipe_of,
     run_hash,
     shared_settings,
+    tried_rates,
     tuning_runs,
 )
 from moa_peft.compare.rows import RunRow, Scores, Stage
@@ -114,6 +118,89 @@ def test_a_rate_is_not_chosen_by_what_a_test_says() -> None:
     """Rows of finished runs, whatever their scores, have no part in the choice."""
     finals = [row_of(run, "final", validation=scores(0.0)) for run in tuning_runs(CONFIG)]
     assert choose_rates(CONFIG, shared(), finals) == {"soft-moa": None, "lora": None}
+
+
+def losses_at(rates: Mapping[float, float | None], config: StudyConfig, label: str = "lora") -> list[RunRow]:
+    """Rows of the tuning runs of one method at these rates, whatever the list of the study."""
+    runs = tuning_runs(config, {one: list(rates) if one == label else [] for one in config.labels()})
+    rows = []
+    for run in runs:
+        assert run.learning_rate is not None
+        loss = rates[run.learning_rate]
+        found = {"failure": "broke"} if loss is None else {"validation": scores(loss)}
+        rows.append(row_of(run, config_hash=run_hash(shared(config), run), **found))
+    return rows
+
+
+GROWING = dataclasses.replace(CONFIG, most_rates=4)
+
+
+@pytest.mark.parametrize(
+    ("losses", "tried"),
+    [
+        ({1e-3: 2.0, 1e-2: 1.0}, [1e-3, 1e-2, 2e-2]),  # the next one is not done yet
+        ({1e-3: 2.0, 1e-2: 1.0, 2e-2: 1.5}, [1e-3, 1e-2, 2e-2]),  # inside
+        ({1e-3: 2.0, 1e-2: 1.0, 2e-2: 0.5, 4e-2: 0.4}, [1e-3, 1e-2, 2e-2, 4e-2]),  # the budget ends
+        ({1e-3: 1.0, 1e-2: 2.0, 5e-4: 0.9}, [1e-3, 1e-2, 5e-4, 2.5e-4]),
+        ({1e-3: 1.0, 1e-2: 2.0, 5e-4: 1.1}, [1e-3, 1e-2, 5e-4]),
+        (
+            {1e-3: 2.0, 1e-2: 1.0, 2e-2: None},
+            [1e-3, 1e-2, 2e-2],
+        ),  # a rate that fails is an end, and a bad one
+        ({1e-3: None, 1e-2: None}, [1e-3, 1e-2]),
+    ],
+)
+def test_a_method_gets_more_rates_while_its_choice_lies_at_an_end(
+    losses: dict[float, float | None], tried: list[float]
+) -> None:
+    found = tried_rates(GROWING, shared(), losses_at(losses, GROWING))
+    assert found == {"lora": tried, "soft-moa": [1e-3, 1e-2]}
+    assert tried_rates(CONFIG, shared(), losses_at(losses, CONFIG))["lora"] == [1e-3, 1e-2]
+
+
+def test_an_added_rate_is_chosen_like_the_others_and_awaited() -> None:
+    grown = losses_at({1e-3: 2.0, 1e-2: 1.0, 2e-2: 0.5, 4e-2: 0.7}, GROWING)
+    assert choose_rates(GROWING, shared(), grown)["lora"] == 2e-2
+    waiting = losses_at({1e-3: 2.0, 1e-2: 1.0}, GROWING)
+    assert choose_rates(GROWING, shared(), waiting)["lora"] is None
+
+
+def test_rates_are_tried_on_fewer_rows_in_runs_of_their_own() -> None:
+    config = dataclasses.replace(CONFIG, tuning_limit=5, train_limit=9)
+    short, long = tuning_runs(config)[0], final_runs(config, {"soft-moa": 1e-3})[1]
+    assert (short.name, long.name) == ("soft-moa-lr0.001-seed0-rows5", "soft-moa-lr0.001-seed0")
+    assert run_hash(shared(config), short) != run_hash(shared(config), long)
+    limits = [recipe_of(config, run, data="d", data_md5="m", folder="f").limit for run in (short, long)]
+    assert limits == [5, 9]
+    final = Job(run=long, stage="final")
+    assert needs_training(config, final)
+    assert not needs_training(dataclasses.replace(CONFIG, tuning_limit=9, train_limit=9), final)
+
+
+def test_only_finalists_are_run_with_every_seed() -> None:
+    only = dataclasses.replace(CONFIG, finalists=("lora",))
+    runs = final_runs(only, {"soft-moa": 1e-2, "lora": 1e-3})
+    assert [run.label for run in runs] == ["frozen", "lora", "lora"]
+    assert len(tuning_runs(only)) == 8
+
+
+def test_the_factors_of_a_method_are_in_its_recipe_and_its_hash() -> None:
+    methods = [
+        {"method": "lora", "lora_b_lr_factor": 4},
+        {"method": "soft-moa", "router_lr_factor": 10},
+        "molora",
+    ]
+    settings = {"out": "o", "data": "d", "methods": methods, "baseline": "lora"}
+    config = StudyConfig.from_mapping(settings)
+    recipes = [
+        recipe_of(config, run, data="d", data_md5="m", folder="f")
+        for run in final_runs(config, dict.fromkeys(config.labels(), 1e-3))[1:4]
+    ]
+    assert [one.lora_b_lr_factor for one in recipes] == [4, None, None]
+    assert [one.router_lr_factor for one in recipes] == [None, 10, None]
+    plain = StudyConfig.from_mapping({**settings, "methods": ["lora"]})
+    hashes = {run_hash(shared(one), final_runs(one, {"lora": 1e-3})[1]) for one in (config, plain)}
+    assert len(hashes) == 2
 
 
 def test_final_runs_go_seed_by_seed_and_begin_with_the_frozen_model() -> None:

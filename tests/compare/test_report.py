@@ -225,3 +225,35 @@ def test_the_rows_say_all_that_is_needed_to_repeat_them(reported: Any, study: St
     finals = [row for row in rows if row["stage"] == "final"]
     assert {name: one["md5"] for name, one in finals[0]["tests"].items()} == study.tests
     assert [row["seed"] for row in finals] == [None, 0, 0, 1, 1]
+
+
+def test_losses_are_paired_answer_by_answer_and_a_rate_at_an_end_is_named(study: Study) -> None:
+    """The choice of soft-moa lies inside after one more rate, that of lora stays at the end of its budget."""
+    tuning = {"soft-moa": {0.003: 0.9, 0.03: 0.8, 0.06: 0.85}, "lora": {0.003: 0.7, 0.03: 0.6, 0.06: 0.5}}
+    growing = dataclasses.replace(study.config, most_rates=3)
+    study = dataclasses.replace(study, config=growing)
+
+    def pool(orders: Any) -> Any:
+        for order in orders:
+            run = order.job.run
+            row = made_up_row(order, "10", base_fingerprint="abc")
+            mean = 2.0 if run.method is None else tuning[run.label][run.learning_rate]
+            spread = 0.1 if run.label == "lora" else 0.3
+            losses = [mean - spread, mean + spread]
+            scores = dataclasses.replace(row.validation, losses=losses, answer_loss=mean)
+            tests = {name: dataclasses.replace(scores, md5=one.md5) for name, one in row.tests.items()}
+            yield order, dataclasses.replace(row, validation=scores, tests=tests)
+
+    run_study(study, pool=pool)
+    summary = write_report(growing)
+    text = (study.folder / "report.md").read_text(encoding="utf-8")
+    assert dict(summary.chosen) == {"soft-moa": 0.03, "lora": 0.06}
+    assert row_of(text, "Choices", "soft-moa")[1:] == [
+        "0.003 to 0.06, 3", "0.03", "0.8000 ± 0.1000", "+0.3000", "0.2000",
+    ]  # fmt: skip
+    assert row_of(text, "Choices", "lora")[1:3] == ["0.003 to 0.06, 3", "0.06, at an end"]
+    assert "Rates were added for soft-moa, lora. The choice lies at an end for lora." in text
+    assert row_of(text, "Loss of the answers", "soft-moa")[1] == "0.8000 ± 0.0000"
+    assert row_of(text, "Difference in loss from lora", "soft-moa") == [
+        "first", "+0.3000", "0.2000", "0.2000", "0.0000", *row_of(text, "Difference in loss from lora", "soft-moa")[5:],
+    ]  # fmt: skip

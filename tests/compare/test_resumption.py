@@ -75,12 +75,12 @@ for settings, moment in json.loads(sys.argv[1]):  # a process each; the librarie
 def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[list[int]]]:
     """The folder of a whole study and of one killed twice, their settings, and how each process of them ended."""
     folder = tmp_path_factory.mktemp("studies")
-    settings = write_study(folder)
+    settings = {**write_study(folder), "most_rates": 3, "tuning_limit": 48, "train_limit": 64}
     whole, killed = ({**settings, "out": str(folder / name)} for name in ("whole", "killed"))
     calls: list[Any] = [
         (whole, None),
-        (killed, ("training", "soft-moa-lr0.03-seed0", 4)),
-        (killed, ("evaluation", "lora-lr0.03-seed1", "second")),
+        (killed, ("training", "soft-moa-lr0.03-seed0-rows48", 4)),
+        (killed, ("evaluation", "lora-lr0.06-seed1", "second")),
         (killed, None),
         (killed, None),
     ]
@@ -104,12 +104,12 @@ def test_a_study_killed_twice_goes_on_and_gives_the_rows_and_tables_of_the_whole
     ended: tuple[Path, dict[str, Any], list[list[int]]],
 ) -> None:
     folder, _, ends = ended
-    # signal, exit code and rows of each process: killed after 1 row and after 8, and nothing is done twice
-    assert ends == [[0, 0, 9], [9, 0, 1], [9, 0, 8], [0, 0, 9], [0, 0, 9]]
+    # signal, exit code and rows of each process: killed after 1 row and after 10, and nothing is done twice
+    assert ends == [[0, 0, 11], [9, 0, 1], [9, 0, 10], [0, 0, 11], [0, 0, 11]]
     runs = folder / "killed" / "runs"
-    (trained,) = read_rows(runs / "soft-moa-lr0.03-seed0" / "results.jsonl")
+    (trained,) = read_rows(runs / "soft-moa-lr0.03-seed0-rows48" / "results.jsonl")
     assert trained["resumed_from"].endswith("checkpoint-4")
-    scored = read_rows(runs / "lora-lr0.03-seed1" / "evaluation" / "results.jsonl")
+    scored = read_rows(runs / "lora-lr0.06-seed1" / "evaluation" / "results.jsonl")
     assert [(row["task"], row["num_resumed"]) for row in scored] == [
         ("validation", 0),
         ("first", 0),
@@ -118,8 +118,9 @@ def test_a_study_killed_twice_goes_on_and_gives_the_rows_and_tables_of_the_whole
     assert rows_of(folder / "whole") == rows_of(folder / "killed")
     assert tables(folder / "whole") == tables(folder / "killed")
     assert "## Accuracy\n" in tables(folder / "whole")
+    assert "Rates were added for soft-moa, lora. The choice lies at an end for" in tables(folder / "whole")
     timed = read_rows(folder / "killed" / "results.jsonl")[1]["step_ms"]["steps"]
-    assert timed == 6, "8 steps, of which the first of each process does not count"
+    assert timed == 4, "6 steps, of which the first of each process does not count"
 
 
 @pytest.mark.slow
@@ -166,10 +167,10 @@ def test_a_study_through_ray_killed_twice_gives_the_same_rows_and_tables(
                 assert said, "it ended before its next row"
             call.kill()
         counts.append(len(read_rows(rows)))
-    assert 0 < counts[1] < counts[2] < 9, "each call adds rows, and none of them ends the study"
+    assert 0 < counts[1] < counts[2] < 11, "each call adds rows, and none of them ends the study"
     done = subprocess.run([*command, "--ray"], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "of 9 done" not in done.stdout, "what was finished was planned again"
+    assert "of 11 done" not in done.stdout, "what was finished was planned again"
     order = [(row["stage"], row["config_hash"]) for row in rows_of(folder / "whole")]
     through_ray = sorted(
         rows_of(tmp_path / "out"), key=lambda row: order.index((row["stage"], row["config_hash"]))

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,12 +13,10 @@ import typer
 
 from moa_peft.cli.overrides import load_yaml, parse_flags
 from moa_peft.compare.cells import percent, run_name
-from moa_peft.compare.config import Method, StudyConfig
+from moa_peft.compare.config import Method, StudyConfig, studies_of
 from moa_peft.compare.extras import REPORT_PACKAGES, has, need
 from moa_peft.compare.plan import rate_text
-from moa_peft.errors import UsageError, unknown
 from moa_peft.train.field_docs import field_docs
-from moa_peft.train.merge import merge
 
 if TYPE_CHECKING:
     from moa_peft.compare.run import Study
@@ -92,37 +90,6 @@ def compare(
         has_failed |= bool(summary.failures)
     if has_failed:
         raise typer.Exit(1)
-
-
-def studies_of(
-    settings: Mapping[str, Any], flags: Mapping[str, Any], domain: str | None = None
-) -> list[StudyConfig]:
-    """The studies of a file: one, or one for each of its ``domains``, with changes and a folder of its own in ``out``.
-
-    Args:
-        settings: The file's.
-        flags: What goes over them, over the changes of a domain too.
-        domain: The only domain wanted; None for all.
-
-    Raises:
-        UsageError: If a value is wrong, or there is no such domain.
-    """
-    shared = {key: value for key, value in settings.items() if key != "domains"}
-    domains = settings.get("domains")
-    if domains is None and domain is None:
-        return [StudyConfig.from_mapping(merge(shared, flags))]
-    if not isinstance(domains, Mapping) or not all(isinstance(one, Mapping) for one in domains.values()):
-        raise UsageError(f"domains is {domains!r}: give a mapping of names, each to the keys that it changes")
-    if domain is not None and domain not in domains:
-        raise UsageError(unknown("domain", domain, domains))
-    found = []
-    for name, changes in domains.items():
-        if domain in (None, name):
-            whole = merge(merge(shared, changes), flags)
-            found.append(
-                StudyConfig.from_mapping({**whole, "out": f"{whole.get('out', 'runs/study')}/{name}"})
-            )
-    return found
 
 
 def run_all(

@@ -53,6 +53,22 @@ def difference_cells(one: Difference | None) -> list[str]:
     return [f"{100 * one.mean:+.1f}", *map(points, errors), str(one.seeds)]
 
 
+def loss_cells(one: Difference | None) -> list[str]:
+    """The cells of a difference in loss: itself, its errors, the least detectable one, seeds, what may be claimed."""
+    if one is None:
+        return [NONE] * 7
+    errors = (one.error or one.by_questions, one.by_questions, one.by_seeds, one.detectable)
+    found = "none" if not one.is_found else "better" if one.mean < 0 else "worse"
+    return [f"{one.mean:+.4f}", *map(plain, errors), str(one.seeds), found]
+
+
+def nats(one: Estimate | None) -> str:
+    """A loss with its error."""
+    if one is None:
+        return NONE
+    return f"{one.mean:.4f}" + ("" if one.error is None else f" ± {one.error:.4f}")
+
+
 def signed(one: Difference | None) -> str:
     """A difference in points with its error, marked where it is found."""
     if one is None:

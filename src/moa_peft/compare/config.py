@@ -14,6 +14,7 @@ from moa_peft.data.templates import Template
 from moa_peft.errors import UsageError, unknown
 from moa_peft.evaluate.options import Mode
 from moa_peft.paths import expanded
+from moa_peft.train.merge import merge
 from moa_peft.train.recipe import FACTORS, REFUSED, TRAINER_DEFAULTS, factor_problems, own_fields
 
 FROZEN = "frozen"
@@ -232,6 +233,37 @@ class StudyConfig:
         """The trainer's fields of a method's runs, all but the learning rate."""
         fields = {**TRAINER_DEFAULTS, **self.trainer, **method.trainer}
         return {key: value for key, value in fields.items() if key != "learning_rate"}
+
+
+def studies_of(
+    settings: Mapping[str, Any], flags: Mapping[str, Any], domain: str | None = None
+) -> list[StudyConfig]:
+    """The studies of a file: one, or one for each of its ``domains``, with changes and a folder of its own in ``out``.
+
+    Args:
+        settings: The file's.
+        flags: What goes over them, over the changes of a domain too.
+        domain: The only domain wanted; None for all.
+
+    Raises:
+        UsageError: If a value is wrong, or there is no such domain.
+    """
+    shared = {key: value for key, value in settings.items() if key != "domains"}
+    domains = settings.get("domains")
+    if domains is None and domain is None:
+        return [StudyConfig.from_mapping(merge(shared, flags))]
+    if not isinstance(domains, Mapping) or not all(isinstance(one, Mapping) for one in domains.values()):
+        raise UsageError(f"domains is {domains!r}: give a mapping of names, each to the keys that it changes")
+    if domain is not None and domain not in domains:
+        raise UsageError(unknown("domain", domain, domains))
+    found = []
+    for name, changes in domains.items():
+        if domain in (None, name):
+            whole = merge(merge(shared, changes), flags)
+            found.append(
+                StudyConfig.from_mapping({**whole, "out": f"{whole.get('out', 'runs/study')}/{name}"})
+            )
+    return found
 
 
 def _without_empty(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

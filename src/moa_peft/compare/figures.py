@@ -14,8 +14,8 @@ POWER = 0.8
 LEVEL = 0.05
 """Share of cases in which a difference is found where there is none, two-sided, for one comparison."""
 
-Answers = Mapping[str, str]
-"""By task, a 1 for each question answered rightly and a 0 for each other."""
+Values = Mapping[str, Sequence[float]]
+"""By task one value a question: 1 where it is answered rightly and 0 elsewhere, or the loss of its answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,10 +30,10 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """How much more of the same questions one method answers rightly than another, with the same seeds."""
+    """How much larger the values of one method are than another's, for the same questions and seeds."""
 
     mean: float
-    """The mean over tasks, seeds and questions, -1..1."""
+    """The mean over tasks, seeds and questions."""
     by_questions: float | None
     """Standard error from the choice of questions: from the spread of the seeds' mean differences over questions."""
     by_seeds: float | None
@@ -57,17 +57,12 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean=mean, error=error)
 
 
-def share(answers: str) -> float:
-    """The share of questions answered rightly."""
-    return answers.count("1") / len(answers)
+def mean_value(values: Values) -> float:
+    """The mean over tasks of the mean over questions."""
+    return statistics.fmean(statistics.fmean(one) for one in values.values())
 
 
-def mean_share(answers: Answers) -> float:
-    """The mean over tasks of the share of questions answered rightly."""
-    return statistics.fmean(share(one) for one in answers.values())
-
-
-def difference(pairs: Sequence[tuple[Answers, Answers]]) -> Difference:
+def difference(pairs: Sequence[tuple[Values, Values]]) -> Difference:
     """Compare two methods question by question.
 
     Questions and seeds are both drawn at random, so both spreads count. Each holds a part of what is left over of
@@ -75,19 +70,19 @@ def difference(pairs: Sequence[tuple[Answers, Answers]]) -> Difference:
     of the sum are Satterthwaite's.
 
     Args:
-        pairs: For each seed the answers of one method and of the other, to the same questions of the same tasks; at
+        pairs: For each seed the values of one method and of the other, of the same questions of the same tasks; at
             least one seed.
 
     Returns:
-        The mean over tasks of the first's share less the second's.
+        The mean over tasks of the first's values less the second's.
     """
     tasks = list(pairs[0][0])
-    by_seed = [mean_share(first) - mean_share(second) for first, second in pairs]
+    by_seed = [mean_value(first) - mean_value(second) for first, second in pairs]
     variances: list[tuple[float, int]] = []  # with their degrees of freedom
     for task in tasks:
         questions = len(pairs[0][0][task])
         means = [
-            statistics.fmean(int(first[task][place]) - int(second[task][place]) for first, second in pairs)
+            statistics.fmean(first[task][place] - second[task][place] for first, second in pairs)
             for place in range(questions)
         ]
         if questions < 2:

@@ -9,6 +9,8 @@ from moa_peft.compare.cells import (
     count,
     difference_cells,
     estimate_of,
+    loss_cells,
+    nats,
     percent,
     plain,
     run_name,
@@ -45,6 +47,14 @@ DIFFERENCE_NOTES = (
         "of 5 % for each comparison, two-sided, by Student's t with Satterthwaite's degrees of freedom. Nothing is claimed "
         "of a difference below it: not that it is there, and not that the methods are equal."
     ),
+)
+LOSS_NOTE = (
+    "Nats a token of the reference answers: mean over seeds ± standard error over seeds; of the frozen model that of the "
+    "questions."
+)
+CHOICE_NOTE = (
+    "The learning rate of each method with the loss of its validation answers, and the paired difference from the "
+    "baseline with its own choice. These rows chose the rate, so the figures are no test."
 )
 COST_NOTE = (
     "Step: forward, backward and update of one optimiser step; the median over seeds of the medians, with the widest "
@@ -106,8 +116,11 @@ def report_sections(summary: StudySummary, pictures: list[Picture]) -> list[Sect
         _accuracy(summary),
         _differences(summary),
         _differences_by_test(summary),
+        _losses(summary),
+        _loss_differences(summary),
         _cost(summary),
         *([Section(title="Accuracy against cost", pictures=pictures)] if pictures else []),
+        _choices(summary),
         _tuning(summary),
         _router(summary),
         _seeds(summary),
@@ -217,6 +230,85 @@ def _differences_by_test(summary: StudySummary) -> Section | None:
             ],
         ),
     )
+
+
+def _losses(summary: StudySummary) -> Section | None:
+    rows = [
+        [
+            one.label,
+            count(one.rows[0].trainable_parameters),
+            *(nats(one.losses.get(name)) for name in summary.tests),
+        ]
+        for one in summary.methods
+        if one.losses
+    ]
+    if not rows:
+        return None
+    return Section(
+        title="Loss of the answers",
+        texts=(LOSS_NOTE,),
+        table=Table(head=["method", "trained", *summary.tests], rows=rows),
+    )
+
+
+def _loss_differences(summary: StudySummary) -> Section | None:
+    rows = [
+        [one.label, name, *loss_cells(difference)]
+        for one in summary.methods
+        for name, difference in one.losses_versus.items()
+    ]
+    if not rows:
+        return None
+    return Section(
+        title=f"Difference in loss from {summary.config.baseline}",
+        texts=(
+            "Nats a token, paired: the same seeds and the same answers; below 0 is better. Errors as above.",
+        ),
+        table=Table(
+            head=[
+                "method",
+                "test",
+                "difference",
+                "error",
+                "of answers",
+                "of seeds",
+                "detectable",
+                "seeds",
+                "claim",
+            ],
+            rows=rows,
+        ),
+    )
+
+
+def _choices(summary: StudySummary) -> Section | None:
+    if not summary.choices:
+        return None
+    config = summary.config
+    budget = config.most_rates or len(config.learning_rates)
+    ends = [label for label, one in summary.choices.items() if not one.is_inside]
+    added = [label for label, one in summary.choices.items() if len(one.rates) > len(config.learning_rates)]
+    where = (
+        f"The choice lies at an end for {', '.join(ends)}." if ends else "Every choice lies inside its rates."
+    )
+    more = f"Rates were added for {', '.join(added)}." if added else "No rate was added."
+    texts = [
+        CHOICE_NOTE,
+        f"Differences are from {config.baseline}. Each method may try {budget} rates. {more} {where}",
+    ]
+    rows = [
+        [
+            label,
+            count(one.rows[0].trainable_parameters),
+            f"{rate_text(one.rates[0])} to {rate_text(one.rates[-1])}, {len(one.rates)}",
+            rate_text(one.rate) + ("" if one.is_inside else ", at an end"),
+            nats(one.loss),
+            *loss_cells(one.versus)[:2],
+        ]
+        for label, one in summary.choices.items()
+    ]
+    head = ["method", "trained", "rates tried", "chosen", "validation loss", "difference", "error"]
+    return Section(title="Choices", texts=texts, table=Table(head=head, rows=rows))
 
 
 def _cost(summary: StudySummary) -> Section | None:

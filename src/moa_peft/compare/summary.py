@@ -3,12 +3,13 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moa_peft.compare.config import FROZEN, StudyConfig
-from moa_peft.compare.figures import Answers, Difference, Estimate, difference, estimate, mean_share, share
+from moa_peft.compare.data import VALIDATION
+from moa_peft.compare.figures import Difference, Estimate, Values, difference, estimate, mean_value
 from moa_peft.compare.plan import (
     Run,
     choose_rates,
@@ -37,6 +38,31 @@ class MethodSummary:
     """Mean difference from the baseline; None for the baseline, and while there is no common seed."""
     versus_by_test: Mapping[str, Difference]
     """The same for each test."""
+    losses: Mapping[str, Estimate]
+    """Loss of the answers of each test that all of them have, nats a token; the error as that of ``tests``."""
+    losses_versus: Mapping[str, Difference]
+    """Difference of that loss from the baseline's, test by test."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """The learning rate that was chosen for a method, and how it did on the validation rows."""
+
+    rates: Sequence[float]
+    """Those that were tried, the lowest first."""
+    rate: float
+    """The one chosen."""
+    rows: tuple[RunRow, ...]
+    """Its runs, one a tuning seed."""
+    loss: Estimate
+    """Loss of the validation answers, over tuning seeds; of one seed with the error of its questions."""
+    versus: Difference | None
+    """Its difference from the baseline's choice, paired; None for the baseline, and where that has none."""
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether a lower and a higher rate were tried too, so that the list was long enough."""
+        return min(self.rates) < self.rate < max(self.rates)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +79,8 @@ class StudySummary:
     """The learning rate of each method."""
     tuning: Mapping[tuple[str, float], tuple[RunRow | None, ...]]
     """The rows of each method and learning rate that was tried, seed by seed."""
+    choices: Mapping[str, Choice]
+    """By label, what tuning chose; those that are chosen."""
     failures: tuple[RunRow, ...]
     """Rows of runs that failed."""
     missing: tuple[str, ...]
@@ -117,6 +145,7 @@ def summarise(
         ),
         chosen=chosen,
         tuning=tuning,
+        choices=_choices(config.baseline, chosen, tuning),
         failures=tuple(row for row in used if row.failed(tests)),
         missing=tuple(missing),
         rows=tuple(used),
@@ -124,9 +153,48 @@ def summarise(
     )
 
 
-def answers(row: RunRow) -> Answers:
-    """The answers of a run by test; tests without scored questions are left out."""
-    return {name: one.correct for name, one in row.tests.items() if one.correct}
+def _choices(
+    baseline: str,
+    chosen: Mapping[str, float | None],
+    tuning: Mapping[tuple[str, float], tuple[RunRow | None, ...]],
+) -> dict[str, Choice]:
+    rows = {
+        label: tuple(row for row in tuning[label, rate] if row is not None)
+        for label, rate in chosen.items()
+        if rate is not None and (label, rate) in tuning
+    }
+    found: dict[str, Choice] = {}
+    for label, some in rows.items():
+        scores = [row.validation for row in some if row.validation is not None and row.validation.losses]
+        rate = chosen[label]
+        if len(scores) < len(some) or rate is None:  # rows of before losses were kept
+            continue
+        loss = estimate([statistics.fmean(one.losses) for one in scores])
+        if len(scores) == 1:
+            loss = dataclasses.replace(loss, error=scores[0].answer_loss_standard_error)
+        pairs = _pairs(some, rows.get(baseline, ())) if label != baseline else []
+        found[label] = Choice(
+            rates=sorted(rate for name, rate in tuning if name == label),
+            rate=rate,
+            rows=some,
+            loss=loss,
+            versus=_difference(_validation_losses, pairs, [VALIDATION]) if pairs else None,
+        )
+    return found
+
+
+def _validation_losses(row: RunRow) -> Values:
+    return {} if row.validation is None else {VALIDATION: row.validation.losses}
+
+
+def answers(row: RunRow) -> Values:
+    """The answers of a run by test, 1 for a right one; tests without scored questions are left out."""
+    return {name: tuple(map(int, one.correct)) for name, one in row.tests.items() if one.correct}
+
+
+def losses(row: RunRow) -> Values:
+    """The losses of a run's answers by test; tests without a reference answer are left out."""
+    return {name: one.losses for name, one in row.tests.items() if one.losses}
 
 
 def median_step_ms(method: MethodSummary) -> float | None:
@@ -149,36 +217,58 @@ def _method(
     baseline: str,
     tests: Sequence[str],
 ) -> MethodSummary:
-    whole = [name for name in tests if all(name in answers(row) for row in rows)]
-    by_test = {name: estimate([share(answers(row)[name]) for row in rows]) for name in whole}
-    mean = estimate([mean_share(_part(row, tests)) for row in rows]) if len(whole) == len(tests) else None
+    pairs = [] if label == baseline else _pairs(rows, found[baseline])
+    by_test, versus_by_test = _by_test(answers, rows, pairs, tests)
+    by_loss, losses_versus = _by_test(losses, rows, pairs, tests)
+    whole = len(by_test) == len(tests)
+    mean = estimate([mean_value(_part(answers(row), tests)) for row in rows]) if whole else None
     if label == FROZEN:  # one run: its error is that of the questions
+        scores = rows[0].tests
         by_test = {
-            name: Estimate(mean=one.mean, error=rows[0].tests[name].standard_error)
-            for name, one in by_test.items()
+            name: dataclasses.replace(one, error=scores[name].standard_error) for name, one in by_test.items()
+        }
+        by_loss = {
+            name: dataclasses.replace(one, error=scores[name].answer_loss_standard_error)
+            for name, one in by_loss.items()
         }
         errors = [one.error or 0.0 for one in by_test.values()]
         mean = None if mean is None else Estimate(mean=mean.mean, error=math.hypot(*errors) / len(errors))
-    pairs = [] if label == baseline else _pairs(rows, found[baseline])
-    common = [name for name in whole if all(name in answers(other) for _, other in pairs)] if pairs else []
     return MethodSummary(
         label=label,
         rows=tuple(rows),
         tests=by_test,
         mean=mean,
-        versus=_difference(pairs, tests) if pairs and len(common) == len(tests) else None,
-        versus_by_test={name: _difference(pairs, [name]) for name in common},
+        versus=_difference(answers, pairs, tests) if pairs and len(versus_by_test) == len(tests) else None,
+        versus_by_test=versus_by_test,
+        losses=by_loss,
+        losses_versus=losses_versus,
     )
 
 
-def _pairs(rows: Sequence[RunRow], baseline: Sequence[RunRow]) -> list[tuple[RunRow, RunRow]]:
+Read = Callable[[RunRow], Values]
+Pairs = Sequence[tuple[RunRow, RunRow]]
+
+
+def _by_test(
+    read: Read, rows: Sequence[RunRow], pairs: Pairs, tests: Sequence[str]
+) -> tuple[dict[str, Estimate], dict[str, Difference]]:
+    """The mean of each test that all rows have, and its difference where all rows of the pairs have it."""
+    whole = [name for name in tests if all(name in read(row) for row in rows)]
+    common = [name for name in whole if all(name in read(other) for _, other in pairs)] if pairs else []
+    return (
+        {name: estimate([mean_value(_part(read(row), [name])) for row in rows]) for name in whole},
+        {name: _difference(read, pairs, [name]) for name in common},
+    )
+
+
+def _pairs(rows: Sequence[RunRow], baseline: Sequence[RunRow]) -> Pairs:
     """Rows of the same seed; the frozen model, which has none, with every seed."""
     return [(row, other) for row in rows for other in baseline if row.seed in (None, other.seed)]
 
 
-def _difference(pairs: Sequence[tuple[RunRow, RunRow]], tests: Sequence[str]) -> Difference:
-    return difference([(_part(row, tests), _part(other, tests)) for row, other in pairs])
+def _difference(read: Read, pairs: Pairs, tests: Sequence[str]) -> Difference:
+    return difference([(_part(read(row), tests), _part(read(other), tests)) for row, other in pairs])
 
 
-def _part(row: RunRow, tests: Sequence[str]) -> Answers:
-    return {name: answers(row)[name] for name in tests}
+def _part(values: Values, tests: Sequence[str]) -> Values:
+    return {name: values[name] for name in tests}
