@@ -6,6 +6,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from moa_peft.cli.evaluate import evaluate
+from moa_peft.data.rows import Row
 from moa_peft.errors import UsageError
 from moa_peft.json_lines import read_rows
 from tiny_lm import choice_rows, number_rows, save_adapter, save_base, write_rows
@@ -102,9 +103,32 @@ def test_generated_answers_show_both_rules_and_those_cut_off(tmp_path: Path, bas
     assert shown[-1] == "generation"
 
 
+def test_texts_of_choices_are_compared_with_mode_text(tmp_path: Path, adapter: Path) -> None:
+    listed = "Answer1: it is. Answer2: so\n\nAnswer format: answer1/answer2"
+    rows = [
+        Row(
+            instruction=f"Please choose the correct answer to the question: Why {place}?\n\n{listed}",
+            input="",
+            output="the correct answer is answer2",
+            answer="answer2",
+        )
+        for place in range(4)
+    ]
+    write_rows(tmp_path / "data/ARC-Easy/test.json", rows)
+    words = ["--tasks", "ARC-Easy", "--data-root", tmp_path / "data", "--mode", "text", "--limit", 3]
+    done = call("--adapter", adapter, *words, "--extraction", "per_character")
+    (row,) = read_rows(adapter / "evaluation/results.jsonl")
+    assert (row["task"], row["n"], row["mode"], row["answer_loss"]) == ("ARC-Easy", 3, "text", None)
+    assert f"{100 * row['accuracies']['per_character']:.1f} ±" in done.stdout
+    assert "text, per_character" in done.stdout
+    assert "unchanged ARC-Easy" in call("--adapter", adapter, *words, "--extraction", "per_character").stdout
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--mode", "text"], r"task 'mine' has no choices .* mode text takes piqa, .*ARC-Easy"),
+        (["--mode", "text", "--template", "paper"], "--template has no meaning with --mode text"),
         (["--tasks", "pica"], "unknown task 'pica': did you mean 'piqa'"),
         (["--adapter", "nowhere/at/all"], "adapter folder nowhere/at/all does not exist"),
         (["--mode", "guess"], "unknown mode 'guess'"),

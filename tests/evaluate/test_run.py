@@ -13,7 +13,7 @@ from moa_peft import RouterConfig
 from moa_peft.data.rows import Row
 from moa_peft.errors import RunError, UsageError
 from moa_peft.evaluate import run as run_module
-from moa_peft.evaluate.examine import GenerationExaminer, LikelihoodExaminer
+from moa_peft.evaluate.examine import GenerationExaminer, LikelihoodExaminer, TextExaminer
 from moa_peft.evaluate.identity import identify
 from moa_peft.evaluate.options import EvaluationOptions
 from moa_peft.evaluate.questions import Task, as_question, question_of
@@ -27,6 +27,20 @@ TOKENIZER = byte_tokenizer(chat=True)
 
 def task(rows: list[Row], name: str = "mine") -> Task:
     return Task(name=name, source="here", split="test", questions=tuple(as_question(row) for row in rows))
+
+
+def text_rows(count: int) -> list[Row]:
+    """Questions whose choices have texts, of unequal length."""
+    lead = "Please choose the correct answer to the question:"
+    return [
+        Row(
+            instruction=f"{lead} Why{' oh' * (place % 4)} {place}?\n\nAnswer1: it is Answer2: so\n\nAnswer format: answer1/answer2",
+            input="",
+            output="the correct answer is answer1",
+            answer=f"answer{1 + place % 2}",
+        )
+        for place in range(count)
+    ]
 
 
 def options(out: Path | None = None, **changes: Any) -> EvaluationOptions:
@@ -196,11 +210,12 @@ def test_whatever_decides_the_result_starts_afresh(
     assert len(files(tmp_path)) == 3
 
 
-@pytest.mark.parametrize("mode", ["likelihood", "generation"])
+@pytest.mark.parametrize("mode", ["likelihood", "generation", "text"])
 def test_a_run_killed_twice_goes_on_and_ends_with_the_same_bytes(
     tmp_path: Path, mode: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, asked = with_mixture(tiny_llama()), task(choice_rows(10))
+    rows, name = (text_rows(10), "ARC-Easy") if mode == "text" else (choice_rows(10), "mine")
+    model, asked = with_mixture(tiny_llama()), task(rows, name)
     settings = {"mode": mode, "batch_size": 3} | ({"max_new_tokens": 5} if mode == "generation" else {})
     whole = evaluate(model, TOKENIZER, asked, options(tmp_path / "whole", **settings))
     write, calls = run_module.append_rows, []
@@ -342,6 +357,11 @@ def test_a_rule_of_the_other_mode_is_refused() -> None:
         UsageError, match=r"extraction 'official' does not go with mode likelihood.*--mode generation"
     ):
         evaluate(tiny_llama(), TOKENIZER, task(choice_rows(1)), options(extraction="official"))
+    for rule, mode, other in (("per_token", "text", "likelihood"), ("per_character", "generation", "text")):
+        with pytest.raises(
+            UsageError, match=f"extraction '{rule}' does not go with mode {mode}.*--mode {other}"
+        ):
+            options(extraction=rule).rule_for(mode)
     by_token = evaluate(tiny_llama(), TOKENIZER, task(choice_rows(3)), options(extraction="per_token")).row
     assert by_token.accuracy == by_token.accuracies["per_token"]
 
@@ -357,6 +377,8 @@ def test_every_wrong_setting_is_told_at_once() -> None:
         assert part in str(caught.value)
     with pytest.raises(UsageError, match="max_new_tokens has no meaning in mode likelihood"):
         EvaluationOptions(mode="likelihood", max_new_tokens=5)
+    with pytest.raises(UsageError, match="max_new_tokens has no meaning in mode text"):
+        EvaluationOptions(mode="text", max_new_tokens=5)
 
 
 def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused() -> None:
@@ -380,7 +402,8 @@ def test_an_adapter_that_pools_officially_is_asked_one_question_at_a_time() -> N
         model, questions = with_mixture(tiny_llama(), router=pooling), task(choice_rows(6)).questions
         by_likelihood = LikelihoodExaminer(model, TOKENIZER, questions, **asked)
         by_generation = GenerationExaminer(model, TOKENIZER, questions, **asked, max_new_tokens=4)
-        for examiner in (by_likelihood, by_generation):
+        by_text = TextExaminer(model, TOKENIZER, task(text_rows(6), "ARC-Easy"), batch_size=3)
+        for examiner in (by_likelihood, by_generation, by_text):
             assert max(map(len, examiner.batches())) == longest
 
 

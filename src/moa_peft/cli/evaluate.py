@@ -40,17 +40,22 @@ def evaluate(
     mode: Annotated[
         str | None,
         typer.Option(
-            help="likelihood: the likeliest choice; generation: the answer that is written. "
-            "Default: likelihood where all questions have choices."
+            help="likelihood: the likeliest choice by its name; text: by its text, as lm-eval does; generation: the "
+            "answer that is written. Default: likelihood where all questions have choices, else generation."
         ),
     ] = None,
     extraction: Annotated[
         str | None,
-        typer.Option(help="Rule of the accuracy. generation: stated, official; likelihood: sum, per_token."),
+        typer.Option(
+            help="Rule of the accuracy. generation: stated, official; likelihood: sum, per_token; "
+            "text: sum, per_character."
+        ),
     ] = None,
     template: Annotated[
         str | None,
-        typer.Option(help="paper or chat. Default: the one the adapter was trained with, else paper."),
+        typer.Option(
+            help="paper or chat; not with mode text. Default: the one the adapter was trained with, else paper."
+        ),
     ] = None,
     split: Annotated[
         str | None,
@@ -127,6 +132,7 @@ def evaluate(
     Examples:
       moa evaluate --adapter runs/first
       moa evaluate --tasks piqa,gsm8k --limit 100
+      moa evaluate --tasks piqa,hellaswag,ARC-Easy --mode text --limit 500
       moa evaluate --adapter runs/first --tasks math --extraction official
       moa evaluate --adapter runs/first --tasks code --allow-code-execution
       moa evaluate --adapter runs/first --lm-eval arc_easy,openbookqa
@@ -147,6 +153,10 @@ def evaluate(
         {"lm-eval-path": lm_eval_path, "num-fewshot": num_fewshot},
         "has no meaning without --lm-eval TASKS: give both",
     )
+    if mode == "text":
+        refuse_given(
+            {"template": template}, "has no meaning with --mode text, which has its own: leave it out"
+        )
     from moa_peft.evaluate.loading import choose_template, load, read_adapter
     from moa_peft.evaluate.options import EvaluationOptions
     from moa_peft.evaluate.tasks import load_tasks

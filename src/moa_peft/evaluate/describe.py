@@ -13,6 +13,7 @@ from moa_peft.evaluate.identity import ModelIdentity
 from moa_peft.evaluate.options import EvaluationOptions
 from moa_peft.evaluate.questions import Task
 from moa_peft.evaluate.sandbox import Limits
+from moa_peft.evaluate.text_choices import text_form, text_questions
 from moa_peft.provenance import provenance
 
 if TYPE_CHECKING:
@@ -52,18 +53,23 @@ def evaluation_key(
     """
     mode = options.mode_for(task)
     rows = [one.row for one in task.questions]
-    tokens = [
-        [
-            prompt_ids(render_prompt(row, options.template, tokenizer), tokenizer, options.template),
-            completion_ids(render_completion(row), tokenizer),
+    tokens: list[Any]
+    if mode == "text":
+        asked = [one.tokens(tokenizer) for one in text_questions(task)[:_TOKENISER_ROWS]]
+        tokens = [[one.prompt, one.completions] for one in asked]
+    else:
+        tokens = [
+            [
+                prompt_ids(render_prompt(row, options.template, tokenizer), tokenizer, options.template),
+                completion_ids(render_completion(row), tokenizer),
+            ]
+            for row in rows[:_TOKENISER_ROWS]
         ]
-        for row in rows[:_TOKENISER_ROWS]
-    ]
     decisive = {
         "version": METHOD_VERSION,
         "rows": rows_md5(rows),
         "mode": mode,
-        "template": options.template,
+        "template": None if mode == "text" else options.template,
         "max_new_tokens": options.tokens_for(task) if mode == "generation" else None,
         "base": identity.base_fingerprint,
         "adapter": identity.adapter_fingerprint,
@@ -99,7 +105,7 @@ def describe(
         Fields of `ResultRow`.
     """
     form = Row(instruction="{instruction}", input="", output="", answer="")
-    generates = options.mode_for(task) == "generation"
+    mode = options.mode_for(task)
     return {
         "task": task.name,
         "source": task.source,
@@ -107,9 +113,11 @@ def describe(
         "limit": task.limit,
         "data_md5": rows_md5([one.row for one in task.questions]),
         "file_md5": task.file_md5,
-        "max_new_tokens": options.tokens_for(task) if generates else None,
-        "template": options.template,
-        "prompt_form": render_prompt(form, options.template, tokenizer),
+        "max_new_tokens": options.tokens_for(task) if mode == "generation" else None,
+        "template": "none" if mode == "text" else options.template,
+        "prompt_form": text_form(task).prompt
+        if mode == "text"
+        else render_prompt(form, options.template, tokenizer),
         "batch_size": options.batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
         **dataclasses.asdict(identity),

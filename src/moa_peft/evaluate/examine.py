@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moa_peft.data.templates import Template, render_completion, render_prompt
@@ -13,7 +13,7 @@ from moa_peft.evaluate.batching import rows_at_once
 from moa_peft.evaluate.code_answers import has_ended
 from moa_peft.evaluate.extraction import RULES
 from moa_peft.evaluate.generation import as_generation, end_ids, generate_batch, plan_prompts
-from moa_peft.evaluate.questions import Question
+from moa_peft.evaluate.questions import Question, Task
 from moa_peft.evaluate.sandbox import run_programs
 from moa_peft.evaluate.scoring import (
     ChoiceScores,
@@ -24,6 +24,7 @@ from moa_peft.evaluate.scoring import (
     score_batch,
     token_question,
 )
+from moa_peft.evaluate.text_choices import text_questions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,16 +113,63 @@ class LikelihoodExaminer:
                 completions=self._tokens[place].completions[: len(question.completions)],
             )
             choices = ChoiceScores.of(scores[: len(question.completions)], with_end=asked.is_nested)
-            words = question.form.choices
             best = {"sum": choices.best(), "per_token": choices.best(per_token=True)}
             record |= {
-                "choices": list(words),
+                "choices": list(question.form.choices),
                 "log_likelihoods": [finite(one, place) for one in choices.sums],
                 "log_likelihoods_per_token": list(choices.means),
-                "extracted": {rule: words[one] for rule, one in best.items()},
-                "correct": {rule: one == question.wanted for rule, one in best.items()},
+                **_judged(question, best),
             }
         return record
+
+
+class TextExaminer:
+    """Compares the texts of the choices of each question, as the LM Evaluation Harness does."""
+
+    def __init__(
+        self, model: Any, tokenizer: "PreTrainedTokenizerBase", task: Task, *, batch_size: int
+    ) -> None:
+        """Read and tokenise the questions.
+
+        Args:
+            model: As for `score_batch`.
+            tokenizer: The base model's.
+            task: The task.
+            batch_size: Most questions in a forward pass.
+
+        Raises:
+            UsageError: As `text_questions`; also if a question is too long for the model.
+        """
+        self._model, self._questions = model, task.questions
+        self._batch_size = rows_at_once(model, batch_size)
+        self._asked = text_questions(task)
+        self._tokens = [one.tokens(tokenizer) for one in self._asked]
+        check_lengths(model, [one.num_tokens for one in self._tokens])
+
+    def batches(self) -> list[list[int]]:
+        """See `Examiner`."""
+        return plan(self._tokens, self._batch_size)
+
+    def examine(self, places: Sequence[int]) -> list[Record]:
+        """See `Examiner`."""
+        found = score_batch(self._model, [self._tokens[place] for place in places])
+        return [self._record(place, scores) for place, scores in zip(places, found, strict=True)]
+
+    def _record(self, place: int, scores: list[list[float]]) -> Record:
+        question, asked = self._questions[place], self._asked[place]
+        sums = [finite(sum(one), place) for one in scores]
+        shares = [value / len(text) for value, text in zip(sums, asked.choices, strict=True)]
+        return {
+            "index": place,
+            "prompt": asked.prompt,
+            "answer": question.row.answer,
+            "answer_loss": None,
+            "choices": list(question.form.choices),
+            "texts": list(asked.choices),
+            "log_likelihoods": sums,
+            "log_likelihoods_per_character": shares,
+            **_judged(question, {"sum": sums.index(max(sums)), "per_character": shares.index(max(shares))}),
+        }
 
 
 class GenerationExaminer:
@@ -260,6 +308,15 @@ def finite(value: float, place: int) -> float:
             "model's dtype is too narrow; look at the training log, or give --dtype float32"
         )
     return value
+
+
+def _judged(question: Question, best: Mapping[str, int]) -> Record:
+    """What each rule takes for the answer, and whether that is right; the rules' likeliest choices by their places."""
+    words = question.form.choices
+    return {
+        "extracted": {rule: words[one] for rule, one in best.items()},
+        "correct": {rule: one == question.wanted for rule, one in best.items()},
+    }
 
 
 def _scored_texts(question: Question) -> list[str]:

@@ -1,5 +1,6 @@
 """How a task is evaluated."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -10,9 +11,17 @@ from moa_peft.evaluate.extraction import RULES
 from moa_peft.evaluate.questions import Task
 from moa_peft.evaluate.sandbox import check_isolation
 from moa_peft.evaluate.scoring import LIKELIHOOD_RULES
+from moa_peft.evaluate.text_choices import TEXT_RULES, text_questions
 from moa_peft.extras import require
 
-Mode = Literal["likelihood", "generation"]
+Mode = Literal["likelihood", "generation", "text"]
+
+RULES_OF: Mapping[Mode, tuple[str, ...]] = {
+    "likelihood": LIKELIHOOD_RULES,
+    "generation": tuple(RULES),
+    "text": TEXT_RULES,
+}
+"""The rules that an accuracy may go by in each mode, the default first."""
 
 CHOICE_TOKENS = 32
 """Most tokens of a generated reply that only has to name a choice."""
@@ -33,14 +42,15 @@ class EvaluationOptions:
     """
 
     mode: Mode | None = None
-    """Compare choices by likelihood, or generate; None generates only where a task has answers but no choices."""
+    """Compare replies that name the choices by likelihood, or generate, or compare the texts of the choices as lm-eval
+    does; None generates only where a task has answers but no choices, and never compares texts."""
 
     extraction: str | None = None
     """The rule behind the headline accuracy; all are recorded. Of generated replies: "stated" (default), what the reply
-    says its answer is, or "official". Of likelihoods: "sum" (default), or "per_token"."""
+    says its answer is, or "official". Of likelihoods: "sum" (default), or "per_token"; of texts, "per_character"."""
 
     template: Template = "paper"
-    """How a row becomes text; the one that the adapter was trained with."""
+    """How a row becomes text; the one that the adapter was trained with. Mode text has its own prompts."""
 
     batch_size: int = 16
     """Most questions in a forward pass."""
@@ -64,7 +74,7 @@ class EvaluationOptions:
             (
                 "extraction rule",
                 "sum" if self.extraction is None else self.extraction,
-                (*RULES, *LIKELIHOOD_RULES),
+                {rule for rules in RULES_OF.values() for rule in rules},
             ),
             ("template", self.template, get_args(Template)),
         ):
@@ -73,9 +83,9 @@ class EvaluationOptions:
         for name, number in (("batch_size", self.batch_size), ("max_new_tokens", self.max_new_tokens)):
             if number is not None and number < 1:
                 problems.append(f"{name} is {number}: give at least 1")
-        if self.mode == "likelihood" and self.max_new_tokens is not None:
+        if self.mode not in (None, "generation") and self.max_new_tokens is not None:
             problems.append(
-                "max_new_tokens has no meaning in mode likelihood: leave it out, or choose generation"
+                f"max_new_tokens has no meaning in mode {self.mode}: leave it out, or choose generation"
             )
         if problems:
             raise UsageError("; ".join(problems))
@@ -90,14 +100,14 @@ class EvaluationOptions:
         """The rule asked for, or the first of a mode.
 
         Raises:
-            UsageError: If the rule belongs to the other mode.
+            UsageError: If the rule belongs to another mode.
         """
-        rules = LIKELIHOOD_RULES if mode == "likelihood" else tuple(RULES)
-        rule = self.extraction or rules[0]
-        if rule not in rules:
+        rule = self.extraction or RULES_OF[mode][0]
+        if rule not in RULES_OF[mode]:
+            other = next(one for one, rules in RULES_OF.items() if rule in rules)
             raise UsageError(
-                f"extraction {rule!r} does not go with mode {mode}, which has {', '.join(rules)}: "
-                f"add --mode {'generation' if mode == 'likelihood' else 'likelihood'}, or leave --extraction out"
+                f"extraction {rule!r} does not go with mode {mode}, which has {', '.join(RULES_OF[mode])}: "
+                f"add --mode {other}, or leave --extraction out"
             )
         return rule
 
@@ -108,12 +118,15 @@ class EvaluationOptions:
         return CODE_TOKENS if task.runs_code else CHOICE_TOKENS if task.has_choices else REPLY_TOKENS
 
     def check_needs(self, task: Task) -> None:
-        """See that what a task needs is there: a reader of numbers, leave to run programs and a place to do it.
+        """See that what a task needs is there: texts of choices, a reader of numbers, leave to run programs and a place.
 
         Raises:
-            UsageError: If math-verify is not installed, programs may not be run, or cannot be isolated here.
+            UsageError: As `text_questions`; if math-verify is not installed, programs may not be run, or cannot be
+                isolated here.
         """
-        if self.mode_for(task) == "likelihood":
+        if self.mode_for(task) == "text":
+            text_questions(task)
+        if self.mode_for(task) != "generation":
             return
         if any(one.form.kind == "number" for one in task.questions):
             # not only once an expression turns up: a score must not depend on what is installed

@@ -34,7 +34,7 @@ class ResultRow:
     n: int
     """Questions."""
     num_scored: int
-    """Questions with an accuracy: in likelihood mode those with choices, in generation mode those with an answer."""
+    """Questions with an accuracy: in generation mode those with an answer, else those with choices."""
     accuracy: float | None
     """Share of the scored questions answered rightly, by the rule in ``extraction``, 0..1; None with none scored."""
     standard_error: float | None
@@ -42,21 +42,23 @@ class ResultRow:
     accuracies: Mapping[str, float | None]
     """The accuracy by every rule there is."""
     answer_loss: float | None
-    """Mean over questions of the reference answer's loss, nats a token, its end token included; None without one."""
+    """Mean over questions of the reference answer's loss, nats a token, its end token included; None without one
+    and in mode text."""
     answer_loss_standard_error: float | None
     """Of that mean; None for fewer than two questions."""
-    mode: Literal["likelihood", "generation"]
-    """Whether choices were compared by likelihood or answers were generated."""
+    mode: Literal["likelihood", "generation", "text"]
+    """Whether choices were compared by likelihood, answers were generated, or texts of choices were compared."""
     extraction: str
-    """The rule behind ``accuracy``: "stated" or "official" of a reply, "sum" or "per_token" of likelihoods."""
+    """The rule behind ``accuracy``: "stated" or "official" of a reply, "sum" or "per_token" of likelihoods, "sum" or
+    "per_character" of texts."""
     num_cut_off: int | None
-    """Generated answers that had not ended after ``max_new_tokens``; None in likelihood mode."""
+    """Generated answers that had not ended after ``max_new_tokens``; None in other modes."""
     max_new_tokens: int | None
-    """Most tokens of a generated answer; None in likelihood mode."""
+    """Most tokens of a generated answer; None in other modes."""
     template: str
-    """How a row becomes text."""
+    """How a row becomes text; "none" in mode text."""
     prompt_form: str
-    """The prompt with {instruction} in the place of the question."""
+    """The prompt with {instruction} in the place of the row's instruction, or {question} in that of its question alone."""
     base_model: str
     """The base model, as it was named."""
     base_fingerprint: str

@@ -13,10 +13,15 @@ from tqdm import tqdm
 
 from moa_peft.errors import UsageError
 from moa_peft.evaluate.describe import describe, evaluation_key
-from moa_peft.evaluate.examine import Examiner, GenerationExaminer, LikelihoodExaminer, Record
-from moa_peft.evaluate.extraction import RULES
+from moa_peft.evaluate.examine import (
+    Examiner,
+    GenerationExaminer,
+    LikelihoodExaminer,
+    Record,
+    TextExaminer,
+)
 from moa_peft.evaluate.identity import ModelIdentity, identify
-from moa_peft.evaluate.options import EvaluationOptions, Mode
+from moa_peft.evaluate.options import RULES_OF, EvaluationOptions, Mode
 from moa_peft.evaluate.questions import Task
 from moa_peft.evaluate.results import (
     RESULTS_FILE,
@@ -24,7 +29,6 @@ from moa_peft.evaluate.results import (
     mean_and_standard_error,
     proportion_standard_error,
 )
-from moa_peft.evaluate.scoring import LIKELIHOOD_RULES
 from moa_peft.json_lines import append_rows, drop_torn_line, read_rows, replace_rows
 
 if TYPE_CHECKING:
@@ -133,6 +137,8 @@ def evaluate(
 def _examiner(
     model: Any, tokenizer: "PreTrainedTokenizerBase", task: Task, options: EvaluationOptions, mode: Mode
 ) -> Examiner:
+    if mode == "text":
+        return TextExaminer(model, tokenizer, task, batch_size=options.batch_size)
     shared: dict[str, Any] = {"template": options.template, "batch_size": options.batch_size}
     if mode == "likelihood":
         return LikelihoodExaminer(model, tokenizer, task.questions, **shared)
@@ -191,7 +197,7 @@ def _figures(examples: Sequence[Record], mode: Mode, rule: str) -> dict[str, Any
     scored = [one for one in examples if one["correct"]]
     accuracies: dict[str, float | None] = {
         name: sum(one["correct"][name] for one in scored) / len(scored) if scored else None
-        for name in (LIKELIHOOD_RULES if mode == "likelihood" else RULES)
+        for name in RULES_OF[mode]
     }
     share = accuracies[rule]
     losses = [one["answer_loss"] for one in examples if one["answer_loss"] is not None]

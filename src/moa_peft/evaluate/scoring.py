@@ -42,7 +42,7 @@ class TokenQuestion:
     """Tokens of the prompt; at least one."""
 
     completions: tuple[tuple[int, ...], ...]
-    """Tokens of each completion, its end token included; at least one each."""
+    """Tokens of each completion, its end token included where that is scored; at least one each."""
 
     @property
     def num_shared(self) -> int:
