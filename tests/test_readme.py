@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from moa_peft import mixture_layers
 from moa_peft.cli import app
 from moa_peft.cli.overrides import load_yaml, parse_flags
-from moa_peft.compare.config import StudyConfig
+from moa_peft.compare.config import studies_of
 from moa_peft.config import GATES
 from moa_peft.experts import base, expert_kinds
 from moa_peft.presets import PRESETS
@@ -137,7 +137,9 @@ def test_a_command_of_a_page_exists_with_every_option_it_is_given(words: list[st
         settings = load_yaml(ROOT / config) if config is not None else {}
         recipe_of(merge(settings, parse_flags(context.args, switch_names())))
     elif words[0] == "compare":
-        StudyConfig.from_mapping(merge(load_yaml(ROOT / context.params["config"]), parse_flags(context.args)))
+        studies_of(
+            load_yaml(ROOT / context.params["config"]), parse_flags(context.args), context.params["domain"]
+        )
     else:
         assert not context.args
 

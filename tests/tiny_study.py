@@ -53,6 +53,21 @@ def named(name: str, count: int) -> Sequence[Row]:
     return [dataclasses.replace(row, instruction=f"{name} {row.instruction}") for row in choice_rows(count)]
 
 
+def write_forgetting(folder: Path, count: int = 8) -> None:
+    """Write a task whose choices are texts, as PIQA's rows have them."""
+    rows = [
+        Row(
+            instruction=f"Please choose the correct solution to the question: goal {place}\n\n"
+            f"Solution1: way {place}\n\nSolution2: road {place + 1}\n\nAnswer format: solution1/solution2",
+            input="",
+            output=f"the correct answer is solution{1 + place % 2}",
+            answer=f"solution{1 + place % 2}",
+        )
+        for place in range(count)
+    ]
+    write_rows(folder / "piqa" / "test.json", rows)
+
+
 def same_on_every_run(row: dict[str, Any]) -> dict[str, Any]:
     """A row of results without what depends on the moment, the machine's load and the place."""
     moment = ("step_ms", "peak_mem_mib", "train_s", "evaluate_s", "taken_at", "command", "threads")

@@ -11,7 +11,7 @@ from moa_peft.data.rows import Row
 from moa_peft.errors import UsageError
 from moa_peft.evaluate.tasks import load_task
 from tiny_lm import write_rows
-from tiny_study import named, write_study
+from tiny_study import named, write_forgetting, write_study
 
 Configs = Callable[..., StudyConfig]
 
@@ -106,6 +106,18 @@ def test_a_test_of_the_validation_file_has_the_rows_that_chose_nothing(
         UsageError, match="the test mix is the file of the validation rows, and all of them are used"
     ):
         load_data(config_of(tasks="mix"))
+
+
+def test_tasks_of_forgetting_are_drawn_and_must_hold_texts_under_a_name_of_their_own(
+    config_of: Configs, tmp_path: Path
+) -> None:
+    write_forgetting(tmp_path)
+    (task,) = load_data(config_of(forgetting="piqa", forgetting_limit=5)).forgetting
+    assert (task.name, len(task.questions)) == ("piqa", 5)
+    with pytest.raises(UsageError, match="forgetting names piqa, which tasks does too"):
+        load_data(config_of(forgetting="piqa", tasks="first,piqa"))
+    with pytest.raises(UsageError, match="task 'second' has no choices whose texts can be compared"):
+        load_data(config_of(forgetting="second", tasks="first"))
 
 
 def test_a_row_of_a_task_says_which_rows_were_used(tmp_path: Path) -> None:

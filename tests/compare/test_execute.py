@@ -1,5 +1,7 @@
 """What makes the runs of a study comparable."""
 
+import dataclasses
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,11 @@ from moa_peft.compare.config import StudyConfig
 from moa_peft.compare.execute import Order, train_once
 from moa_peft.compare.measure import peak_memory_mib, start_peak_memory, step_time
 from moa_peft.compare.plan import Job, Run
-from moa_peft.compare.run import Study, open_study
+from moa_peft.compare.report import read_summary
+from moa_peft.compare.run import Study, open_study, run_study
 from moa_peft.json_lines import append_rows
 from moa_peft.train.trainer import AdapterTrainer
-from tiny_study import write_study
+from tiny_study import write_forgetting, write_study
 
 
 @pytest.fixture
@@ -89,3 +92,33 @@ def test_the_peak_of_memory_is_of_the_run_and_not_of_what_was_before_it() -> Non
     assert after is not None
     assert high > before + 150
     assert after < before + 100
+
+
+def test_forgetting_is_zero_for_the_frozen_model_and_its_tasks_are_scored_by_the_texts(
+    study: Study, tmp_path: Path
+) -> None:
+    write_forgetting(tmp_path)
+    changes = {
+        "learning_rates": (0.5,),
+        "seeds": (0,),
+        "tasks": "mix",
+        "mode": "likelihood",
+        "forgetting": "piqa",
+    }
+    config = dataclasses.replace(study.config, **changes, train_limit=16, validation_limit=5)
+    rows = run_study(open_study(config), progress=False)
+    assert [row.label for row in rows] == ["frozen", "soft-moa", "lora"]
+    for row in rows:
+        assert {name: one.mode for name, one in row.tests.items()} == {"mix": "likelihood", "piqa": "text"}
+    assert all(len(row.tests["mix"].losses) == 7 and not row.tests["piqa"].losses for row in rows)
+    methods = {one.label: one for one in read_summary(config).methods}
+    frozen = methods["frozen"].forgetting_mean
+    assert frozen is not None
+    assert (frozen.mean, frozen.by_questions) == (0, 0)
+    before, after = (
+        [int(one) for one in methods[label].rows[0].tests["piqa"].correct] for label in ("frozen", "lora")
+    )
+    change = methods["lora"].forgetting["piqa"]
+    assert change.mean == pytest.approx(sum(after) / 8 - sum(before) / 8)
+    pairs = [one - other for one, other in zip(after, before, strict=True)]
+    assert change.by_questions == pytest.approx(statistics.stdev(pairs) / 8**0.5)

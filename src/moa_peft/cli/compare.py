@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moa_peft.cli.overrides import load_yaml, parse_flags
-from moa_peft.compare.cells import percent, run_name
+from moa_peft.compare.cells import NONE, nats, percent, run_name
 from moa_peft.compare.config import Method, StudyConfig, studies_of
 from moa_peft.compare.extras import REPORT_PACKAGES, has, need
 from moa_peft.compare.plan import rate_text
@@ -20,7 +20,7 @@ from moa_peft.train.field_docs import field_docs
 
 if TYPE_CHECKING:
     from moa_peft.compare.run import Study
-    from moa_peft.compare.summary import StudySummary
+    from moa_peft.compare.summary import MethodSummary, StudySummary
 
 EXAMPLES = """\b
 Examples:
@@ -132,7 +132,11 @@ def run_all(
 def outcome_text(summary: "StudySummary", *, has_report: bool) -> str:
     """Write what a study has found and where it lies, for a person."""
     folder = Path(summary.config.out)
-    lines = [f"  {one.label}: {percent(one.mean)} %" for one in summary.methods]
+    by_loss = not any(one.mean for one in summary.methods)
+    lines = [
+        f"  {one.label}: " + (_losses(one) if by_loss else f"{percent(one.mean)} %")
+        for one in summary.methods
+    ]
     lines += [f"failed    {run_name(row)}: {row.failure}" for row in summary.failures]
     lines += [f"missing   {one}" for one in summary.missing]
     report = f"report    {folder / 'report.md'}, {folder / 'report.html'}"
@@ -140,7 +144,12 @@ def outcome_text(summary: "StudySummary", *, has_report: bool) -> str:
         report if has_report else "no report: it needs pip install 'moa-peft[report]'",
         f"rows      {folder / 'results.jsonl'}",
     ]
-    return "\n".join(["mean accuracy over tests, ± standard error over seeds:", *lines])
+    what = "loss of the answers, nats a token" if by_loss else "mean accuracy over tests"
+    return "\n".join([f"{what}, ± standard error over seeds:", *lines])
+
+
+def _losses(method: "MethodSummary") -> str:
+    return ", ".join(f"{name} {nats(loss)}" for name, loss in method.losses.items()) or NONE
 
 
 def as_object(summary: "StudySummary") -> dict[str, Any]:
@@ -151,6 +160,15 @@ def as_object(summary: "StudySummary") -> dict[str, Any]:
         "chosen": dict(summary.chosen),
         "accuracy": {
             one.label: None if one.mean is None else dataclasses.asdict(one.mean) for one in summary.methods
+        },
+        "losses": {
+            one.label: {name: dataclasses.asdict(loss) for name, loss in one.losses.items()}
+            for one in summary.methods
+        },
+        "forgetting": {
+            one.label: dataclasses.asdict(one.forgetting_mean)
+            for one in summary.methods
+            if one.forgetting_mean is not None
         },
         "versus_baseline": {
             one.label: dataclasses.asdict(one.versus) for one in summary.methods if one.versus is not None
@@ -168,7 +186,7 @@ def plan_text(study: "Study", left: dict[str, int]) -> str:
     chosen = f"tried on seed {tuning_seeds}, chosen by {config.choose_by}"
     if len(config.learning_rates) == 1:
         chosen = "the only one"
-    questions = sum(len(one.questions) for one in data.tests)
+    questions = sum(len(one.questions) for one in (*data.tests, *data.forgetting))
     trainer = config.trainer_of(config.methods[0])
     length = (
         f"{trainer['max_steps']:,} steps"
@@ -184,6 +202,7 @@ def plan_text(study: "Study", left: dict[str, int]) -> str:
             f"  validation  {len(data.validation.questions):,} rows",
             f"  tests       {len(data.tests)}, {questions:,} questions in all",
             f"  left        {left['train']} runs to train, {left['score']} more to score only",
+            *([f"  forgetting  {', '.join(one.name for one in data.forgetting)}"] if data.forgetting else []),
             f"  out         {config.out}",
         ]
     )

@@ -17,10 +17,12 @@ def run_name(row: RunRow) -> str:
     return f"{row.label}, rate {rate_text(row.learning_rate)}, seed {row.seed}{stage}"
 
 
-def score_on(row: RunRow, name: str) -> Estimate | None:
-    """The accuracy of a run on a test with the error of its questions."""
+def score_cell(row: RunRow, name: str) -> str:
+    """The accuracy of a run on a test with the error of its questions; where it has none, the loss of its answers."""
     one = row.tests.get(name)
-    return None if one is None else estimate_of(one.accuracy, one.standard_error)
+    if one is None or one.accuracy is not None:
+        return percent(None if one is None else estimate_of(one.accuracy, one.standard_error))
+    return nats(estimate_of(one.answer_loss, one.answer_loss_standard_error))
 
 
 def estimate_of(mean: float | None, error: float | None) -> Estimate | None:

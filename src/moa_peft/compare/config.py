@@ -145,6 +145,12 @@ class StudyConfig:
     mode: Mode | None = None
     """How tests are scored, as `moa evaluate --mode` has it; "likelihood" takes of tests without choices the loss alone."""
 
+    forgetting: str | Sequence[str] = ()
+    """Tasks that tell what training took away: the accuracy by the texts of their choices, less the frozen model's."""
+
+    forgetting_limit: int | None = None
+    """Use only so many questions of each of them, drawn with draw_seed; None for all."""
+
     template: Template = "paper"
     """How a row becomes text."""
 
@@ -215,6 +221,10 @@ class StudyConfig:
         """The tests with commas between."""
         return self.tasks if isinstance(self.tasks, str) else ",".join(self.tasks)
 
+    def forgetting_names(self) -> str:
+        """The tasks that tell what training took away, with commas between."""
+        return self.forgetting if isinstance(self.forgetting, str) else ",".join(self.forgetting)
+
     @property
     def has_tuning(self) -> bool:
         """Whether learning rates are tried."""
@@ -278,6 +288,7 @@ def _form_problems(config: StudyConfig) -> list[str]:
     if config.validation is not None:
         problems += wrong_text("validation", config.validation)
     problems += wrong_names("tasks", config.tasks)
+    problems += wrong_names("forgetting", config.forgetting) if config.forgetting else []
     problems += wrong_fields("data_md5", config.data_md5) or [
         one for name, md5 in config.data_md5.items() for one in wrong_text(f"data_md5.{name}", md5)
     ]
@@ -293,7 +304,9 @@ def _form_problems(config: StudyConfig) -> list[str]:
 
 def _number_problems(config: StudyConfig) -> list[str]:
     problems: list[str] = []
-    limits = ("train_limit", "tuning_limit", "validation_limit", "test_limit", "most_rates")
+    limits = (
+        "train_limit", "tuning_limit", "validation_limit", "test_limit", "forgetting_limit", "most_rates"
+    )  # fmt: skip
     least = {
         **dict.fromkeys(limits, 1),
         "draw_seed": 0,

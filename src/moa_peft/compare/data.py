@@ -11,6 +11,7 @@ from moa_peft.compare.config import StudyConfig
 from moa_peft.data.rows import Row, rows_md5
 from moa_peft.errors import UsageError, unknown
 from moa_peft.evaluate.tasks import GROUPS, Task, load_task, load_tasks
+from moa_peft.evaluate.text_choices import text_questions
 
 VALIDATION = "validation"
 
@@ -41,6 +42,8 @@ class StudyData:
     """The rows that the learning rate is chosen on."""
     tests: tuple[Task, ...]
     """The tests, drawn."""
+    forgetting: tuple[Task, ...] = ()
+    """The tasks that tell what training took away, drawn; no test has the name of one."""
 
 
 def load_data(config: StudyConfig) -> StudyData:
@@ -68,15 +71,24 @@ def load_data(config: StudyConfig) -> StudyData:
     )
     root = Path(config.data_root)
     whole = load_tasks(config.task_names(), data_root=root)
-    check_files([train, held_out, *whole], config)
+    kept = load_tasks(config.forgetting_names(), data_root=root) if config.forgetting else []
+    twice = [one.name for one in kept if one.name in {test.name for test in whole}]
+    if twice:
+        raise UsageError(
+            f"forgetting names {', '.join(twice)}, which tasks does too: take it out of one of them"
+        )
+    for one in kept:
+        text_questions(one)
+    check_files([train, held_out, *whole, *kept], config)
     validation = draw(held_out, config.validation_limit, config.draw_seed)
     whole = [rest_of(one, validation) if one.file_md5 == held_out.file_md5 else one for one in whole]
-    check_apart(train, validation, whole)
+    check_apart(train, validation, [*whole, *kept])
     return StudyData(
         train=row_set(train, config.data),
         short=row_set(short, config.data),
         validation=validation,
         tests=tuple(draw(one, config.test_limit, config.draw_seed) for one in whole),
+        forgetting=tuple(draw(one, config.forgetting_limit, config.draw_seed) for one in kept),
     )
 
 

@@ -205,10 +205,12 @@ def score(order: Order) -> dict[str, Any]:
         out=order.folder / "evaluation",
         progress=order.progress,
     )
-    tests = [one for one in order.data.tests if one.name in order.job.tests]
+    texts = dataclasses.replace(options, mode="text")
+    tests = [(one, options) for one in order.data.tests if one.name in order.job.tests]
+    tests += [(one, texts) for one in order.data.forgetting if one.name in order.job.tests]
     scores = {
-        task.name: as_scores(task, evaluate(loaded.model, loaded.tokenizer, task, options, identity=identity))
-        for task in (order.data.validation, *tests)
+        task.name: as_scores(task, evaluate(loaded.model, loaded.tokenizer, task, how, identity=identity))
+        for task, how in ((order.data.validation, options), *tests)
     }
     validation = scores.pop(order.data.validation.name)
     router = None

@@ -14,7 +14,7 @@ from moa_peft.compare.cells import (
     percent,
     plain,
     run_name,
-    score_on,
+    score_cell,
     signed,
 )
 from moa_peft.compare.config import FROZEN, StudyConfig
@@ -52,6 +52,10 @@ LOSS_NOTE = (
     "Nats a token of the reference answers: mean over seeds ± standard error over seeds; of the frozen model that of the "
     "questions."
 )
+FORGETTING_NOTE = (
+    "Accuracy by the likelihood of the choices' texts, less the frozen model's, in points ± standard error, paired question "
+    "by question; * where it reaches its minimum detectable difference. The mean over tasks is compared with the baseline's."
+)
 CHOICE_NOTE = (
     "The learning rate of each method with the loss of its validation answers, and the paired difference from the "
     "baseline with its own choice. These rows chose the rate, so the figures are no test."
@@ -80,7 +84,9 @@ def read_summary(config: StudyConfig) -> StudySummary:
     rows = read_results(folder)
     shared = shared_settings(config, study["settings"]["train_md5"], study["settings"]["validation_md5"])
     check_same_study(folder, config, shared, {}, rows)
-    return summarise(config, shared, task_names(config.task_names(), study["tests"]), rows)
+    known = study["tests"]
+    forgetting = task_names(config.forgetting_names(), known) if config.forgetting else []
+    return summarise(config, shared, task_names(config.task_names(), known), rows, forgetting)
 
 
 def write_report(config: StudyConfig) -> StudySummary:
@@ -118,6 +124,7 @@ def report_sections(summary: StudySummary, pictures: list[Picture]) -> list[Sect
         _differences_by_test(summary),
         _losses(summary),
         _loss_differences(summary),
+        _forgetting(summary),
         _cost(summary),
         *([Section(title="Accuracy against cost", pictures=pictures)] if pictures else []),
         _choices(summary),
@@ -156,7 +163,9 @@ def _head(summary: StudySummary) -> Section:
     return Section(texts=texts, items=summary.missing)
 
 
-def _accuracy(summary: StudySummary) -> Section:
+def _accuracy(summary: StudySummary) -> Section | None:
+    if not any(one.tests for one in summary.methods) and any(one.losses for one in summary.methods):
+        return None  # the tests are of losses alone
     head = ["method", "trained", "seeds", *summary.tests, "mean"]
     rows = [
         [
@@ -281,6 +290,32 @@ def _loss_differences(summary: StudySummary) -> Section | None:
     )
 
 
+def _forgetting(summary: StudySummary) -> Section | None:
+    rows = [
+        [
+            one.label,
+            *(signed(one.forgetting.get(name)) for name in summary.forgetting),
+            signed(one.forgetting_mean),
+            *(difference_cells(one.forgetting_versus)[place] for place in (0, 1, 4)),
+            claim(one.forgetting_versus),
+        ]
+        for one in summary.methods
+        if one.forgetting
+    ]
+    if not rows:
+        return None
+    head = [
+        "method",
+        *summary.forgetting,
+        "mean",
+        f"less {summary.config.baseline}",
+        "error",
+        "detectable",
+        "claim",
+    ]
+    return Section(title="Forgetting", texts=(FORGETTING_NOTE,), table=Table(head=head, rows=rows))
+
+
 def _choices(summary: StudySummary) -> Section | None:
     if not summary.choices:
         return None
@@ -399,7 +434,7 @@ def _seeds(summary: StudySummary) -> Section | None:
         [
             run_name(row),
             plain(None if row.validation is None else row.validation.answer_loss),
-            *(percent(score_on(row, name)) for name in summary.tests),
+            *(score_cell(row, name) for name in summary.tests),
         ]
         for one in summary.methods
         for row in one.rows
@@ -408,7 +443,9 @@ def _seeds(summary: StudySummary) -> Section | None:
         return None
     return Section(
         title="Every run",
-        texts=("Accuracies with the standard error of the number of questions.",),
+        texts=(
+            "Accuracies with the standard error of the number of questions; losses where a test has none.",
+        ),
         table=Table(head=["run", "validation loss", *summary.tests], rows=rows),
     )
 

@@ -51,7 +51,7 @@ class Study:
     @property
     def tests(self) -> dict[str, str]:
         """MD5 of the rows of each test."""
-        return {one.name: questions_md5(one) for one in self.data.tests}
+        return {one.name: questions_md5(one) for one in (*self.data.tests, *self.data.forgetting)}
 
     def check_folder(self, rows: Sequence[RunRow]) -> None:
         """See that the folder holds nothing that other settings have made.

@@ -42,6 +42,12 @@ class MethodSummary:
     """Loss of the answers of each test that all of them have, nats a token; the error as that of ``tests``."""
     losses_versus: Mapping[str, Difference]
     """Difference of that loss from the baseline's, test by test."""
+    forgetting: Mapping[str, Difference]
+    """Accuracy less the frozen model's, of each task that tells what training took away; 0 for that model itself."""
+    forgetting_mean: Difference | None
+    """The same over all these tasks; None while one is missing."""
+    forgetting_versus: Difference | None
+    """The mean accuracy on these tasks less the baseline's; None for the baseline, and while one is missing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +79,8 @@ class StudySummary:
     """The study."""
     tests: tuple[str, ...]
     """Names of its tests, in the config's order."""
+    forgetting: tuple[str, ...]
+    """Names of the tasks that tell what training took away, likewise."""
     methods: tuple[MethodSummary, ...]
     """The frozen model, then the methods in their order; those with at least one run."""
     chosen: Mapping[str, float | None]
@@ -92,7 +100,11 @@ class StudySummary:
 
 
 def summarise(
-    config: StudyConfig, shared: Mapping[str, Any], tests: Sequence[str], rows: Sequence[RunRow]
+    config: StudyConfig,
+    shared: Mapping[str, Any],
+    tests: Sequence[str],
+    rows: Sequence[RunRow],
+    forgetting: Sequence[str] = (),
 ) -> StudySummary:
     """Sum up a study.
 
@@ -101,6 +113,7 @@ def summarise(
         shared: From `shared_settings`.
         tests: Names of its tests; what rows have beside them is left out.
         rows: Rows of its folder; those of runs that the config does not name are left out.
+        forgetting: Names of the tasks that tell what training took away.
 
     Returns:
         The summary.
@@ -128,7 +141,7 @@ def summarise(
     for run in final_runs(config, chosen):
         row = done("final", run)
         used += [row] if row is not None else []
-        missing += _missing(run, row, tests)
+        missing += _missing(run, row, [*tests, *forgetting])
         if row is not None and (row.failure is None or row.tests):
             found[run.label].append(row)
     missing += [
@@ -140,13 +153,16 @@ def summarise(
     return StudySummary(
         config=config,
         tests=tuple(tests),
+        forgetting=tuple(forgetting),
         methods=tuple(
-            _method(label, some, found, config.baseline, tests) for label, some in found.items() if some
+            _method(label, some, found, config.baseline, tests, forgetting)
+            for label, some in found.items()
+            if some
         ),
         chosen=chosen,
         tuning=tuning,
         choices=_choices(config.baseline, chosen, tuning),
-        failures=tuple(row for row in used if row.failed(tests)),
+        failures=tuple(row for row in used if row.failed([*tests, *forgetting])),
         missing=tuple(missing),
         rows=tuple(used),
         planned=len(tried) + 1 + len(finalists) * len(config.seeds),
@@ -216,8 +232,13 @@ def _method(
     found: Mapping[str, Sequence[RunRow]],
     baseline: str,
     tests: Sequence[str],
+    forgetting: Sequence[str],
 ) -> MethodSummary:
     pairs = [] if label == baseline else _pairs(rows, found[baseline])
+    before = [(row, frozen) for row in rows for frozen in found[FROZEN]]
+    _, forgotten = _by_test(answers, rows, before, forgetting)
+    is_whole = bool(forgetting) and len(forgotten) == len(forgetting)
+    can_compare = is_whole and pairs and all(set(forgetting) <= answers(other).keys() for _, other in pairs)
     by_test, versus_by_test = _by_test(answers, rows, pairs, tests)
     by_loss, losses_versus = _by_test(losses, rows, pairs, tests)
     whole = len(by_test) == len(tests)
@@ -242,6 +263,9 @@ def _method(
         versus_by_test=versus_by_test,
         losses=by_loss,
         losses_versus=losses_versus,
+        forgetting=forgotten,
+        forgetting_mean=_difference(answers, before, forgetting) if is_whole else None,
+        forgetting_versus=_difference(answers, pairs, forgetting) if can_compare else None,
     )
 
 
