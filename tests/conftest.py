@@ -7,7 +7,6 @@ import pytest
 
 from moa_peft.config import GATES
 from moa_peft.experts import base
-from moa_peft.tuner import MoALayer
 
 
 @pytest.fixture(autouse=True)
@@ -19,9 +18,3 @@ def what_a_test_registers_goes_with_it() -> Iterator[None]:
     for registry, known in zip(registries, before, strict=True):
         registry.clear()
         registry.update(known)
-
-
-@pytest.fixture(params=[True, False], ids=["fused", "plain"])
-def both_paths(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a test with the experts joined and with each computed by its own definition."""
-    monkeypatch.setattr(MoALayer, "fused", request.param)

@@ -51,8 +51,8 @@ class RouterOracle:
         self.config = config
 
     def product(self, name: str, x: Tensor) -> Tensor:
-        out = self.weights[f"{name}.weight"] @ x
-        return out + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else out
+        out = self.weights[f"{name}_weight"] @ x
+        return out + self.weights[f"{name}_bias"] if f"{name}_bias" in self.weights else out
 
     def logits(self, x: Tensor) -> Tensor:
         if self.config.kind == "linear":
@@ -202,8 +202,8 @@ class BlockOracle:
                 for n, gate in enumerate(self.copies(b, t, "parallel_adapter", x[b, t])):
                     own = slice(n * size, (n + 1) * size)
                     read = slice(0, size) if expert.shared else own
-                    inner = silu(w["down.weight"][read] @ x[b, t] + w["down.bias"][read])
-                    output[b, t] += gate * (w["up.weight"][:, own] @ inner + w["up.bias"][n::copies])
+                    inner = silu(w["down_weight"][read] @ x[b, t] + w["down_bias"][read])
+                    output[b, t] += gate * (w["up_weight"][:, own] @ inner + w["up_bias"][n::copies])
         return output
 
     def add_prompt(

@@ -7,10 +7,11 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import set_peft_model_state_dict
+from peft.utils.other import fsdp_auto_wrap_policy
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,6 +23,8 @@ DDP_CASES = (("llama", "everything"), ("gpt_neox", "sparse-moa"))
 FSDP_CASES = tuple(
     (method, dtype) for method in ("soft-moa", "everything") for dtype in (torch.float32, torch.bfloat16)
 )
+
+FSDP1_METHODS = ("soft-moa", "everything", "soft-moa-hydra", "extra-kinds")
 
 
 def global_batch() -> tuple[Tensor, Tensor]:
@@ -58,6 +61,10 @@ def run_all(rank: int, folder: str) -> None:
         saved = fsdp_train(rank, method, dtype)
         if rank == 0:
             torch.save(saved, f"{folder}/fsdp-{method}-{dtype}.pt")
+    for method in FSDP1_METHODS:
+        sharded = fsdp1_gradients(rank, method)
+        if rank == 0:
+            torch.save(sharded, f"{folder}/fsdp1-{method}.pt")
     dist.barrier()
     dist.destroy_process_group()
     faulthandler.cancel_dump_traceback_later()
@@ -107,6 +114,34 @@ def fsdp_train(rank: int, method: str, dtype: torch.dtype) -> dict[str, Any]:
     full: dict[str, Any] = get_model_state_dict(model, options=options)
     adapter = get_peft_model_state_dict(model, state_dict=full) if rank == 0 else {}
     return {"adapter": adapter, "logits": logits, "losses": losses, "groups": names}
+
+
+def fsdp1_gradients(rank: int, method: str) -> dict[str, Any]:
+    """Gradients of FSDP1 under the wrap policy that transformers' Trainer takes from PEFT, and with its defaults.
+
+    The Trainer itself never uses FSDP on a CPU: accelerate takes DDP there.
+    """
+    model = mixture_model("llama", method).train()
+    parallel = FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=fsdp_auto_wrap_policy(model),
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )
+    units = [name for name, one in parallel.named_modules() if isinstance(one, FullyShardedDataParallel)]
+    ids, labels = global_batch()
+    mine = slice(2 * rank, 2 * rank + 2)
+    for _ in range(2):
+        parallel.zero_grad()
+        loss = summed_loss(parallel(input_ids=ids[mine], use_cache=False).logits, labels[mine])
+        (loss * RANKS / answer_tokens(labels)).backward()
+    with FullyShardedDataParallel.summon_full_params(parallel, with_grads=True):
+        gradients = {
+            name.replace("_fsdp_wrapped_module.", ""): None if one.grad is None else one.grad.clone()
+            for name, one in parallel.named_parameters()
+            if one.requires_grad
+        }
+    return {"gradients": gradients, "units": units}
 
 
 def reloaded(method: str, dtype: torch.dtype, adapter: dict[str, Tensor]) -> PeftModel:

@@ -1,4 +1,4 @@
-"""torch.compile: one graph, with the numbers of the eager pass. A compiled pass takes the plain path by itself."""
+"""torch.compile: one graph, with the numbers of the eager pass."""
 
 import pytest
 import torch
@@ -16,16 +16,6 @@ COMPILED = [(family, "everything") for family in FAMILIES] + [
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "method"), COMPILED)
 def test_the_forward_compiles_without_a_graph_break_and_its_backward_runs(family: str, method: str) -> None:
-    check_compiled(family, method)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("both_paths")
-def test_the_plain_path_is_compiled_whichever_is_chosen() -> None:
-    check_compiled("llama", "soft-moa")
-
-
-def check_compiled(family: str, method: str) -> None:
     torch._dynamo.reset()
     ids = tokens()
     model = mixture_model(family, method)

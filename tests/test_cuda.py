@@ -1,4 +1,4 @@
-"""What only a CUDA device shows: both paths agree there, and no pass of a mixture waits for the device."""
+"""What only a CUDA device shows: joined experts make the numbers of single ones there, and no pass waits for the device."""
 
 import contextlib
 import warnings
@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from moa_peft.bench.subjects import use_path
+from moa_peft.bench.subjects import one_by_one
 from tiny import METHODS, base_model, mixture_model, tokens
 
 pytestmark = [
@@ -20,16 +20,14 @@ pytestmark = [
 DEVICE = "cuda"
 
 
-def on_both_paths(model: PeftModel, what: Callable[[], Any]) -> tuple[Any, Any]:
-    found: list[Any] = []
-    for fused in (True, False):
-        use_path(model, fused=fused)
-        found.append(what())
-    return found[0], found[1]
+def joined_and_apart(model: PeftModel, what: Callable[[], Any]) -> tuple[Any, Any]:
+    joined = what()
+    with one_by_one(model):
+        return joined, what()
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_output_and_every_gradient_equal_those_of_the_plain_path(method: str) -> None:
+def test_output_and_every_gradient_equal_those_of_experts_asked_one_by_one(method: str) -> None:
     model = mixture_model("llama", method).to(DEVICE).train()
     trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
     ids = tokens().to(DEVICE)
@@ -39,7 +37,7 @@ def test_output_and_every_gradient_equal_those_of_the_plain_path(method: str) ->
         gradients = torch.autograd.grad(output.loss, list(trained.values()), allow_unused=True)
         return output.logits.detach(), *[torch.zeros(()) if one is None else one for one in gradients]
 
-    for name, one, other in zip(["logits", *trained], *on_both_paths(model, step), strict=True):
+    for name, one, other in zip(["logits", *trained], *joined_and_apart(model, step), strict=True):
         torch.testing.assert_close(
             one, other, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
         )
@@ -55,7 +53,7 @@ def test_output_and_every_gradient_equal_those_of_the_plain_path(method: str) ->
         ("lora", torch.bfloat16),
     ],
 )
-def test_a_generation_equals_that_of_the_plain_path(method: str, dtype: torch.dtype) -> None:
+def test_cached_steps_equal_those_of_experts_asked_one_by_one(method: str, dtype: torch.dtype) -> None:
     model = mixture_model("llama", method, dtype=dtype).to(DEVICE)
     ids = tokens().to(DEVICE)
 
@@ -65,7 +63,7 @@ def test_a_generation_equals_that_of_the_plain_path(method: str, dtype: torch.dt
         steps = [model(ids[:, :1], past_key_values=past, use_cache=True).logits.float() for _ in range(4)]
         return torch.cat(steps, 1)
 
-    one, other = on_both_paths(model, decoded)
+    one, other = joined_and_apart(model, decoded)
     tolerance = 1e-4 if dtype == torch.float32 else 0.05 * float(other.abs().max())
     torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
 

@@ -10,8 +10,6 @@ from moa_peft import GateRecord, mixture_layers
 from oracle import oracle_run
 from tiny import CASES, mixture_model, tokens
 
-pytestmark = pytest.mark.usefixtures("both_paths")
-
 every_case = pytest.mark.parametrize(
     ("family", "method"),
     [

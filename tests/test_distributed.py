@@ -1,14 +1,16 @@
-"""Two processes over gloo: DDP and FSDP2."""
+"""Two processes over gloo: DDP, FSDP1 and FSDP2."""
 
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing
+from torch import Tensor
 
 from moa_peft import parameter_groups
 from ranks import (
     DDP_CASES,
+    FSDP1_METHODS,
     FSDP_CASES,
     RANKS,
     answer_tokens,
@@ -30,11 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("family", "method"), DDP_CASES)
-def test_ddp_gradients_equal_the_single_processs_with_unequal_answers_and_no_unused_parameters(
-    folder: Path, family: str, method: str
-) -> None:
-    theirs = torch.load(folder / f"ddp-{family}-{method}.pt")
+def check_gradients(theirs: dict[str, Tensor | None], family: str, method: str) -> None:
+    """Compare two processes' gradients with those of one that has the whole batch."""
     model = mixture_model(family, method).train()
     ids, labels = global_batch()
     (summed_loss(model(input_ids=ids).logits, labels) / answer_tokens(labels)).backward()
@@ -43,10 +42,27 @@ def test_ddp_gradients_equal_the_single_processs_with_unequal_answers_and_no_unu
     # A bias of one number is a sum of terms that cancel: its rounding is measured against the largest gradient.
     largest = max(gradient.abs().max().item() for gradient in ours.values() if gradient is not None)
     for name, gradient in ours.items():
+        their = theirs[name]
         assert gradient is not None, name
-        assert (theirs[name] - gradient).abs().max().item() <= 1e-6 * max(
-            gradient.abs().max().item(), largest
-        ), name
+        assert their is not None, name
+        assert (their - gradient).abs().max().item() <= 1e-6 * max(gradient.abs().max().item(), largest), name
+
+
+@pytest.mark.parametrize(("family", "method"), DDP_CASES)
+def test_ddp_gradients_equal_the_single_processs_with_unequal_answers_and_no_unused_parameters(
+    folder: Path, family: str, method: str
+) -> None:
+    check_gradients(torch.load(folder / f"ddp-{family}-{method}.pt"), family, method)
+
+
+@pytest.mark.parametrize("method", FSDP1_METHODS)
+def test_fsdp1_with_pefts_wrap_policy_gives_the_gradients_of_a_single_process(
+    folder: Path, method: str
+) -> None:
+    """Routers were once linear modules, each a unit of the policy that was never called and so never gathered."""
+    saved = torch.load(folder / f"fsdp1-{method}.pt")
+    assert len(saved["units"]) == 3  # the model and its two blocks
+    check_gradients(saved["gradients"], "llama", method)
 
 
 @pytest.mark.parametrize(("method", "dtype"), FSDP_CASES)

@@ -23,8 +23,6 @@ from moa_peft.train.method import build_peft_config
 from moa_peft.train.recipe import Recipe
 from tiny import awaken, base_model, tokens
 
-pytestmark = pytest.mark.usefixtures("both_paths")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ToyExpert(ExpertConfig):
@@ -126,7 +124,9 @@ def test_a_toy_gate_makes_the_gates_of_blocks_and_of_copies_and_its_losses_are_t
     assert set(routers) == {"", "lora_q_proj"}
     x = torch.randn(2, 5, 32)
     for router in routers.values():
-        products = [torch.nn.functional.linear(x, one.weight, one.bias) for one in router.logits.linears()]
+        products = [
+            torch.nn.functional.linear(x, one.weight, one.bias) for one in router.logits.projections()
+        ]
         squares = router.logits(*products).square() + 1e-3
         routing = router(x)
         expected = router.gate.factor * squares / squares.sum(dim=-1, keepdim=True)

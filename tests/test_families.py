@@ -8,8 +8,6 @@ from transformers import GenerationConfig
 
 from tiny import CASES, FAMILIES, awaken, base_model, mixture_model, tokens
 
-pytestmark = pytest.mark.usefixtures("both_paths")
-
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_case = pytest.mark.parametrize(("family", "method"), CASES)
 

@@ -31,8 +31,6 @@ from moa_peft.paged import paged_requests
 from tiny import awaken, base_model, mixture_model, tokens
 from tiny_lm import byte_tokenizer
 
-pytestmark = pytest.mark.usefixtures("both_paths")
-
 every_model = pytest.mark.parametrize(
     ("family", "method"),
     [

@@ -9,8 +9,6 @@ from moa_peft import LoraExpert, MoAConfig, mixture_layers
 from moa_peft.presets import PROJECTIONS
 from tiny import base_model, tokens
 
-pytestmark = pytest.mark.usefixtures("both_paths")
-
 Weights = dict[tuple[int, str, str], nn.Parameter]
 
 

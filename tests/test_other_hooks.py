@@ -3,6 +3,7 @@
 import copy
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,32 +12,30 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from moa_peft import MoAConfig, mixture_layers
-from moa_peft.tuner import MoALayer
+from moa_peft.bench.subjects import one_by_one
+from moa_peft.block_hooks import MoALayer
 from tiny import awaken, base_model, mixture_model, tokens
 
 Hang = Callable[[Any], object]
 
 
-def by_both_paths(method: str, hang: Hang, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
-    """The logits and every gradient of a training step: by the fused path, and by the plain one.
+def training_step(method: str, hang: Hang, *, apart: bool = False) -> dict[str, Tensor]:
+    """The logits and every gradient of a training step.
 
     Args:
         method: A method of the family.
         hang: Does something to the frozen model before it gets its mixture.
-        monkeypatch: Pytest's.
+        apart: Whether every expert is asked for its own change, instead of joining those that read one input.
     """
-    found: list[dict[str, Tensor]] = []
-    for fused in (True, False):
-        monkeypatch.setattr(MoALayer, "fused", fused)
-        base = base_model("llama")
-        hang(base)
-        model = get_peft_model(base, MoAConfig.preset(method))
-        awaken(model)
+    base = base_model("llama")
+    hang(base)
+    model = get_peft_model(base, MoAConfig.preset(method))
+    awaken(model)
+    with one_by_one(model) if apart else nullcontext():
         logits = model.train()(tokens()).logits
-        logits.square().mean().backward()
-        gradients = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
-        found.append({"logits": logits.detach(), **gradients})
-    return found
+    logits.square().mean().backward()
+    gradients = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+    return {"logits": logits.detach(), **gradients}
 
 
 def doubled_input(model: Any) -> None:
@@ -50,14 +49,45 @@ def doubled_product(model: Any) -> None:
         mlp.forward = lambda x, mlp=mlp: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x) * 2)
 
 
-@pytest.mark.parametrize("hang", [doubled_input, doubled_product])
-def test_what_others_do_to_the_input_of_down_proj_is_in_its_gradients(
-    hang: Hang, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fused, plain = by_both_paths("lora", hang, monkeypatch)
-    assert fused.keys() == plain.keys()
-    for name, one in fused.items():
-        torch.testing.assert_close(one, plain[name], rtol=1e-3, atol=1e-5)
+def tripled_factor(model: Any) -> None:
+    for block in model.model.layers:
+        block.mlp.act_fn.register_forward_hook(lambda module, args, output: output * 3)
+
+
+@pytest.mark.parametrize("hang", [doubled_input, doubled_product, tripled_factor])
+def test_what_others_do_to_the_input_of_down_proj_is_in_its_gradients(hang: Hang) -> None:
+    joined, apart = (training_step("lora", hang, apart=one) for one in (False, True))
+    plain = training_step("lora", lambda model: None)
+    assert joined.keys() == apart.keys()
+    assert not torch.allclose(joined["logits"], plain["logits"], atol=1e-2)
+    for name, one in joined.items():
+        torch.testing.assert_close(one, apart[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "soft-moa"])
+def test_a_gradient_that_is_kept_inside_a_patched_forward_stays_as_it_was(method: str) -> None:
+    """The gradient of down_proj's input was once overwritten with the sum of the mixture's and the frozen layer's."""
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def keep(gradient: Tensor) -> None:
+        kept.append((gradient, gradient.clone()))
+
+    def watched(model: Any) -> None:
+        for block in model.model.layers:
+            down = block.mlp.down_proj
+
+            def forward(x: Tensor, down: Any = down) -> Tensor:
+                x = x * 1
+                x.register_hook(keep)
+                output = nn.functional.linear(x, down.weight)
+                output.register_hook(keep)
+                return output
+
+            down.forward = forward
+
+    training_step(method, watched)
+    assert len(kept) == 4
+    assert all(torch.equal(gradient, then) for gradient, then in kept)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -214,7 +214,7 @@ def test_the_official_dead_threshold_is_declared_untrained() -> None:
     )
     frozen = [n for n, p in model.named_parameters() if "moa_" in n and not p.requires_grad]
     assert len(frozen) == 4
-    assert all(".router.gate.threshold." in name for name in frozen)
+    assert all(".router.gate.threshold_" in name for name in frozen)
     model.set_adapter("default")
     assert [n for n, p in model.named_parameters() if "moa_" in n and not p.requires_grad] == frozen
 

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 from moa_peft import LoraExpert, MoAConfig, ParallelAdapterExpert, PromptExpert, RouterConfig, UsageError
+from moa_peft.block_hooks import GateRecord, mixture_layers
 from moa_peft.cli import app, register_verbs
 from moa_peft.data.rows import Row
 from moa_peft.evaluate.loading import load, read_adapter
 from moa_peft.evaluate.scoring import TokenQuestion, answer_losses
 from moa_peft.plain_lora import gate_means, plain_lora, write_lora
-from moa_peft.tuner import GateRecord, mixture_layers
 from tiny import FAMILIES, awaken, base_model, tokens
 from tiny_lm import number_rows, save_base, write_rows
 
@@ -104,7 +104,7 @@ def check_constant_gates(family: str, case: str, folder: Path) -> dict[str, Any]
     assert isinstance(model, PeftModel)
     awaken(model)
     for name, one in model.named_parameters():
-        if ".logits.linear.weight" in name:
+        if ".logits.linear_weight" in name:
             one.data.zero_()
     expected, frozen = logits(model), logits(base_model(family))
     assert (expected - frozen).abs().max() > 0.1

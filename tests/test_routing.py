@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moa_peft import RouterConfig, ThresholdConfig
-from moa_peft.router import Router
+from moa_peft.router import Router, linear
 from moa_peft.routing import (
     active_experts,
     learned_threshold,
@@ -121,7 +121,7 @@ def test_every_gate_of_a_fresh_router_is_the_initial_one_on_a_zero_input(
     gates = router(torch.zeros(2, 4, 8)).gates
     assert (gates - wanted).abs().max() <= 1e-6  # also below a threshold: the best experts stay on
     biases = [
-        one for name, one in router.logits.named_parameters() if name.endswith(("w2.bias", "linear.bias"))
+        one for name, one in router.logits.named_parameters() if name.endswith(("w2_bias", "linear_bias"))
     ]
     assert len(biases) == 1
     torch.testing.assert_close(biases[0], torch.full((3,), math.log(wanted / (1 - wanted))))
@@ -131,9 +131,9 @@ def test_a_constant_threshold_adds_no_parameters_and_is_kept_exactly() -> None:
     router = Router(
         8, 3, RouterConfig(kind="linear", threshold=ThresholdConfig(constant=0.5, at_least_one=False))
     )
-    assert [name for name, _ in router.named_parameters()] == ["logits.linear.weight", "logits.linear.bias"]
+    assert [name for name, _ in router.named_parameters()] == ["logits.linear_weight", "logits.linear_bias"]
     with torch.no_grad():
-        router.logits.linear.weight.zero_()
+        router.logits.linear_weight.zero_()
     routing = router(torch.randn(1, 4, 8))
     assert routing.threshold.item() == 0.5
     assert (routing.gates == 0.5).all()  # a score of exactly 0.5 reaches it
@@ -261,11 +261,12 @@ def test_a_sparsegen_routers_concentration_is_zero_at_no_input_and_stays_below_i
     router = Router(8, 4, RouterConfig(kind="linear", gate="sparsegen"))
     logits = torch.randn(1, 3, 4)
     x = torch.zeros(1, 3, 8)
-    at_rest = router.gate(x, logits, router.gate.concentration(x)).gates
+    [layer] = router.gate.projections()
+    at_rest = router.gate(x, logits, linear(x, layer)).gates
     torch.testing.assert_close(at_rest, sparsegen_gates(logits, torch.zeros(1, 3, 1)))
     with torch.no_grad():
-        router.gate.concentration.bias.fill_(-1e6)
-    bound = router.gate(x, logits, router.gate.concentration(x)).gates
+        router.gate.concentration_bias.fill_(-1e6)
+    bound = router.gate(x, logits, linear(x, layer)).gates
     torch.testing.assert_close(bound, sparsegen_gates(logits, torch.full((1, 3, 1), 0.9)))
 
 

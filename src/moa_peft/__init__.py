@@ -6,6 +6,7 @@ from moa_peft import MoAConfig
 model = get_peft_model(base, MoAConfig.preset("soft-moa"))
 """
 
+from moa_peft.block_hooks import ChangeRecord, GateRecord, MoALayer, mixture_layers, packed_weights
 from moa_peft.config import ArchitectureConfig, ExpertConfig, RouterConfig, ThresholdConfig
 from moa_peft.errors import MoAError, RunError, UsageError
 from moa_peft.experts import (
@@ -24,7 +25,6 @@ from moa_peft.peft_config import MoAConfig
 from moa_peft.presets import preset_names
 from moa_peft.registration import register
 from moa_peft.train.optimizer import parameter_groups
-from moa_peft.tuner import ChangeRecord, GateRecord, MoALayer, mixture_layers
 
 __version__ = "0.1.0"
 
@@ -49,6 +49,7 @@ __all__ = [
     "UsageError",
     "VeraExpert",
     "mixture_layers",
+    "packed_weights",
     "parameter_groups",
     "preset_names",
     "register_expert",

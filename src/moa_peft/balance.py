@@ -15,15 +15,23 @@ from moa_peft.errors import UsageError
 
 
 class _Attached(torch.autograd.Function):
+    """The one autograd function here: no sum of tensors adds a loss whose factor does not depend on the incoming gradient."""
+
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, gates: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+    def forward(gates: Tensor, loss: Tensor, scale: Tensor) -> Tensor:  # noqa: ARG004  # torch calls it by position
+        return gates.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004  # torch's
+        _, loss, scale = inputs
         ctx.save_for_backward(scale.to(loss.dtype))
-        return gates.view_as(gates)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         (scale,) = ctx.saved_tensors
-        return gradients[0], scale, None
+        return gradients[0], scale.clone(), None
 
 
 def attach_loss(gates: Tensor, loss: Tensor, scale: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gates: what makes weights of a router's logits. Each kind is a module, found by the name it is registered under.
+"""Gates: they turn a router's logits into weights. Each kind is a module, found by the name it is registered under.
 
 A new kind is one class:
 
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from moa_peft.config import GATES, RouterConfig
 from moa_peft.errors import UsageError
-from moa_peft.products import zero_bias_linear
 from moa_peft.routing import (
     learned_threshold,
     sigmoid_gates,
@@ -32,6 +31,32 @@ from moa_peft.routing import (
 
 OPTIONS = ("initial_gate", "threshold", "keep", "noise", "target", "sparsity", "balance")
 """The fields of a `RouterConfig` that belong to some gates and not to others."""
+
+
+class Projection(NamedTuple):
+    """A linear layer of a router, as parameters of the module that it belongs to.
+
+    It is no module of its own: sharding gathers a module's weights when the module is called, and this one never is, since its
+    product is made together with those of everything else that reads the input.
+    """
+
+    weight: Tensor
+    """[H, D]."""
+    bias: Tensor | None
+    """[H]."""
+
+
+def add_projection(module: nn.Module, name: str, inputs: int, outputs: int, *, bias: bool = True) -> None:
+    """Give a module the parameters ``<name>_weight``, as torch initialises a linear layer's, and ``<name>_bias``, zero or None."""
+    weight = nn.Parameter(torch.empty(outputs, inputs))
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+    module.register_parameter(f"{name}_weight", weight)
+    module.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(outputs)) if bias else None)
+
+
+def projection(module: nn.Module, name: str) -> Projection:
+    """Give the parameters that `add_projection` has added, as they are now."""
+    return Projection(getattr(module, f"{name}_weight"), getattr(module, f"{name}_bias"))
 
 
 class Weights(NamedTuple):
@@ -76,30 +101,19 @@ class Gate(nn.Module):
             if name not in cls.options and getattr(config, name) not in (None, False)
         ]
 
-    def linears(self) -> tuple[nn.Linear, ...]:
-        """Layers of this gate that read what the router reads; `forward` is given their outputs."""
+    def projections(self) -> tuple[Projection, ...]:
+        """Linear layers of this gate that read what the router reads, as they are now; `forward` is given their outputs."""
         return ()
 
     def forward(self, x: Tensor, logits: Tensor, *read: Tensor) -> Weights:
         """Weigh the experts.
 
         Args:
-            x: Float, [..., D], what the router reads: [B, T, D], or all tokens in a row, [B * T, D].
+            x: Float, [B, T, D], what the router reads.
             logits: Float32, [..., E], what it makes of that.
-            *read: Float32, [..., K] each, what each of `linears` makes of it.
+            *read: Float32, [..., K] each, the output of each of `projections`.
         """
         raise NotImplementedError
-
-    def of_rows(self, dim: int = 0) -> Callable[..., Tensor] | None:  # noqa: ARG002  # for subclasses
-        """Give the function that makes the gates alone, where nobody asks for more; None to have that done by `forward`.
-
-        Args:
-            dim: Where the experts are: 0, with a column for each token; 1, with a row for each.
-
-        Returns:
-            It takes what `forward` takes but ``x``, [E, M] and [K, M] (or [M, E] and [M, K]), and gives [E, M] (or [M, E]).
-        """
-        return None
 
     def untrained(self) -> list[nn.Parameter]:
         """Parameters that the config declares untrained."""
@@ -156,12 +170,13 @@ class SigmoidGate(Gate):
 
     def __init__(self, inputs: int, num_experts: int, config: RouterConfig) -> None:
         super().__init__(inputs, num_experts, config)
-        learned = config.threshold is not None and config.threshold.maximum is not None
-        self.threshold = zero_bias_linear(inputs, 1) if learned else None
+        self.learned = config.threshold is not None and config.threshold.maximum is not None
+        if self.learned:
+            add_projection(self, "threshold", inputs, 1)
 
-    def linears(self) -> tuple[nn.Linear, ...]:
+    def projections(self) -> tuple[Projection, ...]:
         """The learned threshold's."""
-        return () if self.threshold is None else (self.threshold,)
+        return (projection(self, "threshold"),) if self.learned else ()
 
     def forward(self, x: Tensor, logits: Tensor, *read: Tensor) -> Weights:  # noqa: ARG002  # the base's signature
         """Weigh each expert for itself; see `Gate.forward`."""
@@ -173,37 +188,10 @@ class SigmoidGate(Gate):
         gates = sparse_gates(scores, threshold, bandwidth=sparse.bandwidth, at_least_one=sparse.at_least_one)
         return Weights(gates=gates, threshold=threshold)
 
-    def of_rows(self, dim: int = 0) -> Callable[..., Tensor]:
-        """Give the function that makes the gates alone; see `Gate.of_rows`."""
-        sparse = self.config.threshold
-        if sparse is None:
-            return torch.sigmoid
-        constant, maximum, at_least_one = sparse.constant, sparse.maximum or 1.0, sparse.at_least_one
-        bandwidth, is_dead = sparse.bandwidth, sparse.gradient == "none"
-
-        def gates(logits: Tensor, *read: Tensor) -> Tensor:
-            scores = torch.sigmoid(logits)
-            if constant is None:
-                threshold = torch.sigmoid(read[0]) * maximum
-            else:
-                threshold = logits.new_full((1, 1), constant)
-            if torch.is_grad_enabled():
-                threshold = threshold.detach() if is_dead else threshold
-                return sparse_gates(
-                    scores, threshold, bandwidth=bandwidth, at_least_one=at_least_one, dim=dim
-                )
-            if at_least_one:
-                threshold = torch.minimum(threshold, scores.amax(dim=dim, keepdim=True))
-            return scores.masked_fill_(scores < threshold, 0)
-
-        return gates
-
     def untrained(self) -> list[nn.Parameter]:
         """The parameters of the official dead threshold."""
         sparse = self.config.threshold
-        if self.threshold is None or sparse is None or sparse.gradient != "none":
-            return []
-        return list(self.threshold.parameters())
+        return list(self.parameters()) if sparse is not None and sparse.gradient == "none" else []
 
     def _threshold(self, logits: Tensor, *read: Tensor) -> Tensor | None:
         sparse = self.config.threshold
@@ -224,10 +212,6 @@ class SoftmaxGate(Gate):
         """Weigh by the softmax; see `Gate.forward`."""
         return Weights(gates=logits.softmax(dim=-1))
 
-    def of_rows(self, dim: int = 0) -> Callable[..., Tensor]:
-        """Give the function that makes the gates alone; see `Gate.of_rows`."""
-        return lambda logits: logits.softmax(dim=dim)
-
 
 @register_gate("top-k")
 class TopKGate(Gate):
@@ -246,7 +230,8 @@ class TopKGate(Gate):
         if keep > num_experts:
             raise UsageError(f"keep is {keep}: there are {num_experts} experts to choose from")
         self.keep = keep
-        self.noise = zero_bias_linear(inputs, num_experts) if config.noise else None
+        if config.noise:
+            add_projection(self, "noise", inputs, num_experts)
 
     @classmethod
     def problems(cls, config: RouterConfig) -> list[str]:
@@ -258,9 +243,9 @@ class TopKGate(Gate):
             )
         return wrong
 
-    def linears(self) -> tuple[nn.Linear, ...]:
+    def projections(self) -> tuple[Projection, ...]:
         """The noise's, while training."""
-        return () if self.noise is None or not self.training else (self.noise,)
+        return (projection(self, "noise"),) if self.config.noise and self.training else ()
 
     def forward(self, x: Tensor, logits: Tensor, *read: Tensor) -> Weights:  # noqa: ARG002  # the base's signature
         """Weigh the best by the softmax over them; see `Gate.forward`."""
@@ -284,11 +269,11 @@ class AdaptiveGate(Gate):
 
     def __init__(self, inputs: int, num_experts: int, config: RouterConfig) -> None:
         super().__init__(inputs, num_experts, config)
-        self.threshold = zero_bias_linear(inputs, 1)
+        add_projection(self, "threshold", inputs, 1)
 
-    def linears(self) -> tuple[nn.Linear, ...]:
+    def projections(self) -> tuple[Projection, ...]:
         """The threshold's."""
-        return (self.threshold,)
+        return (projection(self, "threshold"),)
 
     def forward(self, x: Tensor, logits: Tensor, *read: Tensor) -> Weights:  # noqa: ARG002  # the base's signature
         """Weigh by what lies above the threshold; see `Gate.forward`."""
@@ -317,8 +302,8 @@ class SparsegenGate(Gate):
         super().__init__(inputs, num_experts, config)
         if config.target is not None and config.target > num_experts:
             raise UsageError(f"target is {config.target}: there are {num_experts} experts")
-        self.concentration = zero_bias_linear(inputs, 1)
-        nn.init.zeros_(self.concentration.weight)
+        add_projection(self, "concentration", inputs, 1)
+        nn.init.zeros_(self.get_parameter("concentration_weight"))
 
     @classmethod
     def problems(cls, config: RouterConfig) -> list[str]:
@@ -334,9 +319,9 @@ class SparsegenGate(Gate):
             wrong.append(f"sparsity is {config.sparsity}: it must be at least 0")
         return wrong
 
-    def linears(self) -> tuple[nn.Linear, ...]:
+    def projections(self) -> tuple[Projection, ...]:
         """The concentration's."""
-        return (self.concentration,)
+        return (projection(self, "concentration"),)
 
     def forward(self, x: Tensor, logits: Tensor, *read: Tensor) -> Weights:  # noqa: ARG002  # the base's signature
         """Weigh by the projection; see `Gate.forward`."""

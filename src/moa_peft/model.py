@@ -5,7 +5,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,11 +13,18 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from moa_peft.architecture import Block, find_blocks
+from moa_peft.block_hooks import (
+    CHILD,
+    MERGE_REFUSAL,
+    MoALayer,
+    mixture_layers,
+    needs_tokens,
+    packed_weights,
+)
 from moa_peft.errors import UsageError
-from moa_peft.layer import PlacedExpert
+from moa_peft.mixture import PlacedExpert
 from moa_peft.peft_config import BLOCKS_MARK, MoAConfig
 from moa_peft.tokens import TokenWatch
-from moa_peft.tuner import CHILD, MERGE_REFUSAL, MoALayer, mixture_layers, needs_tokens
 
 
 class MoAModel(BaseTuner):
@@ -34,7 +41,8 @@ class MoAModel(BaseTuner):
         return peft_config
 
     def _pre_injection_hook(self, model: nn.Module, config: MoAConfig, adapter_name: str) -> None:  # noqa: ARG002
-        """Refuse names that torch cannot keep a module under, before anything is touched."""
+        """Refuse what cannot work before anything is touched: such weights, and names that torch cannot keep a module under."""
+        _check_placement(model)
         if "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
             raise UsageError(
                 f"adapter name {adapter_name!r} cannot be used: give one without dots, such as 'default'"
@@ -54,9 +62,10 @@ class MoAModel(BaseTuner):
         given = [*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
         prompt = next((one for one in given if isinstance(one, Tensor)), None)
         layers = mixture_layers(self.model)
-        if prompt is None or not layers:
-            return self.model.generate(*args, **kwargs)
-        with layers[0][1].watch.generating(prompt.shape[1]):
+        with ExitStack() as stack:
+            stack.enter_context(packed_weights(self.model))
+            if prompt is not None and layers:
+                stack.enter_context(layers[0][1].watch.generating(prompt.shape[1]))
             return self.model.generate(*args, **kwargs)
 
     @contextmanager
@@ -169,6 +178,29 @@ class MoAModel(BaseTuner):
         return remapped
 
 
+def _check_placement(model: nn.Module) -> None:
+    """Refuse a model whose weights are not all here in full.
+
+    Raises:
+        UsageError: If it is tensor-parallel, or has weights offloaded to the disk or to the CPU.
+    """
+    ranks = getattr(model, "tp_size", None) or 1
+    if ranks > 1:
+        raise UsageError(
+            f"the model is tensor-parallel over {ranks} ranks (tp_plan): each has a part of every layer, and the experts' sizes "
+            "are those of whole layers. Load it without tp_plan; to train on several GPUs use FSDP or DeepSpeed ZeRO, as with "
+            "`accelerate launch`"
+        )
+    for name, module in model.named_modules():
+        away = any(one.is_meta for one in module.parameters(recurse=False))
+        if away and hasattr(module, "_hf_hook"):
+            raise UsageError(
+                f"the weights of {name} are offloaded to the disk or the CPU (device_map): outside of their own call they are on "
+                "the meta device, where a prompt cannot be projected nor an expert placed. Give a device_map without 'disk' "
+                "and 'cpu' offload, a smaller or a quantised base model"
+            )
+
+
 def _has_instance_gates(model: nn.Module) -> bool:
     """Whether an adapter that is at work gates whole instances."""
     return any(
@@ -196,12 +228,12 @@ def _check_fit(
 ) -> None:
     """Compare a checkpoint's weights with the model's, by name and size."""
     missing, extra = expected.keys() - given.keys(), given.keys() - expected.keys()
-    if any(".router.gate.threshold." in key for key in missing):
+    if any(".router.gate.threshold_" in key for key in missing):
         raise UsageError(
             f"adapter {adapter_name!r} has no threshold but its config is Sparse MoA: the weights are Soft MoA's; load "
             "them with their own config (RouterConfig(threshold=None))"
         )
-    if any(".router.gate.threshold." in key for key in extra):
+    if any(".router.gate.threshold_" in key for key in extra):
         raise UsageError(
             f"adapter {adapter_name!r} has a learned threshold but its config has none: the weights are Sparse MoA's; "
             "load them with their own config (RouterConfig(threshold=ThresholdConfig(maximum=...)))"

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from moa_peft.adapter_output import adapter_folder, check_folder
 from moa_peft.architecture import LinearSite
+from moa_peft.block_hooks import GateRecord, MoALayer, mixture_layers
 from moa_peft.data.rows import Row, load_rows
 from moa_peft.data.templates import Template, render_completion
 from moa_peft.errors import UsageError
@@ -40,7 +41,6 @@ from moa_peft.evaluate.scoring import (
 from moa_peft.experts.lora import LowRankChange
 from moa_peft.official.exporter import read_mixture_config
 from moa_peft.tokens import prompt_lengths
-from moa_peft.tuner import GateRecord, MoALayer, mixture_layers
 
 HELD_OUT_SHARE = 0.2
 """Share of the rows that is held out of the gate means where no held-out rows are named."""

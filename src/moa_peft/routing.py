@@ -3,12 +3,10 @@
 Sizes: B rows, T tokens of a row, E experts. Everything here is float32, or float64 for float64 input.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from moa_peft.products import at_least_float32
+from moa_peft.precision import at_least_float32
 
 
 def sigmoid_gates(logits: Tensor) -> Tensor:
@@ -40,26 +38,23 @@ def learned_threshold(logits: Tensor, maximum: float) -> Tensor:
     return maximum * torch.sigmoid(at_least_float32(logits))
 
 
-def active_experts(scores: Tensor, threshold: Tensor, at_least_one: bool, dim: int = -1) -> Tensor:
+def active_experts(scores: Tensor, threshold: Tensor, at_least_one: bool) -> Tensor:
     """Say which experts are on: those whose score reaches the threshold.
 
     Args:
         scores: Float32, [B, T, E].
         threshold: Float32, broadcastable to [B, T, 1].
         at_least_one: Also keep the best expert of a token (all of them on a tie).
-        dim: Where the experts are, if not last.
 
     Returns:
         Bool, [B, T, E].
     """
     if at_least_one:
-        threshold = torch.minimum(threshold, scores.amax(dim=dim, keepdim=True))
+        threshold = torch.minimum(threshold, scores.amax(dim=-1, keepdim=True))
     return scores >= threshold
 
 
-def sparse_gates(
-    scores: Tensor, threshold: Tensor, *, bandwidth: float, at_least_one: bool, dim: int = -1
-) -> Tensor:
+def sparse_gates(scores: Tensor, threshold: Tensor, *, bandwidth: float, at_least_one: bool) -> Tensor:
     """Switch off the experts below the threshold, with a gradient for a learned threshold.
 
     Args:
@@ -67,7 +62,6 @@ def sparse_gates(
         threshold: Float32, [B, T, 1]; one without a gradient (constant, or the official dead one) stays as it is.
         bandwidth: Width of the estimate, in units of the score; above 0.
         at_least_one: Keep the best expert of a token on even below the threshold.
-        dim: Where the experts are, if not last.
 
     Returns:
         Float32, [B, T, E]: the score where an expert is on, 0 where it is off. The scores get the exact gradient of
@@ -80,32 +74,14 @@ def sparse_gates(
     rectangle, so that no threshold is ever too far away to learn; the factor is the score s, which equals Gamma at
     the jump.
     """
-    return _SparseGates.apply(scores, threshold, bandwidth, at_least_one, dim)
-
-
-class _SparseGates(torch.autograd.Function):
-    """See `sparse_gates`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, scores: Tensor, threshold: Tensor, bandwidth: float, at_least_one: bool, dim: int
-    ) -> Tensor:
-        active = active_experts(scores, threshold, at_least_one, dim)
-        ctx.save_for_backward(scores, threshold, active)
-        ctx.bandwidth, ctx.at_least_one, ctx.dim = bandwidth, at_least_one, dim
-        return scores * active
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch calls it by position
-        scores, threshold, active = ctx.saved_tensors
-        to_threshold = None
-        if ctx.needs_input_grad[1]:
-            reached = torch.sigmoid((scores - threshold) / ctx.bandwidth)
-            pulled = gradient * scores * (reached - reached.square())
-            if ctx.at_least_one:  # the best expert is on whatever the threshold, so it tells nothing about it
-                pulled = pulled * (scores < scores.amax(dim=ctx.dim, keepdim=True))
-            to_threshold = pulled.sum(dim=ctx.dim, keepdim=True) * (-1 / ctx.bandwidth)
-        return gradient * active, to_threshold, None, None, None
+    gates = scores * active_experts(scores, threshold, at_least_one)
+    if not torch.is_grad_enabled():
+        return gates
+    fixed = scores.detach()
+    reached = torch.sigmoid((fixed - threshold) / bandwidth)
+    if at_least_one:  # the best expert is on whatever the threshold, so it says nothing about it
+        fixed = fixed * (fixed < fixed.amax(dim=-1, keepdim=True))
+    return gates + fixed * (reached - reached.detach())  # adds 0, with the gradient of the estimate
 
 
 def top_k_gates(logits: Tensor, keep: int) -> Tensor:

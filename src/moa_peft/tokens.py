@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moa_peft.errors import UsageError
 from moa_peft.paged import PagedRequests, paged_requests
-from moa_peft.products import at_least_float32
+from moa_peft.precision import at_least_float32
 
 ARGUMENT = "moa_call_tokens"
 """The keyword argument under which a block is told of its call's tokens."""
@@ -141,12 +141,10 @@ class TokenWatch:
 
     Attributes:
         current: The tokens of the call that runs.
-        generation: Stands for the call of ``generate`` that runs, each for itself; None outside of any.
     """
 
     def __init__(self) -> None:
         self.current: CallTokens | None = None
-        self.generation: object = None
         self._caller: nn.Module | None = None  # whose call began it
         self._model: nn.Module | None = None
         self._backbone_is_next = False
@@ -180,17 +178,16 @@ class TokenWatch:
 
     @contextmanager
     def generating(self, width: int) -> Iterator[None]:
-        """While a text is generated, know its prompt also where no cache remembers the first call, and that weights stay.
+        """While a text is generated, know its prompt also where no cache remembers the first call.
 
         Args:
             width: Columns of the prompt, padding included; whatever a call has beyond them is an answer.
         """
-        outer = self._width, self.generation
-        self._width, self.generation = width, object()
+        outer, self._width = self._width, width
         try:
             yield
         finally:
-            self._width, self.generation = outer
+            self._width = outer
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         length = kwargs.pop(LENGTH_ARGUMENT, None)
@@ -209,7 +206,7 @@ class TokenWatch:
             remember_gates(past, call.found)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "current": None, "generation": None, "_caller": None, "_width": None}
+        return {**self.__dict__, "current": None, "_caller": None, "_width": None}
 
 
 def call_tokens(

@@ -18,9 +18,10 @@ from moa_peft.bench import subjects, work
 from moa_peft.bench.measure import BenchOptions, as_dict, measure
 from moa_peft.bench.paired import quartiles, ratios, take_turns
 from moa_peft.bench.rows import BenchRow
+from moa_peft.block_hooks import MoALayer
 from moa_peft.errors import UsageError
-from moa_peft.tuner import MoALayer
-from tiny import mixture_model, tokens
+from moa_peft.mixture import Mixture
+from tiny import METHODS, mixture_model, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -83,15 +84,13 @@ def test_only_a_training_step_is_compiled() -> None:
         BenchOptions(kind="decode", methods=(), compiled=True)
 
 
-def test_an_error_of_the_fused_path_shows_and_is_an_objection(monkeypatch: pytest.MonkeyPatch) -> None:
-    add = MoALayer._add_at
-
-    def wrong(self: MoALayer, path: str, module: nn.Module, args: Any, output: Any) -> Any:
-        return add(self, path, module, args, output) + (1.0 if self.fused else 0.0)
-
-    monkeypatch.setattr(MoALayer, "_add_at", wrong)
+def test_an_error_in_how_experts_are_joined_shows_and_is_an_objection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    up = Mixture.up
+    monkeypatch.setattr(Mixture, "up", lambda self, *given: up(self, *given) * 1.5)
     row = rows_of("train", "sparse-moa")["sparse-moa"]
-    assert any("against the plain path" in one for one in row.objections())
+    assert any("against the experts one by one" in one for one in row.objections())
 
 
 def test_memory_rows_count_what_autograd_keeps_beyond_the_frozen_model() -> None:
@@ -241,14 +240,16 @@ def test_a_method_without_copies_cannot_be_scaled_and_a_loaded_model_not_cut() -
         subjects.base_model("somewhere", layers=1, dtype=torch.float32, device="cpu")
 
 
-def test_the_plain_path_can_be_chosen_for_a_whole_model() -> None:
-    model = mixture_model("llama", "soft-moa")
+@pytest.mark.parametrize("method", METHODS)
+def test_experts_asked_one_by_one_make_the_same_logits_as_joined_ones(method: str) -> None:
+    model = mixture_model("llama", method)
     with torch.no_grad():
-        fused = model(tokens()).logits
-        subjects.use_path(model, fused=False)
-        plain = model(tokens()).logits
-    assert not any(one.fused for one in model.modules() if isinstance(one, MoALayer))
-    torch.testing.assert_close(fused, plain)
+        joined = model(tokens()).logits
+        with subjects.one_by_one(model):
+            apart = model(tokens()).logits
+        again = model(tokens()).logits
+    torch.testing.assert_close(apart, joined, rtol=1e-4, atol=1e-4)
+    assert torch.equal(again, joined)
 
 
 def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -22,6 +22,7 @@ from expert_checks import (
     ways_of_loading_that_differ,
 )
 from moa_peft import (
+    ChangeRecord,
     MoAConfig,
     ParallelAdapterExpert,
     RouterConfig,
@@ -41,8 +42,8 @@ def gelu(x: float) -> float:
 
 def definition(expert: SequentialChange, base: Tensor, gate: Tensor) -> Tensor:
     """h + gate * (W_up GELU(W_down h + b_down) + b_up), number by number."""
-    down, down_bias = expert.down.weight.tolist(), expert.down.bias.tolist()
-    up, up_bias = expert.up.weight.tolist(), expert.up.bias.tolist()
+    down, down_bias = expert.down_weight.tolist(), expert.down_bias.tolist()
+    up, up_bias = expert.up_weight.tolist(), expert.up_bias.tolist()
     out = torch.zeros(base.shape, dtype=torch.float64)
     for r in range(base.shape[0]):
         for t in range(base.shape[1]):
@@ -90,9 +91,9 @@ def test_in_a_model_it_stands_after_the_attention_and_after_the_mlp() -> None:
 
 def test_it_starts_with_a_small_reader_and_a_writer_of_zeros() -> None:
     expert = SequentialAdapterExpert(size=64).build(site(layer("linear", 8, 128), 8, 128, "mlp"))
-    assert 0.007 < expert.down.weight.std() < 0.01
-    assert expert.down.weight.abs().max() <= 0.02
-    assert not any(p.any() for p in (expert.down.bias, expert.up.weight, expert.up.bias))
+    assert 0.007 < expert.down_weight.std() < 0.01
+    assert expert.down_weight.abs().max() <= 0.02
+    assert not any(p.any() for p in (expert.down_bias, expert.up_weight, expert.up_bias))
     assert SequentialAdapterExpert().site_names() == ("mlp",)
 
 
@@ -128,7 +129,7 @@ def test_wrong_fields_are_refused(fields: dict[str, object], message: str) -> No
 
 
 def test_it_reads_the_frozen_mlp_beside_a_parallel_adapter_and_beside_one_of_another_mixture() -> None:
-    """The fused path adds a parallel adapter at the MLP's last layer only where nobody reads what the MLP gives."""
+    """It sees neither what a parallel adapter adds to the MLP's output nor what another mixture does."""
     one, other = SequentialAdapterExpert(targets=("mlp",), size=5), ParallelAdapterExpert(size=6)
     router = RouterConfig(kind="linear")
     together = get_peft_model(base_model("llama"), MoAConfig(experts=[one, other], router=router))
@@ -137,9 +138,17 @@ def test_it_reads_the_frozen_mlp_beside_a_parallel_adapter_and_beside_one_of_ano
     apart.base_model.set_adapter(["default", "other"])
     for model in (together, apart):
         awaken(model)
-        found = []
-        for fused in (True, False):
-            for _, tuned in mixture_layers(model):
-                tuned.fused = fused
-            found.append(logits(model.eval()))
-        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+        block = model.get_base_model().model.layers[0]
+        frozen: list[Tensor] = []
+        block.mlp.register_forward_hook(
+            lambda mlp, args, output, frozen=frozen: frozen.append(mlp.forward(args[0]))
+        )
+        told: dict[str, ChangeRecord] = {}
+        layer = mixture_layers(model)[0][1]
+        layer.change_observer = lambda record, told=told: told.update({record.expert: record})
+        logits(model.eval())
+        assert told.keys() == {"sequential_adapter", "parallel_adapter"}
+        record = told["sequential_adapter"]
+        expert = layer.mixtures()["default"].experts["sequential_adapter"]
+        expected = expert.change(frozen[0], frozen[0], record.gate)
+        torch.testing.assert_close(record.change, expected, rtol=1e-4, atol=1e-5)

@@ -4,9 +4,9 @@ import json
 from collections import Counter
 from typing import Any
 
+from moa_peft.block_hooks import mixture_layers
 from moa_peft.errors import UsageError, first_line
 from moa_peft.evaluate.loading import AdapterFolder
-from moa_peft.tuner import mixture_layers
 
 SECOND = "compare"
 """The name of a second adapter in the model."""

@@ -12,9 +12,9 @@ from moa_peft.analysis.reading import TokenText, batches, check_texts, hear
 from moa_peft.analysis.results import Finding, GroupStatistics, RouterStatistics, router_statistics
 from moa_peft.analysis.shown import ShownPrompt, ShownTokens
 from moa_peft.analysis.standing_out import sentences
+from moa_peft.block_hooks import mixture_layers
 from moa_peft.errors import UsageError
 from moa_peft.evaluate.batching import rows_at_once
-from moa_peft.tuner import mixture_layers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

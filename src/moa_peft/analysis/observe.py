@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moa_peft.analysis.change_sums import Change, ChangeSums
 from moa_peft.analysis.gate_statistics import GateSums, gate_sums
 from moa_peft.architecture import AttentionSite, LinearSite
-from moa_peft.tuner import ChangeRecord, GateRecord, MoALayer, mixture_layers
+from moa_peft.block_hooks import ChangeRecord, GateRecord, MoALayer, mixture_layers
 
 
 class Where(NamedTuple):

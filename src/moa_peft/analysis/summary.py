@@ -7,7 +7,7 @@ from moa_peft.analysis.gate_statistics import load_variation
 from moa_peft.analysis.observe import Listener
 from moa_peft.analysis.prompts import Prompt, token_ids
 from moa_peft.analysis.reading import TokenText, check_texts, read
-from moa_peft.tuner import mixture_layers
+from moa_peft.block_hooks import mixture_layers
 
 
 def routing_summary(

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from moa_peft.bench import subjects, work
 from moa_peft.bench.paired import quartiles, ratios, take_turns
 from moa_peft.bench.rows import BenchRow, Kind
+from moa_peft.block_hooks import mixture_layers
 from moa_peft.errors import UsageError, unknown
 from moa_peft.provenance import provenance
-from moa_peft.tuner import mixture_layers
 
 MIB = 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ERR_LIMITS = {"float32": 1e-5, "bfloat16": 0.05}
-"""Of logits, fused against plain path, root mean square over that of the plain ones: rounding of a deep model with untrained
-experts. A largest difference would grow with the number of logits."""
+"""Of logits, against those with each expert computed by itself, root mean square over that of these: rounding of a deep model
+with untrained experts. A largest difference would grow with the number of logits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +63,7 @@ class BenchOptions:
     checkpointing: bool = False
     """Recompute activations in the backward pass."""
     compiled: bool = False
-    """Time, and compare with the plain path, what ``torch.compile`` makes of each model; for train."""
+    """Time, and compare with the eager model, what ``torch.compile`` makes of each model; for train."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -223,15 +223,14 @@ def _over(times: Mapping[str, Sequence[float]], label: str, other: str) -> tuple
 
 
 def _errors(model: nn.Module, run: nn.Module, ids: Tensor) -> tuple[float, float] | tuple[None, None]:
-    """How far what is timed is from the plain path, at most and in the mean square; None without a mixture."""
+    """Distance of what is timed from the sum of the experts' own changes, at most and in the mean square; None without a mixture."""
     if not mixture_layers(model):
         return None, None
     found = work.logits(run, ids[:1]).float()
-    subjects.use_path(model, fused=False)
-    plain = work.logits(model, ids[:1]).float()
-    subjects.use_path(model, fused=True)
-    difference = found - plain
-    return difference.abs().max().item(), (difference.norm() / plain.norm()).item()
+    with subjects.one_by_one(model):
+        expected = work.logits(model, ids[:1]).float()
+    difference = found - expected
+    return difference.abs().max().item(), (difference.norm() / expected.norm()).item()
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:

@@ -58,9 +58,9 @@ class BenchRow:
     kernels: float
     """The same without views."""
     max_abs_err: float | None
-    """Largest difference of the logits from those of the plain path, not compiled, on the same input; None without a mixture."""
+    """Largest difference of the logits from those with each expert computed by itself, not compiled; None without a mixture."""
     rms_err: float | None
-    """The difference's root mean square over that of the plain path's logits."""
+    """The difference's root mean square over that of the logits themselves."""
     err_limit: float | None
     """What that may be: written down before the run, for the dtype."""
     dtype: str
@@ -85,7 +85,7 @@ class BenchRow:
         if self.pairs < LEAST_PAIRS and self.kind != "memory":
             reasons.append(f"{self.pairs} pairs, {LEAST_PAIRS} needed for quartiles")
         if self.rms_err is not None and not self.rms_err <= (self.err_limit or 0):  # also catches NaN
-            reasons.append(f"error {self.rms_err:g} against the plain path, limit {self.err_limit:g}")
+            reasons.append(f"error {self.rms_err:g} against the experts one by one, limit {self.err_limit:g}")
         return reasons
 
 

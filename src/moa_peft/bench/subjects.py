@@ -1,7 +1,8 @@
 """What is measured: one base model, and copies of it with a method each that share its frozen weights."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,11 +10,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moa_peft.block_hooks import mixture_layers
 from moa_peft.data.base_model import load_model, resolve_model
 from moa_peft.errors import UsageError, unknown
+from moa_peft.mixture import AtModule, Readers
 from moa_peft.peft_config import MoAConfig
 from moa_peft.presets import PRESETS, PROJECTIONS, promptless_experts
-from moa_peft.tuner import mixture_layers
 
 FROZEN, LORA, LORA_AGAIN, PROMPTLESS = "frozen", "peft-lora", "peft-lora-again", "soft-moa-no-prompt"
 """The frozen model; PEFT's LoRA of rank 8 on the paper's projections, and once more to see the noise; Soft MoA on the
@@ -96,10 +98,24 @@ def with_method(base: nn.Module, method: str, *, num_experts: int | None = None)
     return tuned
 
 
-def use_path(model: nn.Module, *, fused: bool) -> None:
-    """Choose the fused path or the plain one for every block."""
-    for _, layer in mixture_layers(model):
-        layer.fused = fused
+@contextmanager
+def one_by_one(model: nn.Module) -> Iterator[None]:
+    """Within the context, ask every expert for its own ``change`` instead of joining those that are bottlenecks."""
+    mixtures = [mixture for _, layer in mixture_layers(model) for mixture in layer.mixtures().values()]
+    before = [(one.readers, one.modules_changed) for one in mixtures]
+    for one in mixtures:
+        one.readers = {
+            name: Readers(routers=readers.routers) for name, readers in one.readers.items() if readers.routers
+        }
+        one.modules_changed = {
+            path: AtModule(changes.input_name, others=changes.places)
+            for path, changes in one.modules_changed.items()
+        }
+    try:
+        yield
+    finally:
+        for one, (readers, changed) in zip(mixtures, before, strict=True):
+            one.readers, one.modules_changed = readers, changed
 
 
 def _copies(method: str, num_experts: int | None) -> dict[str, Any]:

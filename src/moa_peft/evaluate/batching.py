@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from moa_peft.tuner import mixture_layers
+from moa_peft.block_hooks import mixture_layers
 
 
 def rows_at_once(model: nn.Module, batch_size: int) -> int:

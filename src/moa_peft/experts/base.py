@@ -14,10 +14,12 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa_peft.config import ExpertConfig, from_mapping
 from moa_peft.errors import UsageError, unknown
+from moa_peft.precision import at_least_float32
 
 if TYPE_CHECKING:
     from moa_peft.architecture import AttentionSite
@@ -27,7 +29,7 @@ _KINDS: dict[str, type[ExpertConfig]] = {}
 
 
 class Bottleneck(NamedTuple):
-    """An expert as ``up (gate * scale * activation(down x + down_bias)) + gate * up_bias``, which the fused path joins with others.
+    """An expert as ``up (gate * scale * activation(down x + down_bias)) + gate * up_bias``, which is computed with others.
 
     Its N copies are stacked, r rows or columns each.
     """
@@ -43,11 +45,45 @@ class Bottleneck(NamedTuple):
     """[D_out * N], the N of an output side by side."""
     activation: Callable[[Tensor], Tensor] | None = None
 
+    def gated(self, inner: Tensor, gate: Tensor | None) -> Tensor:
+        """Go from what the down-projection gives to what multiplies `ups`.
+
+        Args:
+            inner: Float, [B, T, N * r] or [B, T, r], ``down x``.
+            gate: Float32, [B, T or 1, N] or [B, T or 1, 1]; None for 1.
+
+        Returns:
+            [B, T, N * r], with N more columns for the biases, if there are any; at least float32 with a gate.
+        """
+        if self.down_bias is not None:
+            inner = inner + self.down_bias.to(inner.dtype)
+        if self.activation is not None:
+            inner = self.activation(inner)
+        if self.scale != 1:
+            inner = inner * self.scale
+        if gate is None and self.up_bias is None:
+            return inner
+        if gate is None:
+            gate = torch.ones_like(inner[..., :1])
+        copies = gate.shape[-1] if self.up_bias is None else self.up_bias.numel() // len(self.up)
+        if gate.shape[-1] == 1 and inner.shape[-1] == self.up.shape[1]:
+            rows = inner * gate
+        else:
+            by_copy = inner.unflatten(-1, (-1, self.up.shape[1] // copies))  # [B, T, N or 1, r]
+            rows = (by_copy * gate.unsqueeze(-1)).flatten(-2)
+        if self.up_bias is None:
+            return rows
+        return torch.cat([rows, gate.expand(*rows.shape[:-1], copies)], dim=-1)
+
+    def ups(self) -> list[Tensor]:
+        """What multiplies the gated vectors, [D_out, N * r], and the gates themselves, [D_out, N], if there are biases."""
+        return [self.up] if self.up_bias is None else [self.up, self.up_bias.view(len(self.up), -1)]
+
 
 class Prompt(NamedTuple):
-    """An expert as ``head_scale_h * sum_n gate_n softmax(Q_h K_h^T * scaling)_n V_h``, which the fused path computes.
+    """Keys and values that queries attend to beside the text, for ``attended``.
 
-    Its N copies are stacked, P / N vectors each; the softmax is over all P.
+    Those of N copies are stacked, P / N each; the softmax is over all P.
     """
 
     keys: Tensor
@@ -58,8 +94,33 @@ class Prompt(NamedTuple):
     """[H]."""
 
 
+def attended(query: Tensor, prompt: Prompt, scaling: float, gate: Tensor) -> Tensor:
+    """Let queries attend to a prompt: ``head_scale_h * sum_n gate_n softmax(Q_h K_h^T * scaling)_n V_h``.
+
+    Args:
+        query: Float, [B, H, T, D], after rotary embedding.
+        prompt: Keys and values in the dtype of the queries.
+        scaling: Factor of the attention scores.
+        gate: Float32, broadcastable to [B, T, N].
+
+    Returns:
+        [B, T, H, D] in the dtype of ``query``.
+    """
+    scores = at_least_float32(query @ prompt.keys.transpose(-1, -2) * scaling)  # [B, H, T, P]
+    weight = prompt.head_scale.to(scores.dtype).view(-1, 1, 1) * gate.unsqueeze(1)  # [B, H, T, N]
+    share = scores.softmax(dim=-1)
+    if weight.shape[-1] == 1:
+        share = share * weight
+    else:
+        share = (share.unflatten(-1, (weight.shape[-1], -1)) * weight.unsqueeze(-1)).flatten(-2)
+    return (share.to(query.dtype) @ prompt.values).transpose(1, 2)
+
+
 class LinearExpert(nn.Module):
-    """An expert beside a linear layer or a whole MLP: it sees that module's input and output."""
+    """An expert beside a linear layer or a whole MLP: it sees that module's input and output.
+
+    A kind is a bottleneck, and says so by `bottleneck`, or has a `change` of its own.
+    """
 
     starts_at_zero: ClassVar[bool] = True
     """Whether a fresh expert leaves the model bit-equal to the frozen one."""
@@ -81,20 +142,25 @@ class LinearExpert(nn.Module):
         Returns:
             [B, T, D_out] in the dtype of ``base``.
         """
-        raise NotImplementedError
+        one = self.bottleneck()
+        if one is None:
+            raise NotImplementedError(f"{type(self).__name__} has neither bottleneck() nor change()")
+        rows = one.gated(F.linear(x, one.down.to(x.dtype)), gate)
+        return F.linear(rows.to(base.dtype), torch.cat(one.ups(), dim=1).to(base.dtype))
 
-    @property
-    def is_bottleneck(self) -> bool:
-        """Whether `bottleneck` says what `change` computes, so that the fused path may join it with others."""
-        return False
+    def bottleneck(self) -> Bottleneck | None:
+        """The weights of an expert that is a bottleneck, as they are now; None for one that is none.
 
-    def bottleneck(self) -> Bottleneck:
-        """The weights of an expert that is a bottleneck, as they are now."""
-        raise NotImplementedError
+        A bottleneck is computed together with others that read the same input, and its `change` is called only for observers.
+        """
+        return None
 
 
 class AttentionExpert(nn.Module):
-    """An expert beside a block's attention: it sees the queries and may project vectors to keys and values."""
+    """An expert beside a block's attention: it sees the queries and may project vectors to keys and values.
+
+    A kind is a prompt, and says so by `prompt`, or has a `change` of its own.
+    """
 
     starts_at_zero: ClassVar[bool] = True
     """Whether a fresh expert leaves the model bit-equal to the frozen one."""
@@ -115,16 +181,14 @@ class AttentionExpert(nn.Module):
         Returns:
             [B, T, H, D] in the dtype of ``query``.
         """
-        raise NotImplementedError
+        prompt = self.prompt(site, query.dtype)
+        if prompt is None:
+            raise NotImplementedError(f"{type(self).__name__} has neither prompt() nor change()")
+        return attended(query, prompt, scaling, gate)
 
-    @property
-    def is_prompt(self) -> bool:
-        """Whether `prompt` says what `change` computes, so that the fused path may compute it."""
-        return False
-
-    def prompt(self, site: "AttentionSite", dtype: torch.dtype) -> Prompt:
-        """The keys and values of an expert that is a prompt, in ``dtype``, as its weights are now."""
-        raise NotImplementedError
+    def prompt(self, site: "AttentionSite", dtype: torch.dtype) -> Prompt | None:  # noqa: ARG002  # for subclasses
+        """The keys and values of an expert that is a prompt, in ``dtype``, as its weights are now; None for one that is none."""
+        return None
 
 
 def register_expert(config_class: Kind) -> Kind:

@@ -16,7 +16,7 @@ from moa_peft.errors import UsageError
 from moa_peft.experts.base import LinearExpert, register_expert
 from moa_peft.experts.lora import PROJECTIONS
 from moa_peft.experts.targets import target_problems
-from moa_peft.products import at_least_float32
+from moa_peft.precision import at_least_float32
 
 if TYPE_CHECKING:
     from moa_peft.architecture import LinearSite

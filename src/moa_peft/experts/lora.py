@@ -92,17 +92,14 @@ class LowRankChange(LinearExpert):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def change(self, x: Tensor, base: Tensor, gate: Tensor) -> Tensor:
-        """Give ``B (gate * scale * A x)``; see `LinearExpert.change`."""
+        """Give ``B (gate * scale * A dropout(x))``; see `LinearExpert.change`."""
         x = F.dropout(x, self.dropout, self.training)
-        inner = F.linear(x, self.A.to(x.dtype)).unflatten(-1, (-1, self.rank))  # [B, T, N or 1, r]
-        gated = (inner * (self.scale * gate).unsqueeze(-1)).flatten(-2)  # [B, T, N * r]
-        return F.linear(gated.to(base.dtype), self.B.to(base.dtype))
+        rows = self._weights().gated(F.linear(x, self.A.to(x.dtype)), gate)
+        return F.linear(rows.to(base.dtype), self.B.to(base.dtype))
 
-    @property
-    def is_bottleneck(self) -> bool:
-        """With dropout it is none: each LoRA then reads an input of its own."""
-        return self.dropout == 0
+    def bottleneck(self) -> Bottleneck | None:
+        """A and B; with dropout it is none, since each LoRA then reads an input of its own."""
+        return self._weights() if self.dropout == 0 else None
 
-    def bottleneck(self) -> Bottleneck:
-        """A and B."""
+    def _weights(self) -> Bottleneck:
         return Bottleneck(down=self.A, up=self.B, scale=self.scale)

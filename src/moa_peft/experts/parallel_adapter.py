@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from moa_peft.config import CopiedExpertConfig
 from moa_peft.experts.base import Bottleneck, LinearExpert, register_expert
@@ -46,8 +46,8 @@ class ParallelAdapterExpert(CopiedExpertConfig):
 class BottleneckChange(LinearExpert):
     """``sum_n gate_n (W_up,n SiLU(W_down,n h + b_down,n) + b_up,n)``, Xavier-uniform with gain 1e-4, biases zero.
 
-    The N copies are stacked: ``down.weight`` [N * size, D_in], ``up.weight`` [D_out, N * size], ``up.bias`` [D_out * N],
-    a column for each; with ``shared``, ``down`` is one for all.
+    The N copies are stacked: ``down_weight`` [N * size, D_in], ``up_weight`` [D_out, N * size], ``up_bias`` [D_out * N],
+    a column for each; with ``shared``, the down-projection is one for all.
 
     Source: MoA, arXiv 2506.05928, after He et al., arXiv 2110.04366.
     """
@@ -56,38 +56,21 @@ class BottleneckChange(LinearExpert):
 
     def __init__(self, config: ParallelAdapterExpert, in_features: int, out_features: int) -> None:
         super().__init__()
-        copies = config.num_experts
-        self.size = config.size
-        self.copies = copies
-        self.down = nn.Linear(in_features, config.size if config.shared else copies * config.size)
-        self.up = nn.Linear(copies * config.size, out_features)
-        self.up.bias = nn.Parameter(torch.empty(out_features * copies))
-        for weight in (*self.down.weight.data.split(config.size), *self.up.weight.data.split(config.size, 1)):
+        size, copies = config.size, config.num_experts
+        rows = size if config.shared else copies * size
+        self.down_weight = nn.Parameter(torch.empty(rows, in_features))
+        self.down_bias = nn.Parameter(torch.zeros(rows))
+        self.up_weight = nn.Parameter(torch.empty(out_features, copies * size))
+        self.up_bias = nn.Parameter(torch.zeros(out_features * copies))
+        for weight in (*self.down_weight.data.split(size), *self.up_weight.data.split(size, 1)):
             nn.init.xavier_uniform_(weight, gain=1e-4)
-        for linear in (self.down, self.up):
-            nn.init.zeros_(linear.bias)
-
-    def change(self, x: Tensor, base: Tensor, gate: Tensor) -> Tensor:
-        """Give the gated change of the MLP's output; see `LinearExpert.change`."""
-        inner = F.silu(F.linear(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype)))
-        gate = gate.expand(*inner.shape[:-1], self.copies)  # [B, T, N]
-        gated = (inner.unflatten(-1, (-1, self.size)) * gate.unsqueeze(-1)).flatten(-2)  # [B, T, N * size]
-        # The gated biases ride along as more columns, so that one product makes the whole change.
-        gated = torch.cat([gated, gate], dim=-1).to(base.dtype)
-        up = torch.cat([self.up.weight, self.up.bias.unflatten(0, (-1, self.copies))], dim=1)
-        return F.linear(gated, up.to(base.dtype))
-
-    @property
-    def is_bottleneck(self) -> bool:
-        """It is one."""
-        return True
 
     def bottleneck(self) -> Bottleneck:
         """The stacked networks."""
         return Bottleneck(
-            down=self.down.weight,
-            up=self.up.weight,
-            down_bias=self.down.bias,
-            up_bias=self.up.bias,
+            down=self.down_weight,
+            up=self.up_weight,
+            down_bias=self.down_bias,
+            up_bias=self.up_bias,
             activation=F.silu,
         )

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moa_peft.config import CopiedExpertConfig
 from moa_peft.experts.base import AttentionExpert, Prompt, register_expert
-from moa_peft.products import aligned, at_least_float32, cast
 
 if TYPE_CHECKING:
     from moa_peft.architecture import AttentionSite
@@ -57,23 +56,9 @@ class PromptChange(AttentionExpert):
         self.vectors = nn.Parameter(torch.randn(config.num_experts * config.length, hidden_size))
         self.head_scale = nn.Parameter(torch.zeros(num_heads))
 
-    def change(self, site: "AttentionSite", query: Tensor, scaling: float, gate: Tensor) -> Tensor:
-        """Give the gated change of the attention's output; see `AttentionExpert.change`."""
-        keys, values = site.project(self.vectors.to(query.dtype))  # each [H, N * L, D]
-        scores = at_least_float32(query @ keys.transpose(-1, -2) * scaling)  # [B, H, T, N * L]
-        weight = self.head_scale.to(scores.dtype).view(-1, 1, 1) * gate.unsqueeze(1)  # [B, H, T, N]
-        share = scores.softmax(dim=-1).unflatten(-1, (-1, self.length))  # [B, H, T, N, L]
-        attended = (share * weight.unsqueeze(-1)).flatten(-2).to(query.dtype) @ values  # [B, H, T, D]
-        return attended.transpose(1, 2)
-
-    @property
-    def is_prompt(self) -> bool:
-        """It is one."""
-        return True
-
     def prompt(self, site: "AttentionSite", dtype: torch.dtype) -> Prompt:
         """The frozen projections of the vectors."""
-        keys, values = site.project(
-            aligned(self.vectors).to(dtype)
-        )  # autocast's, though a k-norm may give others
-        return Prompt(cast(keys, dtype), cast(values, dtype), self.head_scale)
+        keys, values = site.project(self.vectors.to(dtype))
+        return Prompt(
+            keys.to(dtype), values.to(dtype), self.head_scale
+        )  # under autocast a k-norm gives others

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -58,15 +59,15 @@ class SequentialChange(LinearExpert):
 
     def __init__(self, size: int, features: int) -> None:
         super().__init__()
-        self.down = nn.Linear(features, size)
-        self.up = nn.Linear(size, features)
-        nn.init.trunc_normal_(self.down.weight, std=0.01, a=-0.02, b=0.02)
-        for zero in (self.down.bias, self.up.weight, self.up.bias):
-            nn.init.zeros_(zero)
+        self.down_weight = nn.Parameter(torch.empty(size, features))
+        self.down_bias = nn.Parameter(torch.zeros(size))
+        self.up_weight = nn.Parameter(torch.zeros(features, size))
+        self.up_bias = nn.Parameter(torch.zeros(features))
+        nn.init.trunc_normal_(self.down_weight, std=0.01, a=-0.02, b=0.02)
 
     def change(self, x: Tensor, base: Tensor, gate: Tensor) -> Tensor:  # noqa: ARG002  # it reads the output
         """Give ``W_up (gate * inner) + gate * b_up``; see `LinearExpert.change`."""
         dtype = base.dtype
-        inner = F.gelu(F.linear(base, self.down.weight.to(dtype), self.down.bias.to(dtype)))
-        raised = F.linear((gate * inner).to(dtype), self.up.weight.to(dtype))
-        return raised + (gate * self.up.bias).to(dtype)
+        inner = F.gelu(F.linear(base, self.down_weight.to(dtype), self.down_bias.to(dtype)))
+        raised = F.linear((gate * inner).to(dtype), self.up_weight.to(dtype))
+        return raised + (gate * self.up_bias).to(dtype)

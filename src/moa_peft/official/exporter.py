@@ -42,7 +42,7 @@ _KEY = re.compile(r"(?:.*\.)?(\d+)\.moa\.moa_mixture\.(.+)")
 _ATTENTION = {"q_proj": "Q", "k_proj": "K", "v_proj": "V", "o_proj": "O"}
 _MLP = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 _ROUTED = (
-    "router.logits.linear.weight", "router.logits.linear.bias", "router.logits.w2.weight", "router.logits.w2.bias",
+    "router.logits.linear_weight", "router.logits.linear_bias", "router.logits.w2_weight", "router.logits.w2_bias",
 )  # fmt: skip
 """Parameters of a block's router with a row for each gate."""
 Weights = dict[tuple[int, str], Tensor]
@@ -226,7 +226,7 @@ def _names(
 
 def _router_names(rest: str, config: MoAConfig, gates_of_kinds: Sequence[str]) -> list[str] | None:
     router = config.parts().router
-    part, _, leaf = rest.rpartition(".")
+    part, _, leaf = rest.rpartition("_")
     if router is not None and router.gate_of == "kind" and part == "logits.linear":
         return [f"{gate}.{leaf}" for gate in gates_of_kinds]
     if part == "gate.threshold":
@@ -241,8 +241,8 @@ def _expert_names(head: str, expert: str, rest: str, own: ExpertConfig, layout: 
         found = {
             "vectors": ["prompt.weight"],
             "head_scale": ["prompt_gate"],
-            "logits.linear.weight": ["prompt_router.weight"],
-            "logits.linear.bias": ["prompt_router.bias"],
+            "logits.linear_weight": ["prompt_router.weight"],
+            "logits.linear_bias": ["prompt_router.bias"],
         }.get(rest)
         return None if found is None else [f"{attention}.{one}" for one in found]
     if isinstance(own, ParallelAdapterExpert):
@@ -262,9 +262,9 @@ def _expert_names(head: str, expert: str, rest: str, own: ExpertConfig, layout: 
 def _parallel_adapter_names(head: str, rest: str, own: ParallelAdapterExpert) -> list[str] | None:
     if head == "copy_routers":
         return (
-            [f"router.{rest.removeprefix('logits.linear.')}"] if rest.startswith("logits.linear.") else None
+            [f"router.{rest.removeprefix('logits.linear_')}"] if rest.startswith("logits.linear_") else None
         )
-    part, _, leaf = rest.partition(".")
+    part, _, leaf = rest.partition("_")
     if part == "up" and own.num_experts > 1:
         return [f"up_proj_l.{copy}.{leaf}" for copy in range(own.num_experts)]
     return [f"{part}_proj.{leaf}"]
@@ -273,7 +273,7 @@ def _parallel_adapter_names(head: str, rest: str, own: ParallelAdapterExpert) ->
 def _lora_names(head: str, rest: str, own: LoraExpert) -> list[str] | None:
     gate = None if own.router is None else own.router.gate
     if head == "copy_routers":
-        part, _, leaf = rest.rpartition(".")
+        part, _, leaf = rest.rpartition("_")
         linear = "router.topkroute_linear" if gate == "top-k" else "router"
         module = {
             "logits.linear": linear,

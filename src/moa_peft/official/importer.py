@@ -8,12 +8,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from moa_peft.block_hooks import mixture_layers
 from moa_peft.config import ExpertConfig, RouterConfig, ThresholdConfig
 from moa_peft.errors import UsageError
 from moa_peft.experts import LoraExpert, ParallelAdapterExpert, PromptExpert
 from moa_peft.official.names import KIND_GATES, Destination, destinations, experts_of, layout_of
 from moa_peft.peft_config import MoAConfig
-from moa_peft.tuner import mixture_layers
 
 DEFAULT_ORDER = (
     "lora_q_proj", "lora_k_proj", "lora_v_proj", "prompt", "lora_o_proj", "lora_up_proj", "lora_gate_proj",
@@ -203,14 +203,14 @@ def _experts(order: Sequence[str], checkpoint: _Checkpoint, settings: OfficialSe
                 )
             )
         elif key[0] == "prompt":
-            bias = checkpoint.shape(first, "copy_routers.{}.logits.linear.bias")
+            bias = checkpoint.shape(first, "copy_routers.{}.logits.linear_bias")
             copies = bias[0] if bias else 1
             length = _length(checkpoint, first, "vectors") // copies
             router = _copy_router(first, checkpoint, settings)
             experts.append(PromptExpert(length=length, layers=layers, num_experts=copies, router=router))
         else:
-            copies, router, shared = _copies(first, "down.weight", "up.weight", checkpoint, settings)
-            size = _length(checkpoint, first, "down.weight")
+            copies, router, shared = _copies(first, "down_weight", "up_weight", checkpoint, settings)
+            size = _length(checkpoint, first, "down_weight")
             experts.append(
                 ParallelAdapterExpert(
                     size=size, layers=layers, num_experts=copies, router=router, shared=shared
@@ -239,14 +239,14 @@ def _copies(
 
 def _copy_router(expert: str, checkpoint: _Checkpoint, settings: OfficialSettings) -> RouterConfig | None:
     """The router of an expert's copies: AdaMoLE's has a threshold, top-k's needs ``keep``, the others are softmax."""
-    logits = "copy_routers.{}.logits.linear."
+    logits = "copy_routers.{}.logits.linear_"
     if checkpoint.shape(expert, f"{logits}weight") is None:
         return None
     bias = checkpoint.shape(expert, f"{logits}bias") is not None
-    if checkpoint.shape(expert, "copy_routers.{}.gate.threshold.weight") is not None:
+    if checkpoint.shape(expert, "copy_routers.{}.gate.threshold_weight") is not None:
         return RouterConfig(kind="linear", gate="threshold", bias=bias, balance=settings.balance)
     if settings.keep is not None and expert.startswith("lora_"):
-        noise = checkpoint.shape(expert, "copy_routers.{}.gate.noise.weight") is not None
+        noise = checkpoint.shape(expert, "copy_routers.{}.gate.noise_weight") is not None
         return RouterConfig(
             kind="linear", gate="top-k", keep=settings.keep, noise=noise, bias=bias, balance=settings.balance
         )
@@ -269,7 +269,7 @@ def _router(
             dead_adapter_gate=True,
             router_input=router_input,
         )
-    learned = (block, "router.gate.threshold.weight") in sizes
+    learned = (block, "router.gate.threshold_weight") in sizes
     threshold: ThresholdConfig | None = None
     if learned and settings.max_threshold is None:
         raise UsageError(
@@ -279,8 +279,8 @@ def _router(
         threshold = ThresholdConfig(maximum=settings.max_threshold, gradient="none", at_least_one=False)
     elif settings.constant_threshold is not None:
         threshold = ThresholdConfig(constant=settings.constant_threshold, at_least_one=False)
-    swiglu = sizes.get((block, "router.logits.w2.weight"))
-    if swiglu is None and (block, "router.logits.linear.weight") not in sizes:
+    swiglu = sizes.get((block, "router.logits.w2_weight"))
+    if swiglu is None and (block, "router.logits.linear_weight") not in sizes:
         kinds = {name.split("_")[0] for name in checkpoint.blocks}
         if len(kinds) > 1 or threshold is not None:
             raise UsageError(

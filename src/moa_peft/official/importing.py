@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from moa_peft.adapter_output import adapter_folder, check_folder
+from moa_peft.block_hooks import mixture_layers
 from moa_peft.config import RouterConfig
 from moa_peft.data.base_model import empty_model, resolve_model
 from moa_peft.errors import UsageError, unknown
@@ -24,7 +25,6 @@ from moa_peft.official.importer import (
 )
 from moa_peft.official.names import KIND_GATES, Destination
 from moa_peft.peft_config import MoAConfig
-from moa_peft.tuner import mixture_layers
 
 FORK_ALPHA = 8.0
 """LoRA's alpha, hard-coded in the transformers fork beside rank 8."""
@@ -222,11 +222,11 @@ def _settings(
     parameters = {one.parameter for one in placed.values()}
     ranks = {found.weights[name].shape[0] for name, one in placed.items() if one.parameter.endswith(".A")}
     needs_alpha, needs_k = bool(ranks), any(".router.topkroute_linear." in name for name in found.weights)
-    learned = "router.gate.threshold.weight" in parameters
+    learned = "router.gate.threshold_weight" in parameters
     of_kinds = any(name.rpartition(".")[0].endswith(tuple(KIND_GATES)) for name in found.weights)
     has_router = any(one.startswith("router.logits.") for one in parameters) and not of_kinds
     has_balance = needs_k or any(
-        one.startswith("copy_routers.") and ".gate.threshold." in one for one in parameters
+        one.startswith("copy_routers.") and ".gate.threshold_" in one for one in parameters
     )
     no_router = (
         "UniPEFT's gates are of a whole instance already, without a threshold"

@@ -38,43 +38,43 @@ _LORA_PARTS = (
     (re.compile(r"experts\.(\d+)\.lora_([AB])\.weight"), lambda m: ("experts.{}." + m[2], int(m[1]))),
     (
         re.compile(r"router\.(?:topkroute_linear\.)?(weight|bias)"),
-        lambda m: ("copy_routers.{}.logits.linear." + m[1], None),
+        lambda m: ("copy_routers.{}.logits.linear_" + m[1], None),
     ),
     (
         re.compile(r"router\.noise_linear\.(weight|bias)"),
-        lambda m: ("copy_routers.{}.gate.noise." + m[1], None),
+        lambda m: ("copy_routers.{}.gate.noise_" + m[1], None),
     ),
-    (re.compile(r"threshold_fn\.(weight|bias)"), lambda m: ("copy_routers.{}.gate.threshold." + m[1], None)),
+    (re.compile(r"threshold_fn\.(weight|bias)"), lambda m: ("copy_routers.{}.gate.threshold_" + m[1], None)),
 )
 # Elsewhere in a block.
 _PARTS = (
     (
         re.compile(r"p_adapter\.(down|up)_proj\.(weight|bias)"),
-        lambda m: (f"experts.parallel_adapter.{m[1]}.{m[2]}", None),
+        lambda m: (f"experts.parallel_adapter.{m[1]}_{m[2]}", None),
     ),
     (
         re.compile(r"p_adapter\.(down|up)_proj_l\.(\d+)\.(weight|bias)"),
-        lambda m: (f"experts.parallel_adapter.{m[1]}.{m[3]}", int(m[2])),
+        lambda m: (f"experts.parallel_adapter.{m[1]}_{m[3]}", int(m[2])),
     ),
     (
         re.compile(r"p_adapter\.router\.(weight|bias)"),
-        lambda m: (f"copy_routers.parallel_adapter.logits.linear.{m[1]}", None),
+        lambda m: (f"copy_routers.parallel_adapter.logits.linear_{m[1]}", None),
     ),
     (re.compile(r"(?:self_attn|attention)\.prompt\.weight"), lambda _: ("experts.prompt.vectors", None)),
     (re.compile(r"(?:self_attn|attention)\.prompt_gate"), lambda _: ("experts.prompt.head_scale", None)),
     (
         re.compile(r"(?:self_attn|attention)\.prompt_router\.(weight|bias)"),
-        lambda m: (f"copy_routers.prompt.logits.linear.{m[1]}", None),
+        lambda m: (f"copy_routers.prompt.logits.linear_{m[1]}", None),
     ),
     (
         re.compile(r"adapter_type_router\.(w[123])\.(weight|bias)"),
-        lambda m: (f"router.logits.{m[1]}.{m[2]}", None),
+        lambda m: (f"router.logits.{m[1]}_{m[2]}", None),
     ),
-    (re.compile(r"adapter_type_router\.(weight|bias)"), lambda m: (f"router.logits.linear.{m[1]}", None)),
-    (re.compile(r"adapter_threshold_fn\.(weight|bias)"), lambda m: (f"router.gate.threshold.{m[1]}", None)),
+    (re.compile(r"adapter_type_router\.(weight|bias)"), lambda m: (f"router.logits.linear_{m[1]}", None)),
+    (re.compile(r"adapter_threshold_fn\.(weight|bias)"), lambda m: (f"router.gate.threshold_{m[1]}", None)),
     (
         re.compile(r"(lora_gate|prompt_gate|p_adapter_gate)\.(weight|bias)"),
-        lambda m: (f"router.logits.linear.{m[2]}", list(KIND_GATES).index(m[1])),
+        lambda m: (f"router.logits.linear_{m[2]}", list(KIND_GATES).index(m[1])),
     ),
 )
 
@@ -96,7 +96,7 @@ class Destination:
 
     def official_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
         """The shape that the official weight of a parameter of ours has; None where it cannot have so many parts."""
-        columns = self.parameter.endswith((".B", ".up.weight"))
+        columns = self.parameter.endswith((".B", ".up_weight"))
         if parameter.shape[1 if columns else 0] % self.parts:
             return None
         return tuple(self.inverse(self.view(parameter)).shape)
@@ -105,9 +105,9 @@ class Destination:
         """Cut the weight's part out of a parameter of ours, or of its gradient."""
         if self.parts == 1:
             return parameter
-        if self.parameter.endswith(".up.bias"):
+        if self.parameter.endswith(".up_bias"):
             return parameter.unflatten(0, (-1, self.parts))[:, self.part]
-        stacked_columns = self.parameter.endswith((".B", ".up.weight"))
+        stacked_columns = self.parameter.endswith((".B", ".up_weight"))
         return parameter.chunk(self.parts, dim=1 if stacked_columns else 0)[self.part]
 
 

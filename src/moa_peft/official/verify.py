@@ -10,12 +10,12 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from moa_peft.block_hooks import GateRecord, mixture_layers
 from moa_peft.errors import UsageError
 from moa_peft.official.importer import load_weights, parameters_by_place, read_config
 from moa_peft.official.names import destinations
 from moa_peft.official.reference import Reference, read_reference
 from moa_peft.train.balance import set_loss_scale
-from moa_peft.tuner import GateRecord, mixture_layers
 
 LIMIT = 1e-4
 """Largest allowed error: absolute on logits and loss, relative to the largest entry on each gradient (float32)."""

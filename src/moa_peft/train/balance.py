@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from moa_peft.block_hooks import mixture_layers
 from moa_peft.errors import UsageError
 from moa_peft.router import Router
-from moa_peft.tuner import mixture_layers
 
 
 def set_loss_scale(model: nn.Module, scale: float | Tensor | None) -> None:

@@ -1,0 +1,64 @@
+"""Placements of a model that no mixture can work with: refused by name, with the reason, and the model stays as it was."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from peft import get_peft_model
+from torch import nn
+
+from moa_peft import MoAConfig, MoALayer, RunError, UsageError
+from tiny import base_model, mixture_model, tokens
+
+
+def parts(model: nn.Module) -> list[str]:
+    """Names of a model's modules, and how many hooks each has."""
+    return [
+        f"{name} {len(one._forward_hooks)} {len(one._forward_pre_hooks)} {getattr(one, 'config', None) is None}"
+        for name, one in model.named_modules()
+    ]
+
+
+def test_a_tensor_parallel_model_is_refused() -> None:
+    base = base_model("llama")
+    base._tp_size = 2
+    before = parts(base)
+    with pytest.raises(UsageError, match=r"tensor-parallel over 2 ranks \(tp_plan\).*use FSDP"):
+        get_peft_model(base, MoAConfig.preset("soft-moa"))
+    assert parts(base) == before
+    base._tp_size = 1
+    assert get_peft_model(base, MoAConfig.preset("soft-moa"))(tokens()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("where", ["disk", "cpu"])
+def test_an_offloaded_model_is_refused(where: str, tmp_path: Path) -> None:
+    base = base_model("llama")
+    if where == "disk":
+        disk_offload(base, str(tmp_path), execution_device=torch.device("cpu"))
+    else:
+        cpu_offload(base, execution_device=torch.device("cpu"))
+    before = parts(base)
+    with pytest.raises(UsageError, match="offloaded to the disk or the CPU"):
+        get_peft_model(base, MoAConfig.preset("soft-moa"))
+    assert parts(base) == before
+    assert base(tokens()).logits.isfinite().all()
+
+
+def test_a_model_without_values_is_not_an_offloaded_one() -> None:
+    with torch.device("meta"):
+        model = get_peft_model(
+            type(base_model("llama"))(base_model("llama").config), MoAConfig.preset("soft-moa")
+        )
+    assert all(one.is_meta for one in model.parameters())
+
+
+def test_data_parallel_replicas_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without two devices `nn.DataParallel` copies nothing; what it calls of each module when it does is called here."""
+    model = mixture_model("llama", "soft-moa")
+    expected = model(tokens()).logits
+    [refusing, *others] = [one for one in model.modules() if isinstance(one, MoALayer)]
+    assert others
+    with pytest.raises(RunError, match=r"nn\.DataParallel cannot run a mixture.*accelerate launch"):
+        refusing._replicate_for_data_parallel()
+    assert torch.equal(model(tokens()).logits, expected)
