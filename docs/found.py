@@ -7,13 +7,13 @@ from pathlib import Path
 from writing import table
 
 from moa_peft.cli.overrides import load_yaml
-from moa_peft.compare.cells import NONE, claim, count, difference_cells, percent
-from moa_peft.compare.config import FROZEN, StudyConfig
-from moa_peft.compare.report import read_summary
-from moa_peft.compare.router import COLUMNS
-from moa_peft.compare.rows import RunRow
-from moa_peft.compare.summary import MethodSummary, StudySummary
-from moa_peft.evaluate.results import mean_and_standard_error
+from moa_peft.evaluation.results import mean_and_standard_error
+from moa_peft.study.cells import NONE, claim, count, difference_cells, percent
+from moa_peft.study.config import FROZEN, StudyConfig
+from moa_peft.study.report import read_summary
+from moa_peft.study.router import COLUMNS
+from moa_peft.study.rows import RunRow
+from moa_peft.study.statistics import MethodSummary, StudySummary
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "studies" / "cpu-small.yaml"

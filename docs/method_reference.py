@@ -34,7 +34,7 @@ def expert_names(experts: Iterable[Any]) -> str:
 
 def method_table() -> str:
     """One row a method, for the README."""
-    from moa_peft.presets import PRESETS
+    from moa_peft.mixture.presets import PRESETS
 
     rows = [
         (
@@ -55,7 +55,7 @@ def method_table() -> str:
 def routing() -> str:
     """One row a method: where it is in the space of granularity, scope and gate."""
     from moa_peft.cli.methods import routing_of
-    from moa_peft.presets import PRESETS
+    from moa_peft.mixture.presets import PRESETS
 
     rows = []
     for name, preset in PRESETS.items():
@@ -67,7 +67,7 @@ def routing() -> str:
 
 def costs() -> str:
     """One row a method: its parameters, and its operations beside the frozen model's and plain LoRA's."""
-    from moa_peft.presets import PRESETS
+    from moa_peft.mixture.presets import PRESETS
 
     frozen, baseline = frozen_operations(), added_operations(BASELINE)
     rows = []
@@ -101,7 +101,7 @@ def costs() -> str:
 
 def methods() -> str:
     """A section for each method."""
-    from moa_peft.presets import PRESETS
+    from moa_peft.mixture.presets import PRESETS
 
     return "\n\n".join(method_section(name, preset) for name, preset in PRESETS.items())
 
@@ -110,7 +110,7 @@ def method_section(name: str, preset: Any) -> str:
     """What a method does, its equations, experts, routing, costs and source."""
     from typing import get_args
 
-    from moa_peft.config import RouterKind
+    from moa_peft.mixture.config import RouterKind
 
     router = preset.router()
     rows = [
@@ -172,7 +172,7 @@ def cost_sentence(name: str) -> str:
 
 
 def _baseline_rank() -> int:
-    from moa_peft.presets import PRESETS
+    from moa_peft.mixture.presets import PRESETS
 
     (expert,) = PRESETS[BASELINE].experts()
     return expert.rank  # type: ignore[attr-defined]  # the baseline is LoRA

@@ -30,7 +30,7 @@ INTERNALS = ("MoALayer", "MoAModel")
 
 def all_field_docs(config_class: type) -> dict[str, str]:
     """Read the string under each field of a dataclass, inherited fields last."""
-    from moa_peft.train.field_docs import field_docs
+    from moa_peft.training.field_docs import field_docs
 
     docs: dict[str, str] = {}
     for one in config_class.__mro__:
@@ -44,7 +44,7 @@ def all_field_docs(config_class: type) -> dict[str, str]:
 
 def experts() -> str:
     """One row a kind of expert: what it adds, where, and where it comes from."""
-    from moa_peft.experts import expert_kinds
+    from moa_peft.mixture.experts import expert_kinds
 
     rows = []
     for kind, config_class in expert_kinds().items():
@@ -63,8 +63,8 @@ def experts() -> str:
 
 def gates() -> str:
     """One row a kind of gate: what it does, which of a router's fields it reads, its balance loss and its source."""
-    from moa_peft.config import GATES
-    from moa_peft.gates import OPTIONS, Gate
+    from moa_peft.mixture.config import GATES
+    from moa_peft.mixture.gates import OPTIONS, Gate
 
     rows = []
     for name, gate in GATES.items():
@@ -82,7 +82,7 @@ def gates() -> str:
 def configuration() -> str:
     """A section for each config that a user writes."""
     from moa_peft import ArchitectureConfig, MoAConfig, RouterConfig, ThresholdConfig
-    from moa_peft.experts import expert_kinds
+    from moa_peft.mixture.experts import expert_kinds
 
     sections = [MoAConfig, RouterConfig, ThresholdConfig, *expert_kinds().values(), ArchitectureConfig]
     return "\n\n".join(config_section(one) for one in sections)
@@ -90,7 +90,7 @@ def configuration() -> str:
 
 def recipe() -> str:
     """The keys of a recipe, and what is set differently from the trainer's own defaults."""
-    from moa_peft.train.recipe import REFUSED, TRAINER_DEFAULTS, Recipe
+    from moa_peft.training.recipe import REFUSED, TRAINER_DEFAULTS, Recipe
 
     keys = config_table(Recipe, leave_out=("trainer",))
     defaults = table(
@@ -153,7 +153,7 @@ def default_of(field: Any) -> str:
 
 def study() -> str:
     """The keys of a study and of one of its methods."""
-    from moa_peft.compare.config import Method, StudyConfig
+    from moa_peft.study.config import Method, StudyConfig
 
     return "\n\n".join(
         [
@@ -166,8 +166,8 @@ def study() -> str:
 
 def study_rows() -> str:
     """The fields of a row of a study, and of what stands in them."""
-    from moa_peft.compare.data import RowSet
-    from moa_peft.compare.rows import RunRow, Scores, StepTime
+    from moa_peft.study.data import RowSet
+    from moa_peft.study.rows import RunRow, Scores, StepTime
 
     parts = [field_table(RunRow)]
     for one, where in (

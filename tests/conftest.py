@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from moa_peft.config import GATES
-from moa_peft.experts import base
+from moa_peft.mixture.config import GATES
+from moa_peft.mixture.experts import base
 
 
 @pytest.fixture(autouse=True)

@@ -28,8 +28,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from trl import SFTConfig, SFTTrainer
 
 from moa_peft import LoraExpert, MoAConfig, PromptExpert, RouterConfig, UsageError, mixture_layers
-from moa_peft.router import Router
-from moa_peft.train.balance import BalanceLossScale, give_to_trainers, set_loss_scale
+from moa_peft.mixture.balance_scaling import BalanceLossScale, give_to_trainers, set_loss_scale
+from moa_peft.mixture.router import Router
 from tiny import awaken, base_model, tokens
 from tiny_lm import byte_tokenizer, tiny_llama
 

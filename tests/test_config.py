@@ -21,7 +21,7 @@ from moa_peft import (
     UsageError,
     preset_names,
 )
-from moa_peft.experts import IA3Expert, expert_kinds, register_expert
+from moa_peft.mixture.experts import IA3Expert, expert_kinds, register_expert
 from tiny import base_model
 
 
@@ -280,8 +280,6 @@ def test_a_config_with_lists_and_ranges_survives_json() -> None:
 
 
 def test_importing_the_package_is_quiet_and_importing_it_twice_is_harmless() -> None:
-    code = (
-        "import moa_peft, importlib; importlib.reload(moa_peft.registration); from moa_peft import MoAConfig"
-    )
+    code = "import moa_peft, importlib; importlib.reload(moa_peft.mixture.registration); from moa_peft import MoAConfig"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == ""

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from moa_peft.data.cache import cache_root
 from moa_peft.demo import demo_recipe, free_folder, run_demo
-from moa_peft.train.outcome import Plan
+from moa_peft.training.outcome import Plan
 
 needs_packages = pytest.mark.skipif(
     not os.environ.get("CI") and not all((cache_root() / name).is_dir() for name in ("smollm2", "demo")),

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 import moa_peft
 from moa_peft import ExpertConfig, LoraExpert, MoAConfig, RouterConfig, UsageError, mixture_layers
 from moa_peft.cli.overrides import load_yaml
-from moa_peft.config import GATES
-from moa_peft.experts import LinearExpert, expert_kinds, register_expert
-from moa_peft.gates import Gate, Weights, register_gate
-from moa_peft.train.method import build_peft_config
-from moa_peft.train.recipe import Recipe
+from moa_peft.mixture.config import GATES
+from moa_peft.mixture.experts import LinearExpert, expert_kinds, register_expert
+from moa_peft.mixture.gates import Gate, Weights, register_gate
+from moa_peft.training.method import build_peft_config
+from moa_peft.training.recipe import Recipe
 from tiny import awaken, base_model, tokens
 
 

@@ -26,8 +26,8 @@ from moa_peft import (
 )
 from moa_peft.cli import app, register_verbs
 from moa_peft.json_lines import read_rows
+from moa_peft.official.parity import base_model as reference_model
 from moa_peft.official.reference import read_file, read_reference, under
-from moa_peft.official.verify import base_model as reference_model
 from test_official import VERIFIED, golden
 from tiny import awaken, base_model
 from tiny_lm import choice_rows, write_rows

@@ -25,9 +25,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from trl import SFTConfig, SFTTrainer
 
 from moa_peft import MoAConfig, RunError, UsageError, mixture_layers
-from moa_peft.evaluate.generation import generate_batch
-from moa_peft.evaluate.scoring import TokenQuestion, score_batch
-from moa_peft.paged import paged_requests
+from moa_peft.evaluation.generation import generate_batch
+from moa_peft.evaluation.scoring import TokenQuestion, score_batch
+from moa_peft.mixture.continuous_batching import paged_requests
 from tiny import awaken, base_model, mixture_model, tokens
 from tiny_lm import byte_tokenizer
 

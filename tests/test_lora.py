@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from moa_peft import LoraExpert, MoAConfig, mixture_layers
-from moa_peft.presets import PROJECTIONS
+from moa_peft.mixture.presets import PROJECTIONS
 from tiny import base_model, tokens
 
 Weights = dict[tuple[int, str, str], nn.Parameter]

@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 from moa_peft import MoAConfig, UsageError
 from moa_peft.cli import app, register_verbs
+from moa_peft.mixture.balance_scaling import set_loss_scale
 from moa_peft.official.importer import OfficialSettings, load_weights, read_config
 from moa_peft.official.names import destinations, half_split
+from moa_peft.official.parity import _forward, _gradients, _ours, _rebuild, compare
 from moa_peft.official.reference import read_reference
-from moa_peft.official.verify import _forward, _gradients, _ours, _rebuild, compare
-from moa_peft.train.balance import set_loss_scale
 from tiny import base_model
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
@@ -164,13 +164,13 @@ def test_an_error_as_small_as_rounding_is_told_from_a_mistake(
     rounding = _rounding_of(ILL)
     assert rounding > 0
     within, beyond = 2 * rounding, 20 * rounding
-    monkeypatch.setattr("moa_peft.official.verify.LIMIT", rounding / 100)
+    monkeypatch.setattr("moa_peft.official.parity.LIMIT", rounding / 100)
     assert compare(golden(ILL)).rule == "rounding"
     result = compare(shaken(tmp_path, within))
     assert (result.ok, result.rule) == (True, "rounding")
     assert "(rounding)" in result.line()
     assert not compare(shaken(tmp_path, beyond)).ok
-    monkeypatch.setattr("moa_peft.official.verify.ROUNDING_LIMIT", rounding / 100)
+    monkeypatch.setattr("moa_peft.official.parity.ROUNDING_LIMIT", rounding / 100)
     assert not compare(shaken(tmp_path, within)).ok
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moa_peft import MoAConfig, mixture_layers
 from moa_peft.bench.subjects import one_by_one
-from moa_peft.block_hooks import MoALayer
+from moa_peft.mixture.block_hooks import MoALayer
 from tiny import awaken, base_model, mixture_model, tokens
 
 Hang = Callable[[Any], object]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorL
 
 from moa_peft import GateRecord, MoAConfig, mixture_layers, packed_weights
 from moa_peft.bench.subjects import one_by_one
-from moa_peft.mixture import Mixture
+from moa_peft.mixture.mixture import Mixture
 from tiny import METHODS, awaken, base_model, mixture_model, tokens
 
 NEW_TOKENS = 6

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 from moa_peft import LoraExpert, MoAConfig, ParallelAdapterExpert, PromptExpert, RouterConfig, UsageError
-from moa_peft.block_hooks import GateRecord, mixture_layers
 from moa_peft.cli import app, register_verbs
-from moa_peft.data.rows import Row
-from moa_peft.evaluate.loading import load, read_adapter
-from moa_peft.evaluate.scoring import TokenQuestion, answer_losses
-from moa_peft.plain_lora import gate_means, plain_lora, write_lora
+from moa_peft.data.loading import Row
+from moa_peft.evaluation.loading import load, read_adapter
+from moa_peft.evaluation.scoring import TokenQuestion, answer_losses
+from moa_peft.mixture.block_hooks import GateRecord, mixture_layers
+from moa_peft.official.lora_export import gate_means, plain_lora, write_lora
 from tiny import FAMILIES, awaken, base_model, tokens
 from tiny_lm import number_rows, save_base, write_rows
 

@@ -18,14 +18,14 @@ from typer.testing import CliRunner
 from moa_peft import mixture_layers
 from moa_peft.cli import app
 from moa_peft.cli.overrides import load_yaml, parse_flags
-from moa_peft.compare.config import studies_of
-from moa_peft.config import GATES
-from moa_peft.experts import base, expert_kinds
-from moa_peft.presets import PRESETS
-from moa_peft.train.merge import merge
-from moa_peft.train.method import build_peft_config
-from moa_peft.train.recipe import Recipe
-from moa_peft.train.settings import check_trainer, switch_names, trainer_fields
+from moa_peft.mixture.config import GATES
+from moa_peft.mixture.experts import base, expert_kinds
+from moa_peft.mixture.presets import PRESETS
+from moa_peft.study.config import studies_of
+from moa_peft.training.merge import merge
+from moa_peft.training.method import build_peft_config
+from moa_peft.training.recipe import Recipe
+from moa_peft.training.trainer_settings import check_trainer, switch_names, trainer_fields
 from tiny import FAMILIES
 from tiny_lm import save_base
 

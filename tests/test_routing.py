@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moa_peft import RouterConfig, ThresholdConfig
-from moa_peft.router import Router, linear
-from moa_peft.routing import (
+from moa_peft.mixture.gate_functions import (
     active_experts,
     learned_threshold,
     load_balancing_loss,
@@ -22,6 +21,7 @@ from moa_peft.routing import (
     threshold_gates,
     top_k_gates,
 )
+from moa_peft.mixture.router import Router, linear
 
 
 def test_soft_gates_are_sigmoids_in_float32() -> None:

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from moa_peft import LoraExpert, MoAConfig, ParallelAdapterExpert, PromptExpert, RouterConfig, ThresholdConfig
-from moa_peft.experts import DoraExpert, IA3Expert, SequentialAdapterExpert, VeraExpert
+from moa_peft.mixture.experts import DoraExpert, IA3Expert, SequentialAdapterExpert, VeraExpert
 
 VOCABULARY = 97
 GATED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moa_peft.compare.data import questions_md5
-from moa_peft.compare.execute import Order, describe
-from moa_peft.compare.rows import RunRow, Scores
-from moa_peft.data.rows import Row
+from moa_peft.data.loading import Row
+from moa_peft.study.data import questions_md5
+from moa_peft.study.one_run import Order, describe
+from moa_peft.study.rows import RunRow, Scores
 from tiny_lm import choice_rows, save_base, write_rows
 
 

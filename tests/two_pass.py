@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moa_peft import ChangeRecord, GateRecord, mixture_layers
-from moa_peft.analysis.reading import TokenText
+from moa_peft.inspection.forward_pass import TokenText
 
 LENGTHS = (5, 11, 1, 8, 3)
 

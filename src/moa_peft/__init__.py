@@ -6,10 +6,10 @@ from moa_peft import MoAConfig
 model = get_peft_model(base, MoAConfig.preset("soft-moa"))
 """
 
-from moa_peft.block_hooks import ChangeRecord, GateRecord, MoALayer, mixture_layers, packed_weights
-from moa_peft.config import ArchitectureConfig, ExpertConfig, RouterConfig, ThresholdConfig
 from moa_peft.errors import MoAError, RunError, UsageError
-from moa_peft.experts import (
+from moa_peft.mixture.block_hooks import ChangeRecord, GateRecord, MoALayer, mixture_layers, packed_weights
+from moa_peft.mixture.config import ArchitectureConfig, ExpertConfig, RouterConfig, ThresholdConfig
+from moa_peft.mixture.experts import (
     DoraExpert,
     IA3Expert,
     LoraExpert,
@@ -19,12 +19,12 @@ from moa_peft.experts import (
     VeraExpert,
     register_expert,
 )
-from moa_peft.gates import register_gate
-from moa_peft.model import MoAModel
-from moa_peft.peft_config import MoAConfig
-from moa_peft.presets import preset_names
-from moa_peft.registration import register
-from moa_peft.train.optimizer import parameter_groups
+from moa_peft.mixture.gates import register_gate
+from moa_peft.mixture.model import MoAModel
+from moa_peft.mixture.peft_config import MoAConfig
+from moa_peft.mixture.presets import preset_names
+from moa_peft.mixture.registration import register
+from moa_peft.training.optimizer import parameter_groups
 
 __version__ = "0.1.0"
 

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moa_peft.evaluate.loading import RECIPE_FILE, load, read_adapter
-from moa_peft.evaluate.options import EvaluationOptions
-from moa_peft.evaluate.results import paired_difference
-from moa_peft.evaluate.run import TaskResult, evaluate
-from moa_peft.evaluate.tasks import load_tasks
+from moa_peft.evaluation.loading import RECIPE_FILE, load, read_adapter
+from moa_peft.evaluation.options import EvaluationOptions
+from moa_peft.evaluation.results import paired_difference
+from moa_peft.evaluation.run import TaskResult, evaluate
+from moa_peft.evaluation.tasks import load_tasks
 from moa_peft.provenance import provenance
-from moa_peft.train.outcome import Plan, TrainingOutcome
-from moa_peft.train.output_folder import append_result
-from moa_peft.train.recipe import Recipe
-from moa_peft.train.run import train
+from moa_peft.training.outcome import Plan, TrainingOutcome
+from moa_peft.training.output_folder import append_result
+from moa_peft.training.recipe import Recipe
+from moa_peft.training.run import train
 
 ADAPTER_FILE = "adapter_model.safetensors"
 

@@ -18,9 +18,9 @@ from moa_peft.bench import subjects, work
 from moa_peft.bench.measure import BenchOptions, as_dict, measure
 from moa_peft.bench.paired import quartiles, ratios, take_turns
 from moa_peft.bench.rows import BenchRow
-from moa_peft.block_hooks import MoALayer
 from moa_peft.errors import UsageError
-from moa_peft.mixture import Mixture
+from moa_peft.mixture.block_hooks import MoALayer
+from moa_peft.mixture.mixture import Mixture
 from tiny import METHODS, mixture_model, tokens
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from moa_peft import MoAConfig, mixture_layers
 from moa_peft.cli.inspect import inspect
 from moa_peft.errors import UsageError
-from moa_peft.presets import PRESETS
+from moa_peft.mixture.presets import PRESETS
 from tiny import awaken
 from tiny_lm import choice_rows, save_adapter, save_base, write_rows
 

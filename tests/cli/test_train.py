@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from moa_peft import cli
 from moa_peft.cli.train import ANY_FIELD, train, way_on
 from moa_peft.errors import UsageError
-from moa_peft.train.checkpoints import mark_complete
-from moa_peft.train.recipe import Recipe
+from moa_peft.training.checkpoints import mark_complete
+from moa_peft.training.recipe import Recipe
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "train" / "tiny.py"))
 
@@ -132,7 +132,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moa_peft.train.run.run", interrupted)
+    monkeypatch.setattr("moa_peft.training.run.run", interrupted)
     done = CliRunner().invoke(app, [*tiny, "--output_dir", str(tmp_path / "run")])
     assert done.exit_code != 0
     assert (

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moa_peft.data.rows import Row, load_rows
+from moa_peft.data.loading import Row, load_rows
 from moa_peft.errors import UsageError
 
 RECORDS = [

@@ -24,7 +24,7 @@ from expert_checks import (
     ways_of_loading_that_differ,
 )
 from moa_peft import IA3Expert, RouterConfig, UsageError
-from moa_peft.experts.ia3 import RescaledChange
+from moa_peft.mixture.experts.ia3 import RescaledChange
 from tiny import FAMILIES, base_model
 
 EVERYWHERE = IA3Expert(targets=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"))

@@ -30,7 +30,7 @@ from moa_peft import (
     UsageError,
     mixture_layers,
 )
-from moa_peft.experts.sequential_adapter import SequentialChange
+from moa_peft.mixture.experts.sequential_adapter import SequentialChange
 from tiny import FAMILIES, awaken, base_model, tokens
 
 BOTH = SequentialAdapterExpert(targets=("o_proj", "mlp"), size=5)

@@ -26,7 +26,7 @@ from expert_checks import (
     ways_of_loading_that_differ,
 )
 from moa_peft import RouterConfig, UsageError, VeraExpert, mixture_layers
-from moa_peft.experts.vera import VectorChange, shared_matrix
+from moa_peft.mixture.experts.vera import VectorChange, shared_matrix
 from tiny import FAMILIES, base_model
 
 SIX = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
@@ -129,7 +129,7 @@ def test_models_share_too_and_nobody_keeps_a_matrix_that_no_model_holds() -> Non
     assert one.A.data_ptr() == two.A.data_ptr()
     held = shared_matrix(2 * 99, 2, 10, torch.zeros(1))
     assert held.data_ptr() == one.A.data_ptr()
-    from moa_peft.experts import vera
+    from moa_peft.mixture.experts import vera
 
     del one, two, held
     gc.collect()

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from moa_peft.bench import subjects, work
 from moa_peft.bench.paired import quartiles, ratios, take_turns
 from moa_peft.bench.rows import BenchRow, Kind
-from moa_peft.block_hooks import mixture_layers
 from moa_peft.errors import UsageError, unknown
+from moa_peft.mixture.block_hooks import mixture_layers
 from moa_peft.provenance import provenance
 
 MIB = 2**20

@@ -10,12 +10,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moa_peft.block_hooks import mixture_layers
 from moa_peft.data.base_model import load_model, resolve_model
 from moa_peft.errors import UsageError, unknown
-from moa_peft.mixture import AtModule, Readers
-from moa_peft.peft_config import MoAConfig
-from moa_peft.presets import PRESETS, PROJECTIONS, promptless_experts
+from moa_peft.mixture.block_hooks import mixture_layers
+from moa_peft.mixture.mixture import AtModule, Readers
+from moa_peft.mixture.peft_config import MoAConfig
+from moa_peft.mixture.presets import PRESETS, PROJECTIONS, promptless_experts
 
 FROZEN, LORA, LORA_AGAIN, PROMPTLESS = "frozen", "peft-lora", "peft-lora-again", "soft-moa-no-prompt"
 """The frozen model; PEFT's LoRA of rank 8 on the paper's projections, and once more to see the noise; Soft MoA on the

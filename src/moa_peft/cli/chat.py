@@ -10,7 +10,7 @@ import typer
 from moa_peft.errors import UsageError
 
 if TYPE_CHECKING:
-    from moa_peft.evaluate.loading import LoadedModel
+    from moa_peft.evaluation.loading import LoadedModel
 
 COMMANDS = {
     "/exit": "leave (so does Ctrl-D)",
@@ -58,7 +58,7 @@ class Conversation:
         import torch
         from transformers import GenerationConfig
 
-        from moa_peft.evaluate.generation import end_ids
+        from moa_peft.evaluation.generation import end_ids
 
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         asked = [*self.turns, {"role": "user", "content": text}]
@@ -89,9 +89,9 @@ class Conversation:
 
     def prompt_tokens(self, turns: list[dict[str, str]]) -> list[int]:
         """Write the conversation as the model reads it: with the chat template, or the last turn in the paper's."""
-        from moa_peft.data.rows import Row
+        from moa_peft.data.loading import Row
         from moa_peft.data.templates import render_chat, render_prompt
-        from moa_peft.data.tokens import prompt_ids
+        from moa_peft.data.tokenization import prompt_ids
 
         tokenizer = self.loaded.tokenizer
         if self.template == "paper":
@@ -171,7 +171,7 @@ def chat(
       echo "Why is the sky blue?" | moa chat --max-new-tokens 60
     """  # noqa: D301  # the backspace keeps the lines of the examples apart
     _check(max_new_tokens, temperature, seed)
-    from moa_peft.evaluate.loading import choose_template, load, read_adapter
+    from moa_peft.evaluation.loading import choose_template, load, read_adapter
     from moa_peft.quiet import quiet_libraries
 
     with quiet_libraries():

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moa_peft.cli.overrides import load_yaml, parse_flags
-from moa_peft.compare.cells import NONE, nats, percent, run_name
-from moa_peft.compare.config import Method, StudyConfig, studies_of
-from moa_peft.compare.extras import REPORT_PACKAGES, has, need
-from moa_peft.compare.plan import rate_text
-from moa_peft.train.field_docs import field_docs
+from moa_peft.study.cells import NONE, nats, percent, run_name
+from moa_peft.study.config import Method, StudyConfig, studies_of
+from moa_peft.study.extras import REPORT_PACKAGES, has, need
+from moa_peft.study.schedule import rate_text
+from moa_peft.training.field_docs import field_docs
 
 if TYPE_CHECKING:
-    from moa_peft.compare.run import Study
-    from moa_peft.compare.summary import MethodSummary, StudySummary
+    from moa_peft.study.runner import Study
+    from moa_peft.study.statistics import MethodSummary, StudySummary
 
 EXAMPLES = """\b
 Examples:
@@ -71,7 +71,7 @@ def compare(
     settings = load_yaml(config) if config is not None else {}
     say = partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
 
-    from moa_peft.compare.report import read_summary, write_report
+    from moa_peft.study.report import read_summary, write_report
 
     has_report = report_only or all(map(has, REPORT_PACKAGES))  # a machine that computes needs no plots
     has_failed = False
@@ -102,8 +102,8 @@ def run_all(
     ray_cpus: int | None = None,
 ) -> None:
     """Check a study, say what it will do, and do it; through Ray where its processors for a run are given."""
-    from moa_peft.compare.rows import read_results
-    from moa_peft.compare.run import open_study, planned, run_study
+    from moa_peft.study.rows import read_results
+    from moa_peft.study.runner import open_study, planned, run_study
 
     if ray_cpus is not None:
         need("ray", "ray")
@@ -119,7 +119,7 @@ def run_all(
         if ray_cpus is None:
             run_study(study, say=say, retry_failed=retry_failed)
             return
-        from moa_peft.compare.ray_pool import ray_pool
+        from moa_peft.study.ray_pool import ray_pool
 
         with ray_pool(cpus=ray_cpus) as (pool, at_once):
             say(f"  at once     {at_once}")

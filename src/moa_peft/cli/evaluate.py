@@ -15,8 +15,8 @@ from moa_peft.errors import UsageError
 from moa_peft.paths import expanded
 
 if TYPE_CHECKING:
-    from moa_peft.evaluate.loading import AdapterFolder
-    from moa_peft.evaluate.run import TaskResult
+    from moa_peft.evaluation.loading import AdapterFolder
+    from moa_peft.evaluation.run import TaskResult
 
 
 def evaluate(
@@ -157,9 +157,9 @@ def evaluate(
         refuse_given(
             {"template": template}, "has no meaning with --mode text, which has its own: leave it out"
         )
-    from moa_peft.evaluate.loading import choose_template, load, read_adapter
-    from moa_peft.evaluate.options import EvaluationOptions
-    from moa_peft.evaluate.tasks import load_tasks
+    from moa_peft.evaluation.loading import choose_template, load, read_adapter
+    from moa_peft.evaluation.options import EvaluationOptions
+    from moa_peft.evaluation.tasks import load_tasks
 
     found = None if adapter is None else read_adapter(adapter)
     options = EvaluationOptions(
@@ -176,8 +176,8 @@ def evaluate(
         options.rule_for(options.mode_for(task))
         options.check_needs(task)
 
-    from moa_peft.evaluate.identity import identify
-    from moa_peft.evaluate.run import evaluate as evaluate_task
+    from moa_peft.evaluation.result_key import identify
+    from moa_peft.evaluation.run import evaluate as evaluate_task
     from moa_peft.quiet import quiet_libraries
 
     with quiet_libraries():

@@ -11,7 +11,7 @@ from moa_peft.errors import UsageError, unknown
 
 if TYPE_CHECKING:
     from moa_peft.official.exporter import ExportReport
-    from moa_peft.plain_lora import LoraReport
+    from moa_peft.official.lora_export import LoraReport
 
 FORMATS = ("official", "lora")
 
@@ -106,7 +106,7 @@ def export(
 def _official(
     adapter: str, out: Path, layout: str | None, model: str | None, overwrite: bool
 ) -> "ExportReport":
-    from moa_peft.evaluate.loading import read_adapter
+    from moa_peft.evaluation.loading import read_adapter
     from moa_peft.official.exporter import export_official
     from moa_peft.quiet import quiet_libraries
 
@@ -123,8 +123,8 @@ def _lora(
     model: str | None,
     options: dict[str, Any],
 ) -> "LoraReport":
-    from moa_peft.evaluate.loading import choose_template, read_adapter
-    from moa_peft.plain_lora import LoraOptions, export_lora
+    from moa_peft.evaluation.loading import choose_template, read_adapter
+    from moa_peft.official.lora_export import LoraOptions, export_lora
     from moa_peft.quiet import quiet_libraries
 
     found = read_adapter(adapter)

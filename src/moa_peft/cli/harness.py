@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from moa_peft.errors import UsageError, unknown
 
 if TYPE_CHECKING:
-    from moa_peft.evaluate.harness import HarnessResult
+    from moa_peft.evaluation.lm_eval import HarnessResult
 
 
 def evaluate_on_harness(
@@ -44,9 +44,9 @@ def evaluate_on_harness(
         UsageError: If the harness is not installed, or a name or number is wrong.
     """
     from moa_peft.cli.evaluate import default_out
-    from moa_peft.evaluate.harness import HarnessOptions, check_harness_tasks, run_harness
-    from moa_peft.evaluate.identity import identify
-    from moa_peft.evaluate.loading import load, read_adapter
+    from moa_peft.evaluation.lm_eval import HarnessOptions, check_harness_tasks, run_harness
+    from moa_peft.evaluation.loading import load, read_adapter
+    from moa_peft.evaluation.result_key import identify
     from moa_peft.quiet import quiet_libraries
 
     if template not in (None, "chat"):

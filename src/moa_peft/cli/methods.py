@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from moa_peft.config import RouterConfig
-    from moa_peft.presets import Preset
+    from moa_peft.mixture.config import RouterConfig
+    from moa_peft.mixture.presets import Preset
 
 
 def methods(
@@ -20,7 +20,7 @@ def methods(
     from rich.console import Console
     from rich.table import Table
 
-    from moa_peft.presets import PRESETS
+    from moa_peft.mixture.presets import PRESETS
 
     rows = [
         {

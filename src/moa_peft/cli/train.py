@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moa_peft.cli.overrides import load_yaml, parse_flags
-from moa_peft.train.field_docs import field_docs
-from moa_peft.train.merge import merge
-from moa_peft.train.recipe import TRAINER_DEFAULTS, Recipe
+from moa_peft.training.field_docs import field_docs
+from moa_peft.training.merge import merge
+from moa_peft.training.recipe import TRAINER_DEFAULTS, Recipe
 
 if TYPE_CHECKING:
-    from moa_peft.train.outcome import Plan, TrainingOutcome
+    from moa_peft.training.outcome import Plan, TrainingOutcome
 
 ANY_FIELD = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Context settings that the command is registered with, so that any field works as a flag."""
@@ -65,13 +65,13 @@ def train(
 ) -> None:
     """Fine-tune a model."""
     settings = load_yaml(config) if config is not None else {}
-    from moa_peft.train.settings import switch_names, trainer_fields
+    from moa_peft.training.trainer_settings import switch_names, trainer_fields
 
     settings = merge(settings, parse_flags(context.args, switch_names()))
     recipe = Recipe.from_mapping(settings, trainer_fields())
 
-    from moa_peft.train.prepare import discard, is_main, prepare
-    from moa_peft.train.run import run
+    from moa_peft.training.prepare import discard, is_main, prepare
+    from moa_peft.training.run import run
 
     stream = sys.stderr if as_json else sys.stdout
     say = partial(print, file=stream, flush=True) if is_main() else _silent
@@ -95,7 +95,7 @@ def train(
 
 def way_on(folder: Path) -> str:
     """Say how to go on with a run that was interrupted."""
-    from moa_peft.train.checkpoints import find_checkpoints
+    from moa_peft.training.checkpoints import find_checkpoints
 
     whole = find_checkpoints(folder).complete
     if whole:

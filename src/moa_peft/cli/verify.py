@@ -23,7 +23,7 @@ def verify(
     Example: moa verify golden/*.safetensors
     """
     from moa_peft.errors import UsageError
-    from moa_peft.official.verify import compare
+    from moa_peft.official.parity import compare
     from moa_peft.quiet import quiet_libraries
 
     failed = unreadable = False

@@ -17,17 +17,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moa_peft.adapter_output import check_file, single_file
-from moa_peft.config import CopiedExpertConfig, ExpertConfig, RouterConfig
 from moa_peft.data.base_model import empty_model, resolve_model
 from moa_peft.errors import UsageError, unknown
-from moa_peft.evaluate.loading import AdapterFolder
-from moa_peft.experts import LoraExpert, ParallelAdapterExpert, PromptExpert
+from moa_peft.evaluation.loading import AdapterFolder
+from moa_peft.mixture.config import CopiedExpertConfig, ExpertConfig, RouterConfig
+from moa_peft.mixture.experts import LoraExpert, ParallelAdapterExpert, PromptExpert
+from moa_peft.mixture.peft_config import MoAConfig
+from moa_peft.official.adapter_folder import check_file, single_file
 from moa_peft.official.checkpoint import PICKLED
 from moa_peft.official.importer import DEFAULT_ORDER, parameters_by_place
 from moa_peft.official.importing import FORK_ALPHA, FORK_THRESHOLD, head_size, method_of
 from moa_peft.official.names import KIND_GATES, Destination, Layout, destinations, kind_gates
-from moa_peft.peft_config import MoAConfig
 
 FAMILIES: Mapping[Layout, tuple[str, ...]] = {"native": ("llama",), "fork": ("llama", "qwen3")}
 """The families of models that each official code knows."""

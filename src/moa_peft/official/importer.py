@@ -8,12 +8,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from moa_peft.block_hooks import mixture_layers
-from moa_peft.config import ExpertConfig, RouterConfig, ThresholdConfig
 from moa_peft.errors import UsageError
-from moa_peft.experts import LoraExpert, ParallelAdapterExpert, PromptExpert
+from moa_peft.mixture.block_hooks import mixture_layers
+from moa_peft.mixture.config import ExpertConfig, RouterConfig, ThresholdConfig
+from moa_peft.mixture.experts import LoraExpert, ParallelAdapterExpert, PromptExpert
+from moa_peft.mixture.peft_config import MoAConfig
 from moa_peft.official.names import KIND_GATES, Destination, destinations, experts_of, layout_of
-from moa_peft.peft_config import MoAConfig
 
 DEFAULT_ORDER = (
     "lora_q_proj", "lora_k_proj", "lora_v_proj", "prompt", "lora_o_proj", "lora_up_proj", "lora_gate_proj",

@@ -9,12 +9,13 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
-from moa_peft.adapter_output import adapter_folder, check_folder
-from moa_peft.block_hooks import mixture_layers
-from moa_peft.config import RouterConfig
 from moa_peft.data.base_model import empty_model, resolve_model
 from moa_peft.errors import UsageError, unknown
-from moa_peft.experts.lora import PROJECTIONS
+from moa_peft.mixture.block_hooks import mixture_layers
+from moa_peft.mixture.config import RouterConfig
+from moa_peft.mixture.experts.lora import PROJECTIONS
+from moa_peft.mixture.peft_config import MoAConfig
+from moa_peft.official.adapter_folder import adapter_folder, check_folder
 from moa_peft.official.checkpoint import OfficialCheckpoint, checkpoint_files, read_checkpoint
 from moa_peft.official.importer import (
     DEFAULT_ORDER,
@@ -24,7 +25,6 @@ from moa_peft.official.importer import (
     read_config,
 )
 from moa_peft.official.names import KIND_GATES, Destination
-from moa_peft.peft_config import MoAConfig
 
 FORK_ALPHA = 8.0
 """LoRA's alpha, hard-coded in the transformers fork beside rank 8."""

@@ -1,0 +1,159 @@
+"""Tokens of a prompt and its completion, and the labels that make the loss count the completion alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moa_peft.data.loading import Row
+from moa_peft.data.templates import Template, render_completion, render_prompt
+from moa_peft.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""The label of a position that the loss leaves out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoded:
+    """One example as tokens."""
+
+    input_ids: list[int]
+    """Tokens of the prompt, the completion and the end token, cut at the end to the longest length allowed."""
+
+    labels: list[int]
+    """The same where the loss counts, -100 on the prompt."""
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Positions that the loss counts."""
+        return sum(label != IGNORED for label in self.labels)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedRows:
+    """The examples of a data set as tokens."""
+
+    examples: list[Encoded]
+    """Those with at least one answer token, in the order of their rows."""
+
+    dropped: int
+    """Rows left out because cutting left no answer token."""
+
+    cut: int
+    """Kept examples whose answer lost its end."""
+
+
+def end_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The token that ends a reply: what training appends and what generation stops at.
+
+    Args:
+        tokenizer: The base model's.
+
+    Returns:
+        Its `eos_token_id`; for a chat model that is the end of a turn.
+
+    Raises:
+        UsageError: If the tokenizer names no end token.
+    """
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise UsageError(
+            "the tokenizer of this model has no eos_token, so a reply could not end: set one and save it"
+        )
+    return end
+
+
+def prompt_ids(prompt: str, tokenizer: "PreTrainedTokenizerBase", template: Template) -> list[int]:
+    """Tokenise a prompt as training and evaluation both see it.
+
+    Args:
+        prompt: Text from `render_prompt`.
+        tokenizer: The base model's.
+        template: What rendered the prompt. With "paper" the tokenizer adds its special tokens in front; a "chat" text
+            already holds them.
+
+    Returns:
+        Token ids; an end token that the tokenizer adds of itself is taken off.
+    """
+    if template == "chat":
+        return tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = list(tokenizer(prompt)["input_ids"])
+    while ids and ids[-1] == end_token_id(tokenizer):
+        ids.pop()
+    return ids
+
+
+def completion_ids(completion: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Tokenise a completion by itself, without special tokens and without the end token."""
+    return tokenizer(completion, add_special_tokens=False)["input_ids"]
+
+
+def encode(
+    prompt: str, completion: str, tokenizer: "PreTrainedTokenizerBase", max_length: int, *, template: Template
+) -> Encoded:
+    """Turn a prompt and its completion into tokens and labels.
+
+    The two are tokenised by themselves and joined, so that no token spans the boundary. The end token is appended
+    before the cut: an example that is cut does not teach the model to stop early.
+
+    Args:
+        prompt: Text from `render_prompt`.
+        completion: The reply.
+        tokenizer: The base model's. Any token id, 0 included, is an ordinary token.
+        max_length: Tokens kept, counted from the start.
+        template: What rendered the prompt.
+
+    Returns:
+        The example; its labels may all be -100 where the prompt alone is too long.
+
+    Raises:
+        UsageError: If the tokenizer names no end token.
+    """
+    asked = prompt_ids(prompt, tokenizer, template)
+    reply = [*completion_ids(completion, tokenizer), end_token_id(tokenizer)]
+    return _joined(asked, reply, max_length)
+
+
+def encode_rows(
+    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", template: Template, max_length: int
+) -> EncodedRows:
+    """Turn rows into examples to train on or to measure the answer loss on.
+
+    Args:
+        rows: At least one row.
+        tokenizer: The base model's.
+        template: How a row becomes text.
+        max_length: Tokens kept of each example, counted from the start.
+
+    Returns:
+        The examples with at least one answer token, and how many rows had none left.
+
+    Raises:
+        UsageError: If no row has an answer token left; the message names a length that would do. Also if the
+            template cannot be used with the tokenizer.
+    """
+    end = end_token_id(tokenizer)
+    examples: list[Encoded] = []
+    whole_lengths: list[int] = []
+    for row in rows:
+        asked = prompt_ids(render_prompt(row, template, tokenizer), tokenizer, template)
+        reply = [*completion_ids(render_completion(row), tokenizer), end]
+        whole_lengths.append(len(asked) + len(reply))
+        examples.append(_joined(asked, reply, max_length))
+    kept = [(one, whole) for one, whole in zip(examples, whole_lengths, strict=True) if one.num_answer_tokens]
+    if not kept:
+        enough = sorted(whole_lengths)[(len(whole_lengths) - 1) // 2]
+        raise UsageError(
+            f"max_length {max_length} cuts away every answer ({len(rows)} rows): give max_length {enough} or more; "
+            f"{enough} is the shortest that keeps half of the rows whole"
+        )
+    cut = sum(len(one.input_ids) < whole for one, whole in kept)
+    return EncodedRows(examples=[one for one, _ in kept], dropped=len(rows) - len(kept), cut=cut)
+
+
+def _joined(asked: list[int], reply: list[int], max_length: int) -> Encoded:
+    ids = [*asked, *reply][:max_length]
+    labels = [*([IGNORED] * len(asked)), *reply][:max_length]
+    return Encoded(input_ids=ids, labels=labels)

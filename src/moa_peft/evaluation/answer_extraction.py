@@ -1,0 +1,193 @@
+"""The answer that a text states: one function for each kind of answer.
+
+Only the text's own reply is read: what follows a new question is the model talking to itself. A denied answer ("not
+answer1") is none. Where a text states several, the last one counts: it corrects the earlier ones.
+"""
+
+import re
+
+from moa_peft.evaluation.answer_forms import AnswerForm, parse_number
+from moa_peft.evaluation.expressions import braced, expression_value, is_expression, last_expression
+
+_NEXT_QUESTION = re.compile(
+    r"\n\s*(?:#{2,}\s*(?:Question|Instruction|Input|Response|User|Human|Assistant|System|Problem|Exercise|Example|Task)\b"
+    r"|(?:Question|Instruction|Input|Q)\s*:)"
+)
+_ASIDE = re.compile(r"(?:\(\s*|\b)(?:if|when|where|because|since)\b", re.IGNORECASE)
+_MORE = re.compile(r"[.!?]\s+\S|\n\s*\S")
+_MARKS = r"[\s\"'`*_()\[\]{}$:=]*"
+_LEAD = re.compile(
+    r"(?:\b(?:answers?|choices?|options?|solutions?|endings?|result)(?P<which>\s+choice)?\s*(?:is|are|=|:|would be|should be|must be)"
+    r"|\\boxed\s*\{|####)",
+    re.IGNORECASE,
+)
+_DENIAL = re.compile(
+    r"(?:\bnot|n't|\bnever|\bneither|\bnor|\bincorrect|\bwrong|\bcannot be|\bisn\u2019t|\brather than|\binstead of)\W*(?:\w+\W+){0,2}$",
+    re.IGNORECASE,
+)
+_VALUE = re.compile(
+    r"[-+]?\d{1,3} \d{1,2}/\d{1,2}(?!\d)|[-+]?(?:\$\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?"
+    r"(?:(?<=\d)[eE][-+]?\d{1,2}(?!\w))?(?:\s?/\s?\d+(?:\.\d+)?)?%?"
+)
+_DIGITS = re.compile(r"\d")
+
+
+def stated_choice(text: str, form: AnswerForm) -> str | None:
+    """Read which of a list of words a text states.
+
+    Args:
+        text: The reply.
+        form: Its choices are the words.
+
+    Returns:
+        The word as ``form`` writes it. Where no sentence says which is the answer, the one word of the list that
+        the text holds; None where it holds several or none.
+    """
+    reply = own_reply(text)
+    words = {_bare(one): one for one in form.choices}
+    found = [
+        (match.start(), words[_bare(match[0])])
+        for match in _word_pattern(form.choices).finditer(reply)
+        # the pattern knows letters that are the same without case, casefold does not
+        if _bare(match[0]) in words and not _is_denied(reply, match.start())
+    ]
+    stated = [word for start, word in found if _follows_lead(reply, start)]
+    if stated:
+        return stated[-1]
+    distinct = {word for _, word in found}
+    return distinct.pop() if len(distinct) == 1 else None
+
+
+def stated_letter(text: str, form: AnswerForm) -> str | None:
+    r"""Read which letter a text states: "The answer is (D)", "Answer: D", "\boxed{D}", or the letter at the start.
+
+    Args:
+        text: The reply.
+        form: Its choices are the letters, in capitals.
+
+    Returns:
+        The letter; None where none is stated. A letter in running text ("A train ...") is not a statement.
+    """
+    reply = own_reply(text)
+    letters = "".join(form.choices)
+    one = re.compile(
+        rf"{_MARKS}(?:(?:option|choice|letter){_MARKS})?([{letters}])(?![A-Za-z0-9'\u2019])", re.IGNORECASE
+    )
+    stated: list[str] = []
+    for lead in _LEAD.finditer(reply):
+        match = one.match(reply, lead.end())
+        if match is None or _is_denied(reply, lead.start()) or _is_article(reply, match):
+            continue
+        stated.append(match[1].upper())
+    if stated:
+        return stated[-1]
+    alone = re.match(rf"\s*[\"'`*(\[]*([{letters}])[\"'`*\])]*(?:\s*$|[.):]|\s*\n)", reply)
+    return alone[1] if alone else None
+
+
+def stated_number(text: str, form: AnswerForm) -> str | None:  # noqa: ARG001  # the form of a rule
+    r"""Read the number that a text states as its answer.
+
+    Args:
+        text: The reply.
+        form: Not looked at: a number has no choices.
+
+    Returns:
+        The number after the last "the answer is", "####" or "\boxed{"; where there is none of these, the last of the
+        text. A plain number is given as the text writes it, an expression (`\frac{3}{4}`, `2 \times 10^3`) by its
+        value. None where there is no number.
+
+    Raises:
+        UsageError: If there is an expression and math-verify, which reads it, is not installed.
+    """
+    reply = own_reply(text).replace("\u2212", "-")
+    stated: list[str] = []
+    for lead in _LEAD.finditer(reply):
+        if _is_denied(reply, lead.start()):
+            continue
+        rest = reply[lead.end() :]
+        if lead[0].lower().startswith("result") and _MORE.search(rest):
+            continue  # of a step on the way
+        boxed = lead[0].endswith("{")
+        line = braced(rest) if boxed else re.split(r"\n|[.!?](?:\s|$)", rest, maxsplit=1)[0]
+        if re.match(rf"{_MARKS}(?:not|n't)\b", line):
+            continue
+        if is_expression(line) and (value := expression_value(line)) is not None:
+            stated.append(value)
+            continue
+        said = _ASIDE.split(line, maxsplit=1)[0]
+        said = said if _numbers(said) else line
+        # "is 3 + 4 = 7": what stands after the last equals sign is the answer
+        stated += (_numbers(said.rpartition("=")[2]) or _numbers(said))[:1]
+    if stated:
+        return stated[-1]
+    expression = last_expression(reply)
+    value = None if expression is None else expression_value(expression)
+    if value is not None:
+        return value
+    values = _numbers(reply)
+    return values[-1] if values else None
+
+
+def stated_text(text: str, form: AnswerForm) -> str | None:  # noqa: ARG001  # the form of a rule
+    """Give the first paragraph of the reply, without the marks around it; None for an empty one."""
+    paragraph = own_reply(text).strip().split("\n\n")[0].strip(" \t\n\"'`*.")
+    return paragraph or None
+
+
+def own_reply(text: str) -> str:
+    """Cut a reply where it begins a new turn of the template or a question of its own."""
+    return _NEXT_QUESTION.split(text, maxsplit=1)[0]
+
+
+def _bare(word: str) -> str:
+    """A word without its spaces and its case."""
+    return re.sub(r"\s+", "", word).casefold()
+
+
+def _word_pattern(choices: tuple[str, ...]) -> re.Pattern[str]:
+    """Match the words whole, also with a space before their digit: "Answer 1"."""
+    longest_first = sorted(choices, key=len, reverse=True)
+    forms = [
+        re.sub(r"(?<=[A-Za-z])(?=\d)", r"\\s?", re.escape(one)).replace(r"\ ", r"\s+")
+        for one in longest_first
+    ]
+    return re.compile(rf"(?<![A-Za-z0-9])(?:{'|'.join(forms)})(?![A-Za-z0-9])", re.IGNORECASE)
+
+
+def _is_denied(reply: str, start: int) -> bool:
+    """Whether what stands there is denied earlier in the same sentence part."""
+    part = re.split(r"[.,;!?\n]|\bbut\b|\bit is\b", reply[max(0, start - 80) : start], flags=re.IGNORECASE)[
+        -1
+    ]
+    return _DENIAL.search(part) is not None
+
+
+def _follows_lead(reply: str, start: int) -> bool:
+    """Whether "the answer is" or the like stands right before, with at most a word or two between."""
+    before = reply[max(0, start - 60) : start]
+    leads = list(_LEAD.finditer(before))
+    if not leads:
+        return False
+    between = before[leads[-1].end() :]
+    return re.fullmatch(rf"{_MARKS}(?:(?:that|the|option|choice|definitely|probably|likely|clearly){_MARKS})*", between, re.IGNORECASE) is not None  # fmt: skip
+
+
+def _is_article(reply: str, match: re.Match[str]) -> bool:
+    """Whether an A after "the answer is" begins a phrase: "the answer is a train"."""
+    bare = reply[match.start() : match.end()].strip() == match[1]
+    return match[1] in "aAiI" and bare and re.match(r"\s+[a-z]", reply[match.end() :]) is not None
+
+
+def _numbers(text: str) -> list[str]:
+    """The numbers of a text as it writes them; a hyphen after a word or digit is no sign."""
+    found: list[str] = []
+    for match in _VALUE.finditer(text):
+        value = match[0]
+        if not _DIGITS.search(value):
+            continue
+        if value[0] in "-+" and match.start() > 0 and re.match(r"[\w)]", text[match.start() - 1]):
+            value = value[1:]
+        if parse_number(value) is not None:
+            found.append(value)
+    return found

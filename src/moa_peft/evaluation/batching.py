@@ -1,0 +1,80 @@
+"""Batches of token sequences, padded on the left so that all end at the same place.
+
+Sizes: B rows of a batch, T tokens of its longest row.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moa_peft.mixture.block_hooks import mixture_layers
+
+
+def rows_at_once(model: nn.Module, batch_size: int) -> int:
+    """How many rows a batch may have: one where a router of the model pools officially, padding and all."""
+    mixtures = [one for _, layer in mixture_layers(model) for one in layer.mixtures().values()]
+    official = any(
+        router.config.pooling == "official" for one in mixtures for router in one.routers().values()
+    )
+    return 1 if official else batch_size
+
+
+def plan_batches(
+    lengths: Sequence[int], kept: Sequence[int], *, batch_size: int, token_budget: int, logit_budget: int
+) -> list[list[int]]:
+    """Put sequences of similar length together, the longest first.
+
+    The plan depends on nothing but the arguments, so an interrupted run meets the same batches again.
+
+    Args:
+        lengths: Tokens of each sequence.
+        kept: Positions of each sequence whose logits are needed; these cost memory times the vocabulary.
+        batch_size: Most sequences in a batch.
+        token_budget: Most tokens in a batch, padding included; one sequence alone may exceed it.
+        logit_budget: Most positions with logits in a batch, padding included; one sequence alone may exceed it.
+
+    Returns:
+        The batches, each a list of places in ``lengths``; together they hold every place once.
+    """
+    order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
+    batches: list[list[int]] = []
+    longest = most_kept = 0
+    for place in order:
+        size = len(batches[-1]) + 1 if batches else 0
+        most = max(most_kept, kept[place])
+        if batches and size <= batch_size and size * longest <= token_budget and size * most <= logit_budget:
+            batches[-1].append(place)
+            most_kept = most
+        else:
+            batches.append([place])
+            longest, most_kept = lengths[place], kept[place]
+    return batches
+
+
+def pad_left(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Put token sequences into one tensor, each at the right edge.
+
+    Args:
+        sequences: At least one, each with at least one token.
+        device: Where the tensors go.
+
+    Returns:
+        Token ids [B, T], int64, zeros where padded, and the mask [B, T], int64, 1 for real tokens.
+    """
+    longest = max(len(one) for one in sequences)
+    ids = torch.tensor([[0] * (longest - len(one)) + list(one) for one in sequences], device=device)  # [B, T]
+    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in sequences], device=device)
+    return ids, mask
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Number the real tokens of each row from 0.
+
+    Args:
+        mask: Int64, [B, T], 1 for real tokens.
+
+    Returns:
+        Int64, [B, T]; 0 where padded.
+    """
+    return (mask.cumsum(dim=-1) - 1).clamp(min=0)

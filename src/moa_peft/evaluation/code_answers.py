@@ -1,0 +1,169 @@
+"""The program in a reply, and what it must pass.
+
+A reply holds a whole program, in a code fence or bare, or only the lines that go on from the question's own code.
+"""
+
+import ast
+import re
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from moa_peft.evaluation.answer_forms import AnswerForm
+
+_FENCE = re.compile(r"^[ \t]*(```|~~~)[^\n`]*\n", re.MULTILINE)
+_NEXT_TURN = re.compile(r"\n\s*###\s*(?:Instruction|Response|Input)\b")
+_STOPS = re.compile(r"\n(?:if __name__|print\(|assert\b|```|</?\w)")
+"""What follows a bare answer: its author trying it out, or talking on."""
+
+_ANNOTATION = r":\s*[\w.]+(?:\[[^\]\n]*\])?(?:\s*\|\s*[\w.]+)*\s*"
+_BEGINS = re.compile(
+    rf"^(?:from |import |def |class |async |@|\w+(?:\s*,\s*\w+)*\s*(?:{_ANNOTATION})?=)", re.MULTILINE
+)
+_MOST_STARTS = 8
+_MOST_ENDS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodeCheck:
+    """What a program is put together with, and what it must pass."""
+
+    head: str
+    """What comes before the answer: code of the question that the answer goes on from, or that it needs."""
+
+    tests: str
+    """What comes after it; raises where the answer is wrong."""
+
+    def program(self, code: str) -> str:
+        """The program that decides whether an answer is right."""
+        return f"{self.head}{code}\n{self.tests}"
+
+
+def stated_code(text: str, form: AnswerForm) -> str | None:
+    """Take the program out of a reply.
+
+    Args:
+        text: The reply.
+        form: Names the function that the program must define.
+
+    Returns:
+        The first fenced block that defines the function, else the first fenced block; without a fence, the code of the
+        text, up to where its author begins to try it out. Lines that go on from the question's code get the
+        indentation that they lack. None where there is no code.
+    """
+    reply = _NEXT_TURN.split(text, maxsplit=1)[0]
+    blocks = [code for code, _ in _fenced(reply)]
+    defining = [one for one in blocks if defines(one, form.entry_point)]
+    if defining:
+        return defining[0]
+    bare = _STOPS.split(reply, maxsplit=1)[0]
+    code = _definition(bare, form.entry_point) if not blocks else None
+    if code is not None:
+        return code
+    return _continuation(blocks[0] if blocks else bare)
+
+
+def official_code(text: str) -> str | None:
+    """Take a reply as the official evaluation does: all of it, with nothing cut off."""
+    return text or None
+
+
+def has_ended(text: str, form: AnswerForm) -> bool:
+    """Whether nothing that may still follow can change what `stated_code` takes, as the answer's fence has closed."""
+    if text.count("```") < 2 and not _NEXT_TURN.search(text):
+        return False
+    if _NEXT_TURN.search(text):
+        return True
+    return any(is_whole and defines(code, form.entry_point) for code, is_whole in _fenced(text))
+
+
+def _fenced(text: str) -> Iterator[tuple[str, bool]]:
+    """The blocks in code fences, each with whether it has ended as code that can be read.
+
+    A fence within a block, as in a docstring, belongs to the code: it ends where it can be read, else at its first.
+    """
+    opening = _FENCE.search(text)
+    while opening is not None:
+        start = opening.end()
+        ends = islice(re.finditer(rf"^[ \t]*{opening[1]}", text[start:], re.MULTILINE), _MOST_ENDS)
+        places = [(start + one.start(), start + one.end()) for one in ends]
+        blocks = [textwrap.dedent(text[start:end]).strip("\n") for end, _ in places]
+        whole = next((place for place, code in enumerate(blocks) if parse_code(code) is not None), None)
+        if not places:
+            yield textwrap.dedent(text[start:]).strip("\n"), False
+            return
+        yield blocks[whole or 0], whole is not None
+        opening = _FENCE.search(text, places[whole or 0][1])
+
+
+def defines(code: str, name: str) -> bool:
+    """Whether code can be read and binds a name at its outermost level."""
+    tree = parse_code(code)
+    if tree is None:
+        # cut off or wrong, but it is the answer that was meant
+        return re.search(rf"^(?:def|class|async def)\s+{re.escape(name)}\b", code, re.MULTILINE) is not None
+    return any(name in _bound(one) for one in tree.body)
+
+
+def _bound(statement: ast.stmt) -> Iterator[str]:
+    """The names that a statement binds, as far as answers do it."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        yield statement.name
+    elif isinstance(statement, ast.Assign):
+        yield from (one.id for one in statement.targets if isinstance(one, ast.Name))
+    elif isinstance(statement, ast.Import | ast.ImportFrom):
+        yield from ((one.asname or one.name) for one in statement.names)
+
+
+def _definition(text: str, name: str) -> str | None:
+    """The code of a text that defines a name: from where code begins to the last line that can still be read."""
+    word = re.escape(name)
+    target = re.search(rf"^(?:(?:async\s+)?(?:def|class)\s+{word}\b|{word}\s*=)", text, re.MULTILINE)
+    if target is None:
+        return None
+    for start in [one.start() for one in _BEGINS.finditer(text, 0, target.end())][:_MOST_STARTS]:
+        code = _longest(text[start:], lambda one: parse_code(one) is not None)
+        if code is not None and defines(code, name):
+            return code
+    return text[target.start() :]  # it cannot be read, so it fails its tests as what it is
+
+
+def _continuation(text: str) -> str | None:
+    """The lines of a text that go on inside a function, indented as they must be."""
+    if not text.strip():
+        return None
+    if _can_go_on(text.strip("\n")):
+        return text.strip("\n")
+    # its first line alone may have lost its indentation, or all of them; the way that makes sense of more is right
+    ways = ("    " + text.strip(), textwrap.indent(text.strip("\n"), "    "))
+    found = [code for one in ways if (code := _longest(one, _can_go_on)) is not None]
+    return max(found, key=lambda one: one.count("\n"), default=text.strip("\n"))
+
+
+def _can_go_on(body: str) -> bool:
+    """Whether lines are the body of a function, perhaps with more code after it."""
+    return body[:1] in (" ", "\t") and parse_code(f"def _():\n{body}") is not None
+
+
+def _longest(text: str, good: Callable[[str], bool]) -> str | None:
+    """The longest part of a text, in whole lines from its start, that is good; None where not one line is."""
+    lines = text.rstrip().split("\n")
+    for end in range(len(lines), 0, -1):
+        part = "\n".join(lines[:end])
+        if good(part):
+            return part
+    return None
+
+
+def parse_code(code: str) -> ast.Module | None:
+    """Read code of unknown origin; None where it is no Python, or too much of it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a model's escapes and comparisons
+            tree = ast.parse(code)
+            compile(tree, "program.py", "exec")  # also refuses a return outside a function
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    return tree

@@ -1,0 +1,145 @@
+"""Greedy answers in batches: left padding, and an end for each row by itself."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from moa_peft.evaluation.batching import pad_left, plan_batches, positions
+from moa_peft.evaluation.scoring import TOKEN_BUDGET, select_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generation:
+    """One generated answer."""
+
+    text: str
+    """The answer, without special tokens."""
+
+    num_tokens: int
+    """Tokens generated, the end token included."""
+
+    stopped: Literal["end", "length"]
+    """Whether the model ended its answer, or the answer was cut off at the longest length allowed."""
+
+
+def end_ids(model: Any, tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """The tokens that end an answer: those of the tokenizer and of the model's own generation settings."""
+    stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    several = stated if isinstance(stated, list | tuple) else [stated]
+    return frozenset(one for one in (*several, tokenizer.eos_token_id) if isinstance(one, int))
+
+
+def plan_prompts(prompts: Sequence[Sequence[int]], batch_size: int, max_new_tokens: int) -> list[list[int]]:
+    """Plan the batches of prompts for `generate_batch`; places in ``prompts``, the longest first."""
+    return plan_batches(
+        [len(one) + max_new_tokens for one in prompts],
+        [1] * len(prompts),
+        batch_size=batch_size,
+        token_budget=4 * TOKEN_BUDGET,  # of these only the prompts are read in one pass
+        logit_budget=batch_size,
+    )
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    ends: Collection[int],
+    has_ended: Callable[[int, list[int]], bool] | None = None,
+) -> list[list[int]]:
+    """Continue each prompt with the likeliest token until it ends; a row that has ended costs nothing more.
+
+    Nothing of the model's own generation settings is used (no sampling, no penalties). In float32 a row's tokens do
+    not depend on the batch; in half precision two tokens of all but equal likelihood may change places.
+
+    Args:
+        model: A causal language model of transformers, bare or in PEFT's wrapper, in evaluation mode.
+        prompts: Token ids of each prompt; at least one each.
+        max_new_tokens: Most tokens to add to each.
+        ends: Tokens that end an answer.
+        has_ended: Told a row's place and its new tokens, says whether it needs no more; None for never.
+
+    Returns:
+        The new tokens of each prompt; the last is one of ``ends``, unless it was cut off or needed no more.
+    """
+    ids, mask = pad_left(prompts, next(model.parameters()).device)
+    replies: list[list[int]] = [[] for _ in prompts]
+    running = list(range(len(prompts)))
+    outcome = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=True, logits_to_keep=1
+    )
+    while True:
+        new = outcome.logits[:, -1].argmax(dim=-1)  # [B], of the rows still running
+        for row, token in zip(running, new.tolist(), strict=True):
+            replies[row].append(token)
+        going = [
+            place
+            for place, row in enumerate(running)
+            if replies[row][-1] not in ends
+            and len(replies[row]) < max_new_tokens
+            and not (has_ended is not None and has_ended(row, replies[row]))
+        ]
+        if not going:
+            return replies
+        cache = outcome.past_key_values
+        if len(going) < len(running):
+            chosen = torch.tensor(going, device=mask.device)
+            select_rows(cache, chosen)
+            mask, new = mask[chosen], new[chosen]
+            running = [running[place] for place in going]
+        mask = torch.cat([mask, mask.new_ones(len(running), 1)], dim=1)
+        outcome = model(
+            input_ids=new[:, None],
+            attention_mask=mask,
+            position_ids=mask.sum(dim=-1, keepdim=True) - 1,
+            past_key_values=cache,
+            use_cache=True,
+        )
+
+
+def as_generation(
+    tokens: Sequence[int], ends: Collection[int], tokenizer: "PreTrainedTokenizerBase"
+) -> Generation:
+    """Decode the tokens of one answer and say how it ended."""
+    ended = tokens[-1] in ends
+    text = tokenizer.decode(list(tokens[:-1] if ended else tokens), skip_special_tokens=True)
+    assert isinstance(text, str)
+    return Generation(text=text, num_tokens=len(tokens), stopped="end" if ended else "length")
+
+
+def generate(
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+) -> list[Generation]:
+    """Answer each prompt greedily.
+
+    Args:
+        model: As for `generate_batch`.
+        tokenizer: The base model's.
+        prompts: Token ids of each prompt.
+        max_new_tokens: Most tokens of an answer.
+        batch_size: Most prompts in a batch.
+
+    Returns:
+        One answer a prompt, in the order given.
+    """
+    ends = end_ids(model, tokenizer)
+    found: dict[int, Generation] = {}
+    for batch in plan_prompts(prompts, batch_size, max_new_tokens):
+        replies = generate_batch(
+            model, [prompts[place] for place in batch], max_new_tokens=max_new_tokens, ends=ends
+        )
+        for place, tokens in zip(batch, replies, strict=True):
+            found[place] = as_generation(tokens, ends, tokenizer)
+    return [found[place] for place in range(len(prompts))]

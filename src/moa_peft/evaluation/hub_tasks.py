@@ -1,0 +1,158 @@
+"""The paper's tasks on the hub: where they are, and how a row as it stands there becomes the official one."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moa_peft.data.loading import Row
+from moa_peft.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HubSource:
+    """Where a task is on the hub."""
+
+    name: str
+    """Of the data set."""
+
+    split: str
+    """The split that the paper tests on; the test split has no answers in several."""
+
+    config: str | None = None
+    """Which part of the data set; None where there is one only."""
+
+    @property
+    def source(self) -> str:
+        """As `load_records` takes it."""
+        return self.name if self.config is None else f"{self.name}:{self.config}"
+
+
+HUB: Mapping[str, HubSource] = {
+    "boolq": HubSource(name="google/boolq", split="validation"),
+    "piqa": HubSource(name="ybisk/piqa", split="validation"),
+    "social_i_qa": HubSource(name="allenai/social_i_qa", split="validation"),
+    "hellaswag": HubSource(name="Rowan/hellaswag", split="validation"),
+    "winogrande": HubSource(name="allenai/winogrande", config="winogrande_xl", split="validation"),
+    "ARC-Easy": HubSource(name="allenai/ai2_arc", config="ARC-Easy", split="test"),
+    "ARC-Challenge": HubSource(name="allenai/ai2_arc", config="ARC-Challenge", split="test"),
+    "openbookqa": HubSource(name="allenai/openbookqa", config="main", split="test"),
+    "gsm8k": HubSource(name="openai/gsm8k", config="main", split="test"),
+    "humaneval": HubSource(name="openai/openai_humaneval", split="test"),
+    "mbpp": HubSource(name="google-research-datasets/mbpp", config="full", split="test"),
+}
+"""The tasks that the hub has in a form that is known here, by the name they have here."""
+
+Convert = Callable[[Mapping[str, Any]], tuple[str, str, str]]
+"""Takes a record; gives instruction, reply and answer."""
+
+
+def official_row(record: Any, where: str) -> Row | None:
+    """Turn a record in the form of the hub into the official row.
+
+    Args:
+        record: One record of `datasets`, or of a file in the same form.
+        where: Its place, for errors.
+
+    Returns:
+        The row; None where the record is of no form that is known here.
+
+    Raises:
+        UsageError: If it has the fields of a known form, but not what belongs in them, as a split without answers.
+    """
+    if not isinstance(record, Mapping) or {"instruction", "prompt", "messages"} & record.keys():
+        return None
+    for fields, convert in _FORMS.items():
+        if all(name in record for name in fields):
+            try:
+                instruction, output, answer = convert(record)
+            except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+                raise UsageError(
+                    f"{where}: the fields {', '.join(fields)} do not hold a question with its answer ({error}); "
+                    "test splits on the hub often have none: give --split validation"
+                ) from error
+            return Row(instruction=instruction, input="", output=output, answer=answer)
+    return None
+
+
+def _choice(
+    question: str, word: str, choices: Sequence[str], right: int, *, apart: str = " "
+) -> tuple[str, str, str]:
+    """The official form of a question with choices: these numbered, then the words that an answer may be."""
+    if not 0 <= right < len(choices):
+        raise ValueError(f"the answer is choice {right + 1} of {len(choices)}")
+    words = [f"{word}{number}" for number in range(1, len(choices) + 1)]
+    listed = apart.join(f"{one.capitalize()}: {text}" for one, text in zip(words, choices, strict=True))
+    instruction = f"{question}\n\n{listed}\n\nAnswer format: {'/'.join(words)}"
+    return instruction, f"the correct answer is {words[right]}", words[right]
+
+
+def _boolq(record: Mapping[str, Any]) -> tuple[str, str, str]:
+    answer = {True: "true", False: "false"}[record["answer"]]
+    question = f"Please answer the following question with true or false, question: {record['question']}?"
+    return f"{question}\n\nAnswer format: true/false", f"the correct answer is {answer}", answer
+
+
+def _piqa(record: Mapping[str, Any]) -> tuple[str, str, str]:
+    question = f"Please choose the correct solution to the question: {record['goal']}"
+    choices = [record["sol1"], record["sol2"]]
+    return _choice(question, "solution", choices, int(record["label"]), apart="\n\n")
+
+
+def _social_i_qa(record: Mapping[str, Any]) -> tuple[str, str, str]:
+    question = f"Please choose the correct answer to the question: {record['context']} {record['question']}"
+    choices = [record[f"answer{letter}"] for letter in "ABC"]
+    return _choice(question, "answer", choices, int(record["label"]) - 1)
+
+
+def _hellaswag(record: Mapping[str, Any]) -> tuple[str, str, str]:
+    begun = f"{record['activity_label']}: {record['ctx']}"
+    question = f"Please choose the correct ending to complete the given sentence: {begun}"
+    return _choice(question, "ending", record["endings"], int(record["label"]))
+
+
+def _winogrande(record: Mapping[str, Any]) -> tuple[str, str, str]:
+    question = f"Please choose the correct answer to fill in the blank to complete the given sentence: {record['sentence']}"
+    choices = [record["option1"], record["option2"]]
+    instruction, output, answer = _choice(question, "option", choices, int(record["answer"]) - 1)
+    # the official form has a space here where the others have a blank line
+    return instruction.replace("\n\nAnswer format:", " Answer format:"), output, answer
+
+
+def _arc(record: Mapping[str, Any]) -> tuple[str, str, str]:
+    return _lettered(record["question"], record)
+
+
+def _openbookqa(record: Mapping[str, Any]) -> tuple[str, str, str]:
+    return _lettered(record["question_stem"], record)
+
+
+def _lettered(asked: str, record: Mapping[str, Any]) -> tuple[str, str, str]:
+    """ARC and OpenBookQA, whose choices have letters, or figures in a few rows."""
+    choices = record["choices"]
+    right = list(choices["label"]).index(record["answerKey"])
+    question = f"Please choose the correct answer to the question: {asked}"
+    return _choice(question, "answer", choices["text"], right)
+
+
+def _gsm8k(record: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The solution without the marks of its calculator, closed as the official replies are."""
+    solution, mark, answer = str(record["answer"]).rpartition("####")
+    if not mark:
+        raise ValueError("no answer after ####")
+    number = answer.strip().replace(",", "")
+    steps = re.sub(r"<<[^>]*>>", "", solution).strip()
+    return record["question"], f"\nA: {steps} The answer is {number}.", number
+
+
+_FORMS: Mapping[tuple[str, ...], Convert] = {
+    ("question", "answer", "passage"): _boolq,
+    ("goal", "sol1", "sol2", "label"): _piqa,
+    ("context", "question", "answerA", "answerB", "answerC", "label"): _social_i_qa,
+    ("activity_label", "ctx", "endings", "label"): _hellaswag,
+    ("sentence", "option1", "option2", "answer"): _winogrande,
+    ("question", "choices", "answerKey"): _arc,
+    ("question_stem", "choices", "answerKey"): _openbookqa,
+    ("question", "answer"): _gsm8k,
+}
+"""The forms by their fields; the first that fits is taken. Rows of instruction data have none of these."""

@@ -1,0 +1,141 @@
+"""How a task is evaluated."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from moa_peft.data.templates import Template
+from moa_peft.errors import UsageError, unknown
+from moa_peft.evaluation.code_execution import check_isolation
+from moa_peft.evaluation.extraction_rules import RULES
+from moa_peft.evaluation.questions import Task
+from moa_peft.evaluation.scoring import LIKELIHOOD_RULES
+from moa_peft.evaluation.text_choices import TEXT_RULES, text_questions
+from moa_peft.extras import require
+
+Mode = Literal["likelihood", "generation", "text"]
+
+RULES_OF: Mapping[Mode, tuple[str, ...]] = {
+    "likelihood": LIKELIHOOD_RULES,
+    "generation": tuple(RULES),
+    "text": TEXT_RULES,
+}
+"""The rules that an accuracy may go by in each mode, the default first."""
+
+CHOICE_TOKENS = 32
+"""Most tokens of a generated reply that only has to name a choice."""
+
+REPLY_TOKENS = 256
+"""Most tokens of any other generated reply."""
+
+CODE_TOKENS = 512
+"""Most tokens of a generated program."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationOptions:
+    """How a task is evaluated.
+
+    Raises:
+        UsageError: If a value is wrong; the message lists every problem.
+    """
+
+    mode: Mode | None = None
+    """Compare replies that name the choices by likelihood, or generate, or compare the texts of the choices as lm-eval
+    does; None generates only where a task has answers but no choices, and never compares texts."""
+
+    extraction: str | None = None
+    """The rule behind the headline accuracy; all are recorded. Of generated replies: "stated" (default), what the reply
+    says its answer is, or "official". Of likelihoods: "sum" (default), or "per_token"; of texts, "per_character"."""
+
+    template: Template = "paper"
+    """How a row becomes text; the one that the adapter was trained with. Mode text has its own prompts."""
+
+    batch_size: int = 16
+    """Most questions in a forward pass."""
+
+    max_new_tokens: int | None = None
+    """Most tokens of a generated reply; None for 32 where a choice is asked for, 512 for a program, else 256."""
+
+    allow_code_execution: bool = False
+    """Whether programs that the model wrote may be run, in the sandbox of `moa_peft.evaluation.code_execution`."""
+
+    out: Path | None = None
+    """Folder for results.jsonl and the examples; None keeps everything in memory."""
+
+    progress: bool = True
+    """Show a bar on standard error for what takes over two seconds."""
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        for name, given, known in (
+            ("mode", "likelihood" if self.mode is None else self.mode, get_args(Mode)),
+            (
+                "extraction rule",
+                "sum" if self.extraction is None else self.extraction,
+                {rule for rules in RULES_OF.values() for rule in rules},
+            ),
+            ("template", self.template, get_args(Template)),
+        ):
+            if given not in known:
+                problems.append(unknown(name, given, known))
+        for name, number in (("batch_size", self.batch_size), ("max_new_tokens", self.max_new_tokens)):
+            if number is not None and number < 1:
+                problems.append(f"{name} is {number}: give at least 1")
+        if self.mode not in (None, "generation") and self.max_new_tokens is not None:
+            problems.append(
+                f"max_new_tokens has no meaning in mode {self.mode}: leave it out, or choose generation"
+            )
+        if problems:
+            raise UsageError("; ".join(problems))
+
+    def mode_for(self, task: Task) -> Mode:
+        """The mode asked for, or the one that suits a task."""
+        if self.mode is not None:
+            return self.mode
+        return "generation" if task.has_answers and not task.has_choices else "likelihood"
+
+    def rule_for(self, mode: Mode) -> str:
+        """The rule asked for, or the first of a mode.
+
+        Raises:
+            UsageError: If the rule belongs to another mode.
+        """
+        rule = self.extraction or RULES_OF[mode][0]
+        if rule not in RULES_OF[mode]:
+            other = next(one for one, rules in RULES_OF.items() if rule in rules)
+            raise UsageError(
+                f"extraction {rule!r} does not go with mode {mode}, which has {', '.join(RULES_OF[mode])}: "
+                f"add --mode {other}, or leave --extraction out"
+            )
+        return rule
+
+    def tokens_for(self, task: Task) -> int:
+        """The longest reply asked for, or the one that suits a task."""
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        return CODE_TOKENS if task.runs_code else CHOICE_TOKENS if task.has_choices else REPLY_TOKENS
+
+    def check_needs(self, task: Task) -> None:
+        """See that what a task needs is there: texts of choices, a reader of numbers, leave to run programs and a place.
+
+        Raises:
+            UsageError: As `text_questions`; if math-verify is not installed, programs may not be run, or cannot be
+                isolated here.
+        """
+        if self.mode_for(task) == "text":
+            text_questions(task)
+        if self.mode_for(task) != "generation":
+            return
+        if any(one.form.kind == "number" for one in task.questions):
+            # not only once an expression turns up: a score must not depend on what is installed
+            require("math_verify", f"reading the numbers of task {task.name!r} out of replies")
+        if not task.runs_code:
+            return
+        if not self.allow_code_execution:
+            raise UsageError(
+                f"task {task.name!r} runs the programs that the model writes: add --allow-code-execution "
+                "(allow_code_execution=True) to run them in a sandbox, or leave the task out"
+            )
+        check_isolation()

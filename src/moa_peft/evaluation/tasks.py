@@ -1,0 +1,249 @@
+"""Tasks by name: which there are, where their rows lie, and how they are read."""
+
+import gzip
+import hashlib
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from moa_peft.data.loading import load_records, load_rows
+from moa_peft.data.row_files import SUFFIXES, is_row_file, split_name
+from moa_peft.errors import UsageError, unknown
+from moa_peft.evaluation.hub_tasks import HUB
+from moa_peft.evaluation.questions import Question, Task, as_question, question_of
+from moa_peft.paths import expanded
+
+__all__ = [
+    "ALIASES",
+    "DEFAULT_DATA_ROOT",
+    "GROUPS",
+    "Question",
+    "Task",
+    "as_question",
+    "load_task",
+    "load_tasks",
+    "task_names",
+]
+
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "commonsense": (
+        "boolq",
+        "piqa",
+        "social_i_qa",
+        "hellaswag",
+        "winogrande",
+        "ARC-Easy",
+        "ARC-Challenge",
+        "openbookqa",
+    ),
+    "math": ("AddSub", "AQuA", "gsm8k", "MultiArith", "SingleEq", "SVAMP"),
+    "code": ("humaneval", "mbpp"),
+}
+"""The paper's tasks by group; each is a folder under the data root."""
+
+ALIASES: Mapping[str, str] = {
+    "siqa": "social_i_qa",
+    "obqa": "openbookqa",
+    "arce": "ARC-Easy",
+    "arcc": "ARC-Challenge",
+}
+"""Short names of the paper's tasks, without dashes."""
+
+DEFAULT_DATA_ROOT = Path("../shared/data")
+"""Where the paper's tasks are looked for unless a data root is given; what is missing there comes from the hub."""
+
+
+def load_task(
+    source: str, *, split: str | None = None, limit: int | None = None, name: str | None = None
+) -> Task:
+    """Read a task.
+
+    Args:
+        source: What `load_rows` reads: a folder, a file, "demo", or a name for `datasets`.
+        split: Which split; None for "test", or "validation" where the source holds no test split.
+        limit: Take only so many rows from the start.
+        name: The task's name; None to take it from the source.
+
+    Returns:
+        The task.
+
+    Raises:
+        UsageError: If the rows cannot be read, or a row's answer is not one of its choices.
+    """
+    folder = expanded(source)
+    if folder.is_file() and not is_row_file(folder.name):
+        raise UsageError(
+            f"task file {source} is of an unknown kind: its name must end in {', '.join(SUFFIXES)}"
+        )
+    chosen = split or _held_out_split(source, folder)
+    file = _file_of(folder, chosen)
+    return Task(
+        name=name or _name_of(source, folder),
+        source=source,
+        split=chosen if file is None else split_name(file),
+        questions=tuple(_questions(source, chosen, limit)),
+        limit=limit,
+        file_md5=None if file is None else _md5(file),
+    )
+
+
+def _questions(source: str, split: str, limit: int | None) -> list[Question]:
+    if source == "demo":
+        rows = load_rows(source, split=split, limit=limit)
+        return [as_question(row, f"demo, row {place}") for place, row in enumerate(rows, start=1)]
+    return [question_of(record, where) for where, record in load_records(source, split=split, limit=limit)]
+
+
+def load_tasks(
+    names: str, *, data_root: Path | None = None, split: str | None = None, limit: int | None = None
+) -> list[Task]:
+    """Read the tasks of a list such as "math,boolq,demo,my/rows.json".
+
+    Args:
+        names: Names of tasks and groups, files and folders, with commas between.
+        data_root: Folder with a folder for each of the paper's tasks; None for `DEFAULT_DATA_ROOT`, and for the hub where
+            that lacks a task.
+        split: As for `load_task`.
+        limit: As for `load_task`, for each task.
+
+    Returns:
+        The tasks in the order given, each once.
+
+    Raises:
+        UsageError: If a name is unknown, the data root is missing, or a task cannot be read. Names come first: a
+            mistake in the last of them is told before the first is read.
+    """
+    wanted = [one.strip() for one in names.split(",") if one.strip()]
+    if not wanted:
+        raise UsageError(
+            "--tasks is empty: give names of tasks or groups, files or folders, with commas between"
+        )
+    sources: dict[str, str | None] = {}
+    for one in wanted:
+        sources |= _resolve(one, data_root)
+    return [load_task(source, split=split, limit=limit, name=name) for source, name in sources.items()]
+
+
+def task_names(names: str, known: Collection[str]) -> list[str]:
+    """Name the tasks of a list such as `load_tasks` takes, without their rows.
+
+    Args:
+        names: Names of tasks and groups, files and folders, with commas between.
+        known: Names of tasks that were read before; one that a file or folder may have had goes before others.
+
+    Returns:
+        The names in the order given, each once.
+    """
+    found: list[str] = []
+    for one in (given.strip() for given in names.split(",") if given.strip()):
+        if one in GROUPS:
+            found += GROUPS[one]
+        elif _names_a_task(one):
+            found.append(_known()[_bare(one)])
+        else:
+            path = expanded(one)
+            guesses = (_name_of(one, path), one, path.name)
+            found.append(next((guess for guess in guesses if guess in known), guesses[0]))
+    return list(dict.fromkeys(found))
+
+
+def _known() -> dict[str, str]:
+    """The paper's tasks by their names and short names, as `_bare` writes them."""
+    return {_bare(one): one for group in GROUPS.values() for one in group} | dict(ALIASES)
+
+
+def _names_a_task(given: str) -> bool:
+    """Whether letters name one of the paper's tasks, and are no path that is there."""
+    return _bare(given) in _known() and not ("/" in given and expanded(given).exists())
+
+
+def _resolve(given: str, data_root: Path | None) -> dict[str, str | None]:
+    """The sources that a name stands for, with their tasks' names."""
+    if given == "demo":
+        return {"demo": "demo"}
+    if given in GROUPS:
+        return {_source_of(one, data_root): one for one in GROUPS[given]}
+    known = _known()
+    if _names_a_task(given):
+        name = known[_bare(given)]
+        return {_source_of(name, data_root): name}
+    if expanded(given).exists():
+        return {given: None}
+    root = data_root or DEFAULT_DATA_ROOT
+    if "/" not in given and (root / given).is_dir():
+        return {str(root / given): given}
+    if is_row_file(given):
+        raise UsageError(f"task file {given} does not exist: give a file, a folder or the name of a task")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", given):
+        return {given: None}
+    names = {"demo", *GROUPS, *known.values(), *ALIASES}
+    raise UsageError(
+        f"{unknown('task', given, names)}; or give a file or folder of rows, or a name on the hub"
+    )
+
+
+def _source_of(name: str, data_root: Path | None) -> str:
+    """Where one of the paper's tasks is read: under the data root, or else on the hub."""
+    if data_root is None and not (DEFAULT_DATA_ROOT / name).is_dir():
+        if name in HUB:
+            return HUB[name].source
+        raise UsageError(
+            f"task {name!r} is neither under the data root {DEFAULT_DATA_ROOT} nor on the hub in a form that is known "
+            f"here, which has {', '.join(HUB)}: give --data-root FOLDER, a folder with a folder of rows for each task"
+        )
+    root = data_root or DEFAULT_DATA_ROOT
+    if not root.is_dir():
+        raise UsageError(
+            f"task {name!r}: the data root {root} is no folder: give --data-root FOLDER, a folder with a folder of rows "
+            "for each task, or leave it out to load from the hub"
+        )
+    return str(_task_folder(root, name))
+
+
+def _task_folder(root: Path, name: str) -> Path:
+    folder = root / name
+    if not folder.is_dir():
+        there = ", ".join(sorted(one.name for one in root.iterdir() if one.is_dir())) or "no folder"
+        raise UsageError(
+            f"task {name!r} is not under the data root {root}: it holds {there}; give another --data-root"
+        )
+    return folder
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _held_out_split(source: str, folder: Path) -> str:
+    if source == "demo":
+        return "validation"
+    if folder.is_dir():
+        splits = {split_name(one) for one in folder.iterdir() if is_row_file(one.name)}
+        return "validation" if "test" not in splits and "validation" in splits else "test"
+    return next((one.split for one in HUB.values() if one.source == source), "test")
+
+
+def _file_of(folder: Path, split: str) -> Path | None:
+    if folder.is_file():
+        return folder
+    if not folder.is_dir():
+        return None
+    files = {split_name(one): one for one in sorted(folder.iterdir()) if is_row_file(one.name)}
+    return files.get(split)
+
+
+def _name_of(source: str, path: Path) -> str:
+    if path.is_dir():
+        return path.resolve().name
+    if path.is_file() or is_row_file(path.name):
+        split = split_name(path)
+        return path.resolve().parent.name if split in ("train", "validation", "test") else split
+    return next((name for name, one in HUB.items() if one.source == source), source)
+
+
+def _md5(file: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with gzip.open(file) if file.name.endswith(".gz") else file.open("rb") as content:
+        while piece := content.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,145 @@
+"""What stands out in the statistics of an adapter, in two sentences of plain words."""
+
+from collections.abc import Iterable, Sequence
+from itertools import combinations
+
+from moa_peft.inspection.results import GroupStatistics, Numbers, RouterStatistics
+
+NEVER = 0.01
+"""A mean gate below this is that of an expert which is never used."""
+ALWAYS = 0.95
+"""A mean gate above this is that of an expert which is always on."""
+STILL = 0.02
+"""Gates with a standard deviation below this hardly depend on the token."""
+ALIKE = 0.9
+"""Experts with a CKA above this do nearly the same."""
+
+
+def sentences(routers: Sequence[RouterStatistics], groups: Sequence[GroupStatistics]) -> tuple[str, ...]:
+    """Say what stands out.
+
+    Args:
+        routers: Of one adapter.
+        groups: Of the same.
+
+    Returns:
+        A sentence on how the experts are used, and one on how different they are. The gravest that holds comes first:
+        experts never used, always on, gates that hardly depend on the token; thresholds that did not move, experts that
+        do the same.
+    """
+    return _use(routers), _difference(routers, groups)
+
+
+def expert_name(router: str, name: str) -> str:
+    """Call an expert, or a copy of one, by one name."""
+    return f"copy {name} of {router}" if router else name
+
+
+def _use(routers: Sequence[RouterStatistics]) -> str:
+    if not routers:
+        return "This mixture has no router: every expert is always fully on."
+    thing = "prompts" if routers[0].granularity == "instance" else "tokens"
+    dead = _places(routers, [one.mean_gate for one in routers], 0, NEVER)
+    if dead:
+        return f"Never used: {_listed(dead)} (mean gate below {NEVER})."
+    always = _places(routers, [one.mean_gate for one in routers], ALWAYS, float("inf"))
+    if always:
+        return f"Always on, whatever the {thing[:-1]}: {_listed(always)} (mean gate above {ALWAYS})."
+    still = _places(routers, [one.deviation for one in routers], 0, STILL)
+    total = sum(len(one.names) for one in routers)
+    if 2 * len(still) > total:
+        return (
+            f"The routers hardly tell {thing} apart: {len(still)} of {total} gates vary by less than {STILL} "
+            f"(standard deviation over the {thing})."
+        )
+    means = [
+        (mean, one.layer, expert_name(one.router, name))
+        for one in routers
+        for name, mean in zip(one.names, one.mean_gate, strict=True)
+        if mean is not None
+    ]
+    (least, least_layer, least_name), (most, most_layer, most_name) = min(means), max(means)
+    return (
+        f"Every expert is used: the mean gates lie between {least:.2f} ({least_name} in layer {least_layer}) and "
+        f"{most:.2f} ({most_name} in layer {most_layer})."
+    )
+
+
+def _difference(routers: Sequence[RouterStatistics], groups: Sequence[GroupStatistics]) -> str:
+    thresholds = [one.threshold for one in routers if one.threshold is not None]
+    fixed = [one for one in thresholds if one.trained is False]
+    if fixed:
+        return (
+            f"The thresholds did not move in training in {len(fixed)} of {len(thresholds)} routers: their bias is "
+            "exactly 0, as at the start."
+        )
+    if thresholds and all(rate == 1 for one in routers for rate in one.active_rate):
+        return "The threshold switches no expert off, for any token."
+    weighed = {(one.layer, one.router) for one in routers}
+    pairs = [
+        (
+            cka,
+            group.layer,
+            expert_name(group.router, changes.names[a]),
+            expert_name(group.router, changes.names[b]),
+        )
+        for group in groups
+        if not weighed or (group.layer, group.router) in weighed  # what a router chooses between
+        for changes in [group.changes]
+        for a, b in combinations(range(len(changes.names)), 2)
+        for cka in [changes.cka[a][b]]
+        if cka is not None
+    ]
+    if not pairs:
+        return "There are no two experts to compare, or they add nothing yet."
+    cka, layer, one, other = max(pairs)
+    alike = [pair for pair in pairs if pair[0] > ALIKE]
+    if alike:
+        rest = len(alike) - 1
+        more = f" and {rest} more pair{'s' if rest > 1 else ''}" if rest else ""
+        return f"Nearly the same is done by {one} and {other} in layer {layer} (CKA {cka:.2f}){more}."
+    mean = sum(pair[0] for pair in pairs) / len(pairs)
+    return (
+        f"No two experts do the same: the mean CKA of a pair is {mean:.2f}, the most alike are {one} and {other} in "
+        f"layer {layer} ({cka:.2f})."
+    )
+
+
+Place = tuple[str, int]
+
+
+def _places(
+    routers: Sequence[RouterStatistics], figures: Sequence[Numbers], least: float, most: float
+) -> list[Place]:
+    """Experts, with their layers, that have a figure in [least, most)."""
+    return [
+        (expert_name(router.router, name), router.layer)
+        for router, row in zip(routers, figures, strict=True)
+        for name, figure in zip(router.names, row, strict=True)
+        if figure is not None and least <= figure < most
+    ]
+
+
+def _listed(places: Iterable[Place], most: int = 3) -> str:
+    """Name experts with the layers in which something holds, those with the most layers first."""
+    layers: dict[str, list[int]] = {}
+    for name, layer in places:
+        layers.setdefault(name, []).append(layer)
+    ranked = sorted(layers.items(), key=lambda one: -len(one[1]))
+    words = [
+        f"{name} in {'layer' if len(found) == 1 else f'{len(found)} layers:'} {_ranges(found)}"
+        for name, found in ranked[:most]
+    ]
+    rest = len(ranked) - most
+    return ", ".join(words) + (f" and {rest} more experts" if rest > 0 else "")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Write layers as 0-3, 7."""
+    parts: list[list[int]] = []
+    for one in sorted(numbers):
+        if parts and one == parts[-1][-1] + 1:
+            parts[-1].append(one)
+        else:
+            parts.append([one])
+    return ", ".join(str(one[0]) if len(one) == 1 else f"{one[0]}-{one[-1]}" for one in parts)

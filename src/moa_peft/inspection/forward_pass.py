@@ -1,0 +1,108 @@
+"""One pass of a model over texts, in batches whose padding nobody hears.
+
+Sizes: B rows of a batch, T tokens of its longest row, n real tokens of the batch.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moa_peft.errors import UsageError
+from moa_peft.evaluation.batching import pad_left, plan_batches, positions, rows_at_once
+from moa_peft.inspection.observer import Batch, Heard, Listener
+
+TOKEN_BUDGET = 1024
+"""Most tokens of a forward pass, padding included, unless one text alone is longer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenText:
+    """A text as a model reads it."""
+
+    ids: tuple[int, ...]
+    """At least one token."""
+    pieces: tuple[str, ...] = ()
+    """The part of the text that each token stands for; empty where nobody will look at it."""
+    classes: tuple[int, ...] = ()
+    """Places in `CLASSES`, one a token; empty likewise."""
+
+
+def check_texts(model: Any, texts: Sequence[TokenText]) -> None:
+    """See that a model can read the texts.
+
+    Raises:
+        UsageError: If there is none, or one has no tokens or more than the model reads.
+    """
+    if not texts:
+        raise UsageError("there is no text to look at: give at least one prompt")
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for number, text in enumerate(texts, start=1):
+        if not text.ids:
+            raise UsageError(f"prompt {number} has no tokens: leave it out")
+        if most is not None and len(text.ids) > most:
+            raise UsageError(
+                f"prompt {number} takes {len(text.ids)} tokens, the model reads {most}: shorten it or leave it out"
+            )
+
+
+def read(
+    model: Any,
+    listener: Listener,
+    texts: Sequence[TokenText],
+    *,
+    batch_size: int = 8,
+    each: Callable[[Sequence[int], Heard], None] | None = None,
+) -> None:
+    """Run a model over texts while a listener hears it. What was read before stays summed up.
+
+    Args:
+        model: A causal language model of transformers with a mixture, bare or in PEFT's wrapper.
+        listener: Of the same model.
+        texts: At least one; `check_texts` has seen them.
+        batch_size: Most texts in a forward pass; no statistic depends on it beyond rounding.
+        each: Called after each batch with the places of its texts, in the order of the rows, and what was heard.
+    """
+    for places in batches(texts, rows_at_once(model, batch_size)):
+        heard = hear(model, listener, [texts[place] for place in places])
+        if each is not None:
+            each(places, heard)
+
+
+def batches(texts: Sequence[TokenText], batch_size: int) -> list[list[int]]:
+    """Plan the batches, each a list of places in ``texts``; together they hold every place once."""
+    return plan_batches(
+        [len(one.ids) for one in texts],
+        [1] * len(texts),
+        batch_size=batch_size,
+        token_budget=TOKEN_BUDGET,
+        logit_budget=batch_size,
+    )
+
+
+def hear(model: Any, listener: Listener, texts: Sequence[TokenText]) -> Heard:
+    """Run a model over one batch of texts and give what its mixtures said."""
+    ids, mask = pad_left([one.ids for one in texts], next(model.parameters()).device)
+    real = mask.bool()
+    places = positions(mask)
+    classes: Tensor | None = None
+    if all(one.classes for one in texts):
+        classes = torch.tensor([name for one in texts for name in one.classes], device=mask.device)
+    batch = Batch(mask=real, positions=places[real], classes=classes)
+    with torch.inference_mode(), evaluating(model), listener.hearing(batch) as heard:
+        model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False, logits_to_keep=1)
+    return heard
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Put a model into evaluation mode inside the block, and back as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,145 @@
+"""Listening to a model's mixtures: what their routers say and their experts add, for the real tokens of each call.
+
+Sizes: B rows, T tokens of a row, n real tokens of a batch, E experts, N copies of an expert, D outputs of a site.
+"""
+
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moa_peft.inspection.change_sums import Change, ChangeSums
+from moa_peft.inspection.gate_statistics import GateSums, gate_sums
+from moa_peft.mixture.architecture import AttentionSite, LinearSite
+from moa_peft.mixture.block_hooks import ChangeRecord, GateRecord, MoALayer, mixture_layers
+
+
+class Where(NamedTuple):
+    """One router of a model, or the group of experts that it weighs."""
+
+    adapter: str
+    layer: int
+    """The block's place in the model, from 0."""
+    router: str
+    """"" for the block's, an expert's name for that of its copies."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """What the listener must know of a call to leave its padding out."""
+
+    mask: Tensor
+    """Bool, [B, T], False at padding."""
+    positions: Tensor | None = None
+    """Int64, [n], each real token's place in its text, row by row."""
+    classes: Tensor | None = None
+    """Int64, [n], places in `CLASSES`."""
+
+
+@dataclass(kw_only=True)
+class Heard:
+    """What was heard in the batch at hand."""
+
+    gates: dict[Where, Tensor] = field(default_factory=dict)
+    """Float32, [n, E]; [B, E] where a whole instance has the same."""
+    changes: dict[Where, dict[str, Change]] = field(default_factory=dict)
+    """By expert or copy."""
+
+
+class Listener:
+    """Sums up what it hears of a model, in memory that does not depend on the number of calls.
+
+    Args:
+        model: A model with a mixture, in PEFT's wrapper or loaded by transformers alone.
+        changes: Whether to look at the experts' changes as well, which costs about half a forward pass.
+
+    Attributes:
+        names: What each router weighs.
+        gates: Sums of gates by router.
+        groups: Sums of changes: of the experts of each block under the router "", and of the copies of each expert.
+        heard: What the latest batch said.
+    """
+
+    def __init__(self, model: nn.Module, *, changes: bool = True) -> None:
+        self._layers: list[MoALayer] = [layer for _, layer in mixture_layers(model)]
+        self._changes = changes
+        self._batch: Batch | None = None
+        self.names: dict[Where, tuple[str, ...]] = {}
+        self.gates: dict[Where, GateSums] = {}
+        self.groups: dict[Where, ChangeSums] = {}
+        self.heard = Heard()
+
+    @contextmanager
+    def hearing(self, batch: Batch) -> Iterator[Heard]:
+        """Listen to one call of the model, made inside the block, and sum it up at the end.
+
+        Yields:
+            What is heard; complete when the call is done.
+        """
+        before = [(layer.observer, layer.change_observer) for layer in self._layers]
+        self._batch, self.heard = batch, Heard()
+        for layer in self._layers:
+            layer.observer = partial(self._hear_gates, layer)
+            layer.change_observer = partial(self._hear_change, layer) if self._changes else None
+        try:
+            yield self.heard
+            for where, changes in self.heard.changes.items():
+                self.groups[where].add(changes)
+        finally:
+            self._batch = None
+            for layer, (gates, changed) in zip(self._layers, before, strict=True):
+                layer.observer, layer.change_observer = gates, changed
+
+    def _hear_gates(self, layer: MoALayer, record: GateRecord) -> None:
+        assert self._batch is not None, "observers are set while a batch is heard"
+        batch = self._batch
+        where = Where(record.adapter, layer.block.index, record.router)
+        router = layer.mixtures()[record.adapter].routers()[record.router]
+        whole = router.config.granularity == "instance"
+        gates = record.gates[:, 0] if whole else record.gates[batch.mask]  # [B, E] or [n, E]
+        threshold: Tensor | None = None
+        if record.threshold is not None:
+            spread = record.threshold.expand(*record.gates.shape[:2], 1)
+            threshold = (spread[:, 0] if whole else spread[batch.mask]).squeeze(-1)
+        sums = gate_sums(
+            gates,
+            threshold=threshold,
+            positions=None if whole else batch.positions,
+            classes=None if whole else batch.classes,
+        )
+        self.names[where] = record.names
+        self.gates[where] = self.gates[where] + sums if where in self.gates else sums
+        self.heard.gates[where] = gates
+
+    def _hear_change(self, layer: MoALayer, record: ChangeRecord) -> None:
+        places = layer.mixtures()[record.adapter].places
+        place = next(one for one in places if one.name == record.expert)
+        block = Where(record.adapter, layer.block.index, "")
+        self._reduce(block, {one.name: _output(one.site) for one in places}, place.name, record.change)
+        copies = record.gate.shape[-1]
+        if copies == 1:
+            return
+        site = Where(record.adapter, layer.block.index, place.name)
+        outputs: dict[str, Hashable] = {str(copy): "" for copy in range(copies)}
+        for copy in range(copies):
+            alone = torch.zeros_like(record.gate)
+            alone[..., copy] = record.gate[..., copy]
+            self._reduce(site, outputs, str(copy), record.under(alone))
+
+    def _reduce(self, where: Where, outputs: dict[str, Hashable], name: str, change: Tensor) -> None:
+        assert self._batch is not None, "observers are set while a batch is heard"
+        if where not in self.groups:
+            self.groups[where] = ChangeSums(outputs)
+        rows = change.flatten(2)[self._batch.mask]  # [n, D]
+        self.heard.changes.setdefault(where, {})[name] = self.groups[where].reduce(name, rows)
+
+
+def _output(site: LinearSite | AttentionSite) -> Hashable:
+    """What an expert at a site adds to. The last projection of an MLP gives the MLP's output."""
+    if site.name in ("mlp", "down_proj"):
+        return "mlp"
+    return site.path, getattr(site, "slot", None)

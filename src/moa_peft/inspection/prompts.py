@@ -1,0 +1,127 @@
+"""Prompts to look at: read from a file or from rows, and cut into the pieces that tokens stand for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moa_peft.data.loading import Row
+from moa_peft.data.templates import Template, render_prompt
+from moa_peft.errors import UsageError
+from moa_peft.inspection.forward_pass import TokenText
+from moa_peft.inspection.token_classes import token_class
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """A text for the model, and which parts of it are its own."""
+
+    text: str
+    """All that the model reads."""
+    own: tuple[tuple[int, int], ...]
+    """Where the question stands in it, as (start, end); the rest is template."""
+    holds_special: bool = False
+    """Whether special tokens stand in the text, so that the tokenizer must add none."""
+
+
+def read_prompts(file: Path) -> list[str]:
+    """Read a prompt from each line of a text file; lines without text count for nothing.
+
+    Raises:
+        UsageError: If the file is missing, is not text in UTF-8 or holds no prompt.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"--prompts {file} is not text in UTF-8: {error.reason} at byte {error.start}; give a file with a prompt a line"
+        ) from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        what = "is a folder" if file.is_dir() else "does not exist"
+        raise UsageError(f"--prompts {file} {what}: give a text file with a prompt a line") from error
+    if "\0" in text:
+        raise UsageError(
+            f"--prompts {file} is not text: it holds zero bytes; give a file with a prompt a line"
+        )
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise UsageError(f"--prompts {file} is empty: write a prompt on each line")
+    return prompts
+
+
+def as_prompt(row: Row, template: Template | None, tokenizer: "PreTrainedTokenizerBase") -> Prompt:
+    """Write a row as the model sees it before its reply.
+
+    Args:
+        row: The question.
+        template: How it becomes text; None for the question's own words alone.
+        tokenizer: The base model's.
+
+    Raises:
+        UsageError: As `render_prompt`.
+    """
+    if template is None:
+        text = f"{row.instruction}\n\n{row.input}" if row.input else row.instruction
+        return Prompt(text=text, own=((0, len(text)),))
+    text = render_prompt(row, template, tokenizer)
+    own: list[tuple[int, int]] = []
+    for part in (row.instruction, row.input):
+        start = text.find(part, own[-1][1] if own else 0) if part else -1
+        if start >= 0:
+            own.append((start, start + len(part)))
+    return Prompt(text=text, own=tuple(own), holds_special=template == "chat")
+
+
+def token_ids(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """Cut a prompt into its tokens alone; any tokenizer does that."""
+    options: dict[str, Any] = {"add_special_tokens": False} if prompt.holds_special else {}
+    return tuple(tokenizer(prompt.text, **options)["input_ids"])
+
+
+def tokenise(prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase") -> list[TokenText]:
+    """Cut prompts into tokens, each with its piece of the text and its class.
+
+    Args:
+        prompts: The texts.
+        tokenizer: The base model's, a fast one, which knows where in the text its tokens stand.
+
+    Returns:
+        The pieces of a text, one after the other, are the text; those of special tokens that the tokenizer adds are
+        their names.
+
+    Raises:
+        UsageError: If the tokenizer does not know where its tokens stand.
+    """
+    if not tokenizer.is_fast:
+        raise UsageError(
+            f"{type(tokenizer).__name__} does not say where in a text its tokens stand: give a model with a fast tokenizer"
+        )
+    return [_tokenise(one, tokenizer) for one in prompts]
+
+
+def _tokenise(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> TokenText:
+    encoded = tokenizer(
+        prompt.text,
+        add_special_tokens=not prompt.holds_special,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+    )
+    special = set(tokenizer.all_special_ids)
+    pieces: list[str] = []
+    classes: list[int] = []
+    end = 0
+    for token, (start, stop), added in zip(
+        encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True
+    ):
+        is_special = bool(added) or token in special
+        outside = not any(left < max(stop, start + 1) and start < right for left, right in prompt.own)
+        piece = prompt.text[end : max(stop, end)]  # what a tokenizer trims stays with the token behind it
+        end = max(stop, end)
+        if not piece and stop == start:
+            piece = str(tokenizer.convert_ids_to_tokens(token))
+        pieces.append(piece)
+        classes.append(token_class(piece, special=is_special, template=outside))
+    return TokenText(ids=tuple(encoded["input_ids"]), pieces=tuple(pieces), classes=tuple(classes))

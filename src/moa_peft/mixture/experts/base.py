@@ -1,0 +1,226 @@
+"""What every expert is: a small module at one site of a decoder block that returns its gated change.
+
+A new kind is one file that registers a config (what the user writes) and a module (what holds the weights):
+
+    @register_expert
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class MyExpert(ExpertConfig): ...       # kind, fields, site_names(), build()
+
+Sizes: B rows, T tokens of a row, D_in and D_out of a site, H heads of size D, N copies of an expert at
+its site.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moa_peft.errors import UsageError, unknown
+from moa_peft.mixture.config import ExpertConfig, from_mapping
+from moa_peft.mixture.precision import at_least_float32
+
+if TYPE_CHECKING:
+    from moa_peft.mixture.architecture import AttentionSite
+
+Kind = TypeVar("Kind", bound=type[ExpertConfig])
+_KINDS: dict[str, type[ExpertConfig]] = {}
+
+
+class Bottleneck(NamedTuple):
+    """An expert as ``up (gate * scale * activation(down x + down_bias)) + gate * up_bias``, which is computed with others.
+
+    Its N copies are stacked, r rows or columns each.
+    """
+
+    down: Tensor
+    """[N * r, D_in], or [r, D_in] where the copies share it."""
+    up: Tensor
+    """[D_out, N * r]."""
+    scale: float = 1.0
+    down_bias: Tensor | None = None
+    """[N * r] or [r]."""
+    up_bias: Tensor | None = None
+    """[D_out * N], the N of an output side by side."""
+    activation: Callable[[Tensor], Tensor] | None = None
+
+    def gated(self, inner: Tensor, gate: Tensor | None) -> Tensor:
+        """Go from what the down-projection gives to what multiplies `ups`.
+
+        Args:
+            inner: Float, [B, T, N * r] or [B, T, r], ``down x``.
+            gate: Float32, [B, T or 1, N] or [B, T or 1, 1]; None for 1.
+
+        Returns:
+            [B, T, N * r], with N more columns for the biases, if there are any; at least float32 with a gate.
+        """
+        if self.down_bias is not None:
+            inner = inner + self.down_bias.to(inner.dtype)
+        if self.activation is not None:
+            inner = self.activation(inner)
+        if self.scale != 1:
+            inner = inner * self.scale
+        if gate is None and self.up_bias is None:
+            return inner
+        if gate is None:
+            gate = torch.ones_like(inner[..., :1])
+        copies = gate.shape[-1] if self.up_bias is None else self.up_bias.numel() // len(self.up)
+        if gate.shape[-1] == 1 and inner.shape[-1] == self.up.shape[1]:
+            rows = inner * gate
+        else:
+            by_copy = inner.unflatten(-1, (-1, self.up.shape[1] // copies))  # [B, T, N or 1, r]
+            rows = (by_copy * gate.unsqueeze(-1)).flatten(-2)
+        if self.up_bias is None:
+            return rows
+        return torch.cat([rows, gate.expand(*rows.shape[:-1], copies)], dim=-1)
+
+    def ups(self) -> list[Tensor]:
+        """What multiplies the gated vectors, [D_out, N * r], and the gates themselves, [D_out, N], if there are biases."""
+        return [self.up] if self.up_bias is None else [self.up, self.up_bias.view(len(self.up), -1)]
+
+
+class Prompt(NamedTuple):
+    """Keys and values that queries attend to beside the text, for ``attended``.
+
+    Those of N copies are stacked, P / N each; the softmax is over all P.
+    """
+
+    keys: Tensor
+    """[H, P, D]."""
+    values: Tensor
+    """[H, P, D]."""
+    head_scale: Tensor
+    """[H]."""
+
+
+def attended(query: Tensor, prompt: Prompt, scaling: float, gate: Tensor) -> Tensor:
+    """Let queries attend to a prompt: ``head_scale_h * sum_n gate_n softmax(Q_h K_h^T * scaling)_n V_h``.
+
+    Args:
+        query: Float, [B, H, T, D], after rotary embedding.
+        prompt: Keys and values in the dtype of the queries.
+        scaling: Factor of the attention scores.
+        gate: Float32, broadcastable to [B, T, N].
+
+    Returns:
+        [B, T, H, D] in the dtype of ``query``.
+    """
+    scores = at_least_float32(query @ prompt.keys.transpose(-1, -2) * scaling)  # [B, H, T, P]
+    weight = prompt.head_scale.to(scores.dtype).view(-1, 1, 1) * gate.unsqueeze(1)  # [B, H, T, N]
+    share = scores.softmax(dim=-1)
+    if weight.shape[-1] == 1:
+        share = share * weight
+    else:
+        share = (share.unflatten(-1, (weight.shape[-1], -1)) * weight.unsqueeze(-1)).flatten(-2)
+    return (share.to(query.dtype) @ prompt.values).transpose(1, 2)
+
+
+class LinearExpert(nn.Module):
+    """An expert beside a linear layer or a whole MLP: it sees that module's input and output.
+
+    A kind is a bottleneck, and says so by `bottleneck`, or has a `change` of its own.
+    """
+
+    starts_at_zero: ClassVar[bool] = True
+    """Whether a fresh expert leaves the model bit-equal to the frozen one."""
+    undecayed: ClassVar[frozenset[str]] = frozenset()
+    """Parameters, beside biases, that weight decay must not shrink where it is selective: scales and prompts."""
+    lora_b: ClassVar[frozenset[str]] = frozenset()
+    """Parameters that are the B of a low-rank product, which LoRA+ trains at a rate of its own."""
+
+    def change(self, x: Tensor, base: Tensor, gate: Tensor) -> Tensor:
+        """Give the gated change of the site's output.
+
+        The gate goes where it is cheapest: ``g * B (A x) = B (g * A x)`` gates r numbers instead of D_out.
+
+        Args:
+            x: Float, [B, T, D_in], the site's input.
+            base: Float, [B, T, D_out], the frozen module's output (its own slice of a fused one).
+            gate: Float32, broadcastable to [B, T, N]: one for each of the expert's copies, of which there is mostly one.
+
+        Returns:
+            [B, T, D_out] in the dtype of ``base``.
+        """
+        one = self.bottleneck()
+        if one is None:
+            raise NotImplementedError(f"{type(self).__name__} has neither bottleneck() nor change()")
+        rows = one.gated(F.linear(x, one.down.to(x.dtype)), gate)
+        return F.linear(rows.to(base.dtype), torch.cat(one.ups(), dim=1).to(base.dtype))
+
+    def bottleneck(self) -> Bottleneck | None:
+        """The weights of an expert that is a bottleneck, as they are now; None for one that is none.
+
+        A bottleneck is computed together with others that read the same input, and its `change` is called only for observers.
+        """
+        return None
+
+
+class AttentionExpert(nn.Module):
+    """An expert beside a block's attention: it sees the queries and may project vectors to keys and values.
+
+    A kind is a prompt, and says so by `prompt`, or has a `change` of its own.
+    """
+
+    starts_at_zero: ClassVar[bool] = True
+    """Whether a fresh expert leaves the model bit-equal to the frozen one."""
+    undecayed: ClassVar[frozenset[str]] = frozenset()
+    """Parameters, beside biases, that weight decay must not shrink where it is selective: scales and prompts."""
+    lora_b: ClassVar[frozenset[str]] = frozenset()
+    """Parameters that are the B of a low-rank product, which LoRA+ trains at a rate of its own."""
+
+    def change(self, site: "AttentionSite", query: Tensor, scaling: float, gate: Tensor) -> Tensor:
+        """Give the gated change of the attention's output, before o_proj.
+
+        Args:
+            site: The block's attention, which projects vectors with the frozen weights.
+            query: Float, [B, H, T, D], after rotary embedding.
+            scaling: Factor of the attention scores, the model's own.
+            gate: Float32, broadcastable to [B, T, N]: one for each of the expert's copies, of which there is mostly one.
+
+        Returns:
+            [B, T, H, D] in the dtype of ``query``.
+        """
+        prompt = self.prompt(site, query.dtype)
+        if prompt is None:
+            raise NotImplementedError(f"{type(self).__name__} has neither prompt() nor change()")
+        return attended(query, prompt, scaling, gate)
+
+    def prompt(self, site: "AttentionSite", dtype: torch.dtype) -> Prompt | None:  # noqa: ARG002  # for subclasses
+        """The keys and values of an expert that is a prompt, in ``dtype``, as its weights are now; None for one that is none."""
+        return None
+
+
+def register_expert(config_class: Kind) -> Kind:
+    """Make a kind of expert known under its ``kind``; use it as a decorator of the config class.
+
+    Raises:
+        UsageError: If another class has registered the name.
+    """
+    if config_class.kind in _KINDS:
+        holder = _KINDS[config_class.kind].__module__
+        raise UsageError(
+            f"expert {config_class.kind!r} is already registered by {holder}: choose another kind"
+        )
+    _KINDS[config_class.kind] = config_class
+    return config_class
+
+
+def expert_kinds() -> dict[str, type[ExpertConfig]]:
+    """Every registered kind by name."""
+    return dict(_KINDS)
+
+
+def expert_from_mapping(values: Mapping[str, Any]) -> ExpertConfig:
+    """Build an expert's config from a file's mapping, whose "kind" says which.
+
+    Raises:
+        UsageError: If the kind or a field is unknown (with the nearest known name), or the kind is missing.
+    """
+    if "kind" not in values:
+        raise UsageError(f"an expert has no kind: give kind as one of {', '.join(sorted(_KINDS))}")
+    kind = values["kind"]
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise UsageError(unknown("expert", str(kind), _KINDS))
+    fields = {key: value for key, value in values.items() if key != "kind"}
+    return from_mapping(_KINDS[kind], fields, f"field of expert {kind!r}")

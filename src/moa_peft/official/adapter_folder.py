@@ -1,0 +1,106 @@
+"""Where an adapter that is made of another one is written: whole or not at all."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moa_peft.errors import UsageError
+from moa_peft.training.output_folder import ADAPTER_CONFIG, RECIPE_FILE, disk_errors_named, replacing
+
+
+def check_folder(out: Path, *, overwrite: bool) -> None:
+    """See that an adapter may be written to a folder, before any work is done for it.
+
+    Args:
+        out: The folder; it need not exist.
+        overwrite: Whether an adapter in it may be replaced.
+
+    Raises:
+        UsageError: If it is a file, or holds anything but an adapter that may be replaced.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UsageError(f"--out {out} is a file: choose a folder")
+    if not any(out.iterdir()):
+        return
+    if (out / RECIPE_FILE).exists():
+        raise UsageError(f"--out {out} holds a training run: choose another folder")
+    if not (out / ADAPTER_CONFIG).is_file():
+        raise UsageError(f"--out {out} is not empty and holds no adapter: choose another folder")
+    if not overwrite:
+        raise UsageError(
+            f"--out {out} holds an adapter: choose another folder, or add --overwrite to replace it"
+        )
+
+
+@contextmanager
+def adapter_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Give a temporary folder that becomes ``out`` when its files are written; in an old one the adapter is replaced.
+
+    Args:
+        out: The folder.
+        overwrite: Whether an adapter in it may be replaced.
+
+    Yields:
+        The folder to write into. After an error it is gone and ``out`` as before.
+
+    Raises:
+        UsageError: As `check_folder`.
+        OSError: If the disk is full or closed.
+    """
+    check_folder(out, overwrite=overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir() and any(out.iterdir()):
+        with disk_errors_named(out), replacing(out) as draft:
+            yield draft
+        return
+    around = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    try:
+        draft = around / out.name
+        draft.mkdir()
+        with disk_errors_named(out.parent):
+            yield draft
+        draft.replace(out)
+    finally:
+        shutil.rmtree(around, ignore_errors=True)
+
+
+@contextmanager
+def single_file(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Give a temporary path that becomes ``out`` when it is written.
+
+    Args:
+        out: The file.
+        overwrite: Whether a file of that name may be replaced.
+
+    Yields:
+        The path to write to. After an error it is gone and ``out`` as before.
+
+    Raises:
+        UsageError: If ``out`` is a folder, or is there and may not be replaced.
+        OSError: If the disk is full or closed.
+    """
+    check_file(out, overwrite=overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = out.with_name(f".{out.name}.tmp")
+    try:
+        with disk_errors_named(out.parent):
+            yield draft
+        draft.replace(out)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def check_file(out: Path, *, overwrite: bool) -> None:
+    """See that a file may be written, before any work is done for it.
+
+    Raises:
+        UsageError: If ``out`` is a folder, or is there and may not be replaced.
+    """
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder: give a file, as in {out}/adapter.pth")
+    if out.exists() and not overwrite:
+        raise UsageError(f"--out {out} exists: choose another file, or add --overwrite to replace it")

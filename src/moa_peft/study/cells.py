@@ -1,0 +1,96 @@
+"""The cells of a report's tables."""
+
+from moa_peft.study.config import StudyConfig
+from moa_peft.study.figures import Difference, Estimate
+from moa_peft.study.rows import RunRow
+from moa_peft.study.schedule import rate_text
+
+NONE = "-"
+"""What stands for a value that is not there."""
+
+
+def run_name(row: RunRow) -> str:
+    """What a run is called in a table."""
+    if row.learning_rate is None:
+        return row.label
+    stage = ", tried" if row.stage == "tuning" else ""
+    return f"{row.label}, rate {rate_text(row.learning_rate)}, seed {row.seed}{stage}"
+
+
+def score_cell(row: RunRow, name: str) -> str:
+    """The accuracy of a run on a test with the error of its questions; where it has none, the loss of its answers."""
+    one = row.tests.get(name)
+    if one is None or one.accuracy is not None:
+        return percent(None if one is None else estimate_of(one.accuracy, one.standard_error))
+    return nats(estimate_of(one.answer_loss, one.answer_loss_standard_error))
+
+
+def estimate_of(mean: float | None, error: float | None) -> Estimate | None:
+    """An estimate, or None where there is no value."""
+    return None if mean is None else Estimate(mean=mean, error=error)
+
+
+def chosen_by(config: StudyConfig) -> str:
+    """What chooses the learning rate, in words."""
+    return "the lowest loss of the answers" if config.choose_by == "answer_loss" else "the highest accuracy"
+
+
+def percent(one: Estimate | None) -> str:
+    """A share in per cent with its error."""
+    if one is None:
+        return NONE
+    return f"{100 * one.mean:.1f}" + ("" if one.error is None else f" ± {100 * one.error:.1f}")
+
+
+def points(value: float | None) -> str:
+    """A share in points."""
+    return NONE if value is None else f"{100 * value:.1f}"
+
+
+def difference_cells(one: Difference | None) -> list[str]:
+    """The cells of a difference: itself, its errors, the least detectable one, seeds."""
+    if one is None:
+        return [NONE] * 6
+    errors = (one.error, one.by_questions, one.by_seeds, one.detectable)
+    return [f"{100 * one.mean:+.1f}", *map(points, errors), str(one.seeds)]
+
+
+def loss_cells(one: Difference | None) -> list[str]:
+    """The cells of a difference in loss: itself, its errors, the least detectable one, seeds, what may be claimed."""
+    if one is None:
+        return [NONE] * 7
+    errors = (one.error or one.by_questions, one.by_questions, one.by_seeds, one.detectable)
+    found = "none" if not one.is_found else "better" if one.mean < 0 else "worse"
+    return [f"{one.mean:+.4f}", *map(plain, errors), str(one.seeds), found]
+
+
+def nats(one: Estimate | None) -> str:
+    """A loss with its error."""
+    if one is None:
+        return NONE
+    return f"{one.mean:.4f}" + ("" if one.error is None else f" ± {one.error:.4f}")
+
+
+def signed(one: Difference | None) -> str:
+    """A difference in points with its error, marked where it is found."""
+    if one is None:
+        return NONE
+    error = "" if one.error is None else f" ± {100 * one.error:.1f}"
+    return f"{100 * one.mean:+.1f}{error}{' *' if one.is_found else ''}"
+
+
+def claim(one: Difference | None) -> str:
+    """What a study may say of a difference."""
+    if one is None or not one.is_found:
+        return "none"
+    return "better" if one.mean > 0 else "worse"
+
+
+def plain(value: float | None) -> str:
+    """A number with four decimals."""
+    return NONE if value is None else f"{value:.4f}"
+
+
+def count(value: int | None) -> str:
+    """A whole number."""
+    return NONE if value is None else f"{value:,}"

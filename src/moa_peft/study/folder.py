@@ -1,0 +1,162 @@
+"""The folder of a study: one process at a time, and nothing in it that another config has made."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from moa_peft.errors import UsageError
+from moa_peft.json_lines import append_rows, drop_torn_line
+from moa_peft.study.config import StudyConfig
+from moa_peft.study.data import StudyData, source_of
+from moa_peft.study.rows import RESULTS_FILE, RunRow
+from moa_peft.study.schedule import Run, method_settings, recipe_of
+from moa_peft.training.output_folder import RECIPE_FILE, read_recipe, write_text
+from moa_peft.training.resumption import changed_keys
+
+STUDY_FILE = "study.json"
+"""What the runs of a study have in common, and its methods, in its folder."""
+
+TRAINING_FILE = "training.json"
+"""Written last of a training run, in its folder: what it gave."""
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold a study's folder, so that no second process works in it; a kill gives it back.
+
+    Raises:
+        UsageError: If another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise UsageError(
+            f"another process works on the study in {folder}: wait for it, or give another --out"
+        ) from error
+
+
+def check_same_study(
+    folder: Path,
+    config: StudyConfig,
+    shared: Mapping[str, Any],
+    tests: Mapping[str, str],
+    rows: Sequence[RunRow],
+) -> None:
+    """See that what a folder holds was made with the same settings; methods, seeds, rates and tasks may be added.
+
+    Args:
+        folder: The study's folder.
+        config: The study as it is given now.
+        shared: From `shared_settings`.
+        tests: MD5 of the rows of each test.
+        rows: What is done.
+
+    Raises:
+        UsageError: If a setting differs; the message names each with both values.
+    """
+    before = read_study(folder)
+    if before is None:
+        if rows:
+            raise UsageError(
+                f"{folder} holds {RESULTS_FILE} without {STUDY_FILE}: put the {STUDY_FILE} of these rows beside it, or "
+                "give another --out"
+            )
+        return
+    differing = _differing(before["settings"], shared, "")
+    for one in config.methods:
+        if one.label in before["methods"]:
+            differing += _differing(before["methods"][one.label], method_settings(one), f"{one.label}: ")
+    known = {name: scores.md5 for row in rows for name, scores in row.tests.items()} | before["tests"]
+    differing += [
+        f"the rows of {name}: MD5 was {known[name]}, is {md5}"
+        for name, md5 in tests.items()
+        if known.get(name, md5) != md5
+    ]
+    if differing:
+        raise UsageError(
+            f"the study in {folder} was started with other settings ({'; '.join(differing)}): go on with those, or "
+            "give another --out; methods, seeds, learning rates and tasks may be added"
+        )
+
+
+def check_run_folders(config: StudyConfig, runs: Sequence[Run], data: StudyData) -> None:
+    """See that the folders of the runs hold what this config trains: rows and settings may be gone, weights not.
+
+    Args:
+        config: The study as it is given now.
+        runs: Every run that it may come to.
+        data: Its rows.
+
+    Raises:
+        UsageError: If a run there was trained, or begun, with other settings.
+    """
+    source = source_of(config, config.data)
+    for run in runs:
+        folder = Path(config.out) / "runs" / run.name
+        if not any((folder / name).exists() for name in (RECIPE_FILE, TRAINING_FILE)):
+            continue
+        rows = data.train if run.rows is None else data.short
+        recipe = recipe_of(config, run, data=source, data_md5=rows.md5, folder=str(folder))
+        anew = "delete that folder to train it anew, or give another --out"
+        if not (folder / RECIPE_FILE).exists():
+            raise UsageError(f"{folder} holds {TRAINING_FILE} without {RECIPE_FILE}: {anew}")
+        changed = changed_keys(read_recipe(folder), recipe.to_mapping())
+        if changed:
+            raise UsageError(
+                f"the run in {folder} was begun with other values of {', '.join(changed)}: go on with those, {anew}"
+            )
+
+
+def write_study(
+    folder: Path, config: StudyConfig, shared: Mapping[str, Any], tests: Mapping[str, str]
+) -> None:
+    """Write down what the runs have in common; methods and tests that an earlier call had are kept."""
+    before = read_study(folder) or {"methods": {}, "tests": {}}
+    methods = {one.label: method_settings(one) for one in config.methods}
+    study = {
+        "settings": dict(shared),
+        "methods": {**before["methods"], **methods},
+        "tests": {**before["tests"], **tests},
+    }
+    if study != before:
+        write_text(folder / STUDY_FILE, json.dumps(study, indent=1) + "\n")
+
+
+def read_study(folder: Path) -> dict[str, Any] | None:
+    """Read what `write_study` wrote; None where there is nothing.
+
+    Raises:
+        UsageError: If the file is damaged.
+    """
+    file = folder / STUDY_FILE
+    if not file.exists():
+        return None
+    try:
+        study = json.loads(file.read_text(encoding="utf-8"))
+        return {name: dict(study[name]) for name in ("settings", "methods", "tests")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{file} is damaged: get the file of this study again, or give another --out"
+        ) from error
+
+
+def append_row(folder: Path, row: RunRow) -> None:
+    """Append one row to the study's results."""
+    file = folder / RESULTS_FILE
+    drop_torn_line(file)
+    append_rows(file, [dataclasses.asdict(row)])
+
+
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> list[str]:
+    return [
+        f"{where}{key} was {old.get(key)!r}, is {new.get(key)!r}"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+    ]

@@ -1,0 +1,49 @@
+"""The methods of a study, checked before its first run: settings that can be built, and a model that they fit."""
+
+import copy
+
+from moa_peft.data.base_model import empty_model, resolve_model
+from moa_peft.errors import UsageError
+from moa_peft.quiet import quiet_libraries
+from moa_peft.study.config import Method, StudyConfig
+from moa_peft.study.schedule import Run, recipe_of
+from moa_peft.training.method import build_peft_config
+from moa_peft.training.recipe import Recipe
+from moa_peft.training.trainer_settings import build_settings, check_trainer
+
+
+def check_methods(config: StudyConfig) -> None:
+    """See that every method can be built, and its adapter put onto the base model, whose weights are not read.
+
+    Args:
+        config: The study.
+
+    Raises:
+        UsageError: If a method or a field of the trainer is wrong, there is no such model, or an adapter does not fit
+            it.
+    """
+    recipes = {one.label: _recipe(config, one) for one in config.methods}
+    for recipe in recipes.values():
+        check_trainer(recipe)
+        build_peft_config(recipe)
+        with quiet_libraries():
+            build_settings(copy.deepcopy(recipe), has_validation=False, cuda=False)
+    path = resolve_model(config.model)
+    for label, recipe in recipes.items():
+        with quiet_libraries():
+            _check_fit(label, recipe, path)
+
+
+def _recipe(config: StudyConfig, method: Method) -> Recipe:
+    run = Run(label=method.label, method=method, learning_rate=float(config.learning_rates[0]), seed=0)
+    return recipe_of(config, run, data=config.data, data_md5="", folder=config.out)
+
+
+def _check_fit(label: str, recipe: Recipe, path: str) -> None:
+    from peft import get_peft_model
+
+    model = empty_model(path, recipe.model)
+    try:
+        get_peft_model(model, build_peft_config(recipe))
+    except ValueError as error:
+        raise UsageError(f"{label} does not fit the model {recipe.model!r}: {error}") from error

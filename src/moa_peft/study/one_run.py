@@ -1,0 +1,289 @@
+"""One run of a study: trained, or taken up where it was cut off, then scored. Nothing here knows of other runs."""
+
+import dataclasses
+import gc
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moa_peft.errors import UsageError
+from moa_peft.evaluation.loading import load, read_adapter
+from moa_peft.evaluation.options import EvaluationOptions
+from moa_peft.evaluation.result_key import ModelIdentity, identify
+from moa_peft.evaluation.run import evaluate
+from moa_peft.evaluation.tasks import Task
+from moa_peft.provenance import provenance
+from moa_peft.quiet import quiet_libraries
+from moa_peft.study.config import FROZEN, Method, StudyConfig
+from moa_peft.study.data import RowSet, StudyData, questions_md5, source_of
+from moa_peft.study.folder import TRAINING_FILE
+from moa_peft.study.measure import StepLog, peak_memory_mib, start_peak_memory, step_time
+from moa_peft.study.router import router_summary
+from moa_peft.study.rows import RunRow, Scores
+from moa_peft.study.schedule import Job, recipe_of
+from moa_peft.training.checkpoints import find_checkpoints, unmark
+from moa_peft.training.method import build_peft_config
+from moa_peft.training.output_folder import RECIPE_FILE, write_text
+from moa_peft.training.prepare import prepare
+from moa_peft.training.recipe import Recipe
+from moa_peft.training.run import run as train
+
+STEPS_FILE = "steps.jsonl"
+
+_TRAINED = ("rows_dropped", "trainable_parameters", "total_parameters", "steps", "final_loss", "train_s")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """All that a process needs to do one run."""
+
+    config: StudyConfig
+    """The study."""
+    data: StudyData
+    """Its rows."""
+    job: Job
+    """The run, its stage and its tests."""
+    config_hash: str
+    """Hash of all that decides the run."""
+    command: str
+    """The command line that the study was started with."""
+    base_fingerprint: str | None = None
+    """Hash of the base model's weights in the rows that there are; None before the first."""
+    progress: bool = True
+    """Show bars on standard error."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.out) / "runs" / self.job.run.name
+
+    @property
+    def rows(self) -> RowSet:
+        """The rows that the run is trained on."""
+        return self.data.train if self.job.run.rows is None else self.data.short
+
+    @property
+    def dtype(self) -> str | None:
+        """The dtype that the base model is scored in; None for the one that `load` chooses."""
+        return "bfloat16" if reads_bf16(self.config, self.job.run.method) else None
+
+
+class OtherBaseError(UsageError):
+    """The base model has not the weights that the rows of a study are of."""
+
+
+def reads_bf16(config: StudyConfig, method: Method | None) -> bool:
+    """Whether the runs of a method, or the base model's own, read the base model in bfloat16."""
+    return bool(config.trainer.get("bf16") if method is None else config.trainer_of(method)["bf16"])
+
+
+def execute(order: Order) -> RunRow:
+    """Do a run as far as its stage asks; what an earlier process had finished is not done again.
+
+    Args:
+        order: The run.
+
+    Returns:
+        Its row. An error ends in a row with the failure, so that a study goes on.
+
+    Raises:
+        OSError: If the disk is full or closed; the next run would meet it too.
+        OtherBaseError: If the base model is not that of the rows so far; likewise.
+    """
+    found: dict[str, Any] = {}
+    failure = None
+    try:
+        with quiet_libraries():
+            if order.job.run.method is not None:
+                found |= train_once(order)
+                _free()
+            found |= score(order)
+    except (OSError, OtherBaseError):
+        raise
+    except Exception as error:  # noqa: BLE001  # whatever it is, it is this run's failure and stands in its row
+        failure = " ".join(f"{type(error).__name__}: {error}".split())
+    finally:
+        _free()
+    return describe(order, found, failure)
+
+
+def check_base(order: Order, identity: ModelIdentity) -> None:
+    """See that the base model is that of the rows there are.
+
+    Raises:
+        OtherBaseError: If it is not.
+    """
+    found = identity.base_fingerprint
+    if order.base_fingerprint not in (None, found):
+        raise OtherBaseError(
+            f"the weights of the base model {order.config.model} are {found}, in the rows of the study in "
+            f"{order.config.out} {order.base_fingerprint}: give the model that they are of, in the dtype that it had, or "
+            "another --out"
+        )
+
+
+def train_once(order: Order) -> dict[str, Any]:
+    """Train a run, or go on with it, or read what it gave.
+
+    Args:
+        order: A run with a method.
+
+    Returns:
+        Fields of `RunRow` about the training. The adapter then lies in the run's folder, without checkpoints.
+    """
+    folder = order.folder
+    done = folder / TRAINING_FILE
+    if not done.exists():
+        if (
+            order.base_fingerprint is not None
+        ):  # as scoring reads it, which may be another dtype than training does
+            check_base(order, identify(load(order.config.model, dtype=order.dtype).model))
+            _free()
+        recipe = run_recipe(order)
+        begun = (folder / RECIPE_FILE).exists()
+        if not begun:
+            shutil.rmtree(folder, ignore_errors=True)  # cut off before its first step
+        preparation = prepare(dataclasses.replace(recipe, resume=begun))
+        preparation.trainer.add_callback(StepLog(preparation.clock, folder / STEPS_FILE))
+        start_peak_memory()
+        outcome = train(preparation)
+        trained = {name: getattr(outcome, name) for name in _TRAINED}
+        write_text(done, json.dumps({**trained, "peak_mem_mib": peak_memory_mib()}) + "\n")
+    for checkpoint in (*find_checkpoints(folder).complete, *find_checkpoints(folder).incomplete):
+        unmark(checkpoint)
+        shutil.rmtree(checkpoint)
+    return {**json.loads(done.read_text(encoding="utf-8")), "step_ms": step_time(folder / STEPS_FILE)}
+
+
+def run_recipe(order: Order) -> Recipe:
+    """The recipe of a run."""
+    config = order.config
+    recipe = recipe_of(
+        config,
+        order.job.run,
+        data=source_of(config, config.data),
+        data_md5=order.rows.md5,
+        folder=str(order.folder),
+    )
+    if order.progress:
+        return recipe
+    return dataclasses.replace(recipe, trainer={**recipe.trainer, "disable_tqdm": True})
+
+
+def score(order: Order) -> dict[str, Any]:
+    """Score a run on the validation rows and on the tests that are missing.
+
+    The model is read from the disk, so that a run cut off after its training scores as one that was not.
+
+    Args:
+        order: The run.
+
+    Returns:
+        Fields of `RunRow` about the scores.
+    """
+    start, config, run = time.perf_counter(), order.config, order.job.run
+    adapter = None if run.method is None else read_adapter(str(order.folder))
+    loaded = load(config.model, adapter, dtype=order.dtype)
+    identity = identify(
+        loaded.model,
+        base_model=config.model,
+        adapter=None if adapter is None else run.name,
+        method=None if run.method is None else run.method.method,
+        seed=run.seed,
+    )
+    check_base(order, identity)
+    options = EvaluationOptions(
+        mode=config.mode,
+        template=config.template,
+        batch_size=config.batch_size,
+        out=order.folder / "evaluation",
+        progress=order.progress,
+    )
+    texts = dataclasses.replace(options, mode="text")
+    tests = [(one, options) for one in order.data.tests if one.name in order.job.tests]
+    tests += [(one, texts) for one in order.data.forgetting if one.name in order.job.tests]
+    scores = {
+        task.name: as_scores(task, evaluate(loaded.model, loaded.tokenizer, task, how, identity=identity))
+        for task, how in ((order.data.validation, options), *tests)
+    }
+    validation = scores.pop(order.data.validation.name)
+    router = None
+    if order.job.stage == "final" and config.router_prompts and adapter is not None:
+        prompts = [one.row for one in order.data.validation.questions[: config.router_prompts]]
+        router = router_summary(loaded.model, loaded.tokenizer, prompts, config.template)
+    return {
+        "base_fingerprint": identity.base_fingerprint,
+        "adapter_fingerprint": identity.adapter_fingerprint,
+        "validation": validation,
+        "tests": scores,
+        "router": router,
+        "evaluate_s": round(time.perf_counter() - start, 3),
+    }
+
+
+def as_scores(task: Task, result: Any) -> Scores:
+    """Take what a study keeps out of an evaluation's result."""
+    row = result.row
+    return Scores(
+        n=row.n,
+        md5=questions_md5(task),
+        file_md5=task.file_md5,
+        mode=row.mode,
+        extraction=row.extraction,
+        accuracy=row.accuracy,
+        standard_error=row.standard_error,
+        answer_loss=row.answer_loss,
+        answer_loss_standard_error=row.answer_loss_standard_error,
+        correct="".join("1" if one else "0" for one in result.correct()),
+        losses=[float(f"{one:.6g}") for one in result.losses()],
+    )
+
+
+def describe(order: Order, found: Mapping[str, Any], failure: str | None) -> RunRow:
+    """Write the row of a run from what was found; what was not come to is None."""
+    config, run = order.config, order.job.run
+    trained = run.method is not None
+    names = {one.name for one in dataclasses.fields(RunRow)}
+    empty = dict.fromkeys(
+        (*_TRAINED, "step_ms", "peak_mem_mib", "base_fingerprint", "adapter_fingerprint", "validation"),
+    ) | {"router": None, "evaluate_s": None, "tests": {}}
+    values: dict[str, Any] = {
+        "stage": order.job.stage,
+        "label": run.label,
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "config_hash": order.config_hash,
+        "failure": failure,
+        "method": FROZEN if run.method is None else run.method.method,
+        "mixture": {} if run.method is None else run.method.mixture,
+        "method_config": mixture_config(run_recipe(order)) if trained else {},
+        "trainer": {} if run.method is None else config.trainer_of(run.method),
+        "model": config.model,
+        "template": config.template,
+        "max_length": config.max_length,
+        "draw_seed": config.draw_seed,
+        "train": order.rows,
+        **provenance(),
+        "command": order.command,
+    }
+    return RunRow(**{name: value for name, value in {**empty, **values, **found}.items() if name in names})
+
+
+def mixture_config(recipe: Recipe) -> dict[str, Any]:
+    """The parts of a recipe's method, with every field, as JSON holds them."""
+    whole = build_peft_config(recipe).to_dict()
+    parts = {name: whole.get(name) for name in ("experts", "router", "layers_to_transform")}
+    return json.loads(json.dumps(parts))
+
+
+def _free() -> None:
+    """Give back what a model held before the next one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

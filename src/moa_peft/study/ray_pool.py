@@ -1,0 +1,79 @@
+"""Runs of a study in parallel processes, on this machine or on a cluster, through Ray."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moa_peft.errors import UsageError
+from moa_peft.study.extras import need
+from moa_peft.study.one_run import Order, OtherBaseError, describe, execute
+from moa_peft.study.rows import RunRow
+from moa_peft.study.runner import Pool
+
+
+@contextmanager
+def ray_pool(*, cpus: int = 1) -> Iterator[tuple[Pool, int]]:
+    """Start Ray, or join the cluster that the variable RAY_ADDRESS names, and do runs in its processes.
+
+    A run takes ``cpus`` processors, and a GPU where there are any. All machines must see the same folders under the
+    same paths.
+
+    Args:
+        cpus: Processors, and threads, of a run.
+
+    Yields:
+        What does the runs, and how many it does at once.
+
+    Raises:
+        UsageError: If Ray is not installed, or no run fits.
+    """
+    need("ray", "ray")
+    import ray
+
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        there = ray.cluster_resources()
+        gpus = 1 if there.get("GPU", 0) >= 1 else 0
+        at_once = int(min(there.get("CPU", 0) // cpus, there["GPU"] if gpus else float("inf")))
+        if at_once < 1:
+            raise UsageError(
+                f"a run takes {cpus} processors, Ray has {there.get('CPU', 0):g}: give --cpus-per-run less"
+            )
+        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_execute)
+        yield _pool(remote, cpus), at_once
+    finally:
+        ray.shutdown()
+
+
+def _pool(remote: Any, cpus: int) -> Pool:
+    import ray
+    from ray.exceptions import RayError
+
+    def run(orders: Sequence[Order]) -> Iterator[tuple[Order, RunRow]]:
+        waiting = {remote.remote(order, str(Path.cwd()), cpus): order for order in orders}
+        while waiting:
+            (ended, *_), _ = ray.wait(list(waiting), num_returns=1)
+            order = waiting.pop(ended)
+            try:
+                row = ray.get(ended)
+            except OSError:
+                raise
+            except OtherBaseError as error:  # Ray's copy of it tells the whole traceback
+                raise getattr(error, "cause", error) from None
+            except RayError as error:  # its process died, as for want of memory
+                row = describe(order, {}, " ".join(f"{type(error).__name__}: {error}".split()))
+            yield order, row
+
+    return run
+
+
+def _execute(order: Order, folder: str, cpus: int) -> RunRow:
+    """What a process of Ray does: as many threads as processors, in the folder that paths are relative to."""
+    import torch
+
+    os.chdir(folder)
+    torch.set_num_threads(cpus)
+    return execute(order)

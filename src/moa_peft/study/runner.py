@@ -1,0 +1,212 @@
+"""A study from its config to its rows: what is left is done, run after run, each row on the disk before the next."""
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moa_peft.study.config import StudyConfig
+from moa_peft.study.data import StudyData, load_data, questions_md5
+from moa_peft.study.folder import append_row, check_run_folders, check_same_study, claimed, write_study
+from moa_peft.study.methods import check_methods
+from moa_peft.study.one_run import Order, execute, reads_bf16
+from moa_peft.study.pace import Pace
+from moa_peft.study.rows import RunRow, Stage, read_results
+from moa_peft.study.schedule import (
+    Job,
+    choose_rates,
+    final_runs,
+    needs_training,
+    pending,
+    possible_runs,
+    run_hash,
+    shared_settings,
+    tried_rates,
+    tuning_runs,
+)
+
+Pool = Callable[[Sequence[Order]], Iterator[tuple[Order, RunRow]]]
+"""Does orders and gives each with its row as it ends."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Study:
+    """A study whose config and rows are checked."""
+
+    config: StudyConfig
+    """The config."""
+    data: StudyData
+    """The rows."""
+    shared: dict[str, Any]
+    """All that decides its runs beside method, learning rate and seed."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return Path(self.config.out)
+
+    @property
+    def tests(self) -> dict[str, str]:
+        """MD5 of the rows of each test."""
+        return {one.name: questions_md5(one) for one in (*self.data.tests, *self.data.forgetting)}
+
+    def check_folder(self, rows: Sequence[RunRow]) -> None:
+        """See that the folder holds nothing that other settings have made.
+
+        Raises:
+            UsageError: If it does.
+        """
+        check_same_study(self.folder, self.config, self.shared, self.tests, rows)
+        possible = possible_runs(self.config, tried_rates(self.config, self.shared, rows))
+        check_run_folders(self.config, possible, self.data)
+
+    def jobs(self, stage: str, rows: Sequence[RunRow], *, retry_failed: bool = False) -> list[Job]:
+        """What is left of a stage."""
+        if stage == "tuning":
+            runs = tuning_runs(self.config, tried_rates(self.config, self.shared, rows))
+            return pending(runs, "tuning", rows, shared=self.shared, retry_failed=retry_failed)
+        runs = final_runs(self.config, choose_rates(self.config, self.shared, rows))
+        names = list(self.tests)
+        return pending(runs, "final", rows, shared=self.shared, tests=names, retry_failed=retry_failed)
+
+    def orders(self, jobs: Sequence[Job], rows: Sequence[RunRow] = (), *, progress: bool) -> list[Order]:
+        """What processes need to do jobs, beside the rows that there are."""
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        whole = self.config.trainer.get("bf16", False)
+        bases = {
+            bool(row.trainer.get("bf16", whole)): row.base_fingerprint  # its weights differ with their dtype
+            for row in reversed(rows)
+            if row.base_fingerprint is not None
+        }
+        return [
+            Order(
+                config=self.config,
+                data=self.data,
+                job=one,
+                config_hash=run_hash(self.shared, one.run),
+                command=command,
+                base_fingerprint=bases.get(reads_bf16(self.config, one.run.method)),
+                progress=progress,
+            )
+            for one in jobs
+        ]
+
+
+def open_study(config: StudyConfig) -> Study:
+    """Check a study before its first run: methods, trainer, model, files, rows, and what its folder holds already.
+
+    Args:
+        config: The study.
+
+    Returns:
+        The study, ready to run.
+
+    Raises:
+        UsageError: If it cannot be run as asked.
+    """
+    check_methods(config)
+    data = load_data(config)
+    shared = shared_settings(config, data.train.md5, questions_md5(data.validation))
+    study = Study(config=config, data=data, shared=json.loads(json.dumps(shared)))
+    study.check_folder(read_results(study.folder))
+    return study
+
+
+def run_study(
+    study: Study,
+    *,
+    pool: Pool | None = None,
+    at_once: int = 1,
+    say: Callable[[str], None] = lambda _: None,
+    progress: bool = True,
+    retry_failed: bool = False,
+) -> list[RunRow]:
+    """Do what is left of a study.
+
+    Args:
+        study: From `open_study`.
+        pool: Does the runs; None for one after the other in this process.
+        at_once: How many of them the pool does at once.
+        say: Told what a person wants to know.
+        progress: Show bars on standard error.
+        retry_failed: Do runs again that failed.
+
+    Returns:
+        The rows of the study, those of earlier calls included. A run that failed has a row that says so.
+
+    Raises:
+        UsageError: If another process works in the folder, or has left there what other settings made.
+        OtherBaseError: If the base model has not the weights that the rows of the study are of.
+        OSError: If the disk is full.
+    """
+    with claimed(study.folder):
+        rows = read_results(study.folder)
+        study.check_folder(rows)  # another call may have worked here since the study was opened
+        write_study(study.folder, study.config, study.shared, study.tests)
+        pace = Pace(planned(study, rows, retry_failed=retry_failed), at_once=at_once)
+        for stage, again in stages(study.config, retry_failed=retry_failed):
+            jobs = study.jobs(stage, rows, retry_failed=again)
+            orders = study.orders(jobs, rows, progress=progress)
+            for order, row in (pool or one_by_one(say, pace))(orders):
+                append_row(study.folder, row)
+                say(pace.done(row, needs_training=needs_training(study.config, order.job)))
+            rows = read_results(study.folder)
+        return rows
+
+
+def stages(config: StudyConfig, *, retry_failed: bool) -> list[tuple[Stage, bool]]:
+    """The stages in their order, each with whether runs that failed are done again in it.
+
+    Learning rates are tried once for the list, and once for each rate that may be added. The final stage comes twice:
+    for tests that a run had with other weights, before it was trained anew for a new test.
+    """
+    added = max(0, (config.most_rates or 0) - len(config.learning_rates))
+    order: list[tuple[Stage, bool]] = [("tuning", place == 0 and retry_failed) for place in range(1 + added)]
+    return [*order, ("final", retry_failed), ("final", False)]
+
+
+def one_by_one(say: Callable[[str], None], pace: Pace) -> Pool:
+    """Do orders one after the other in this process."""
+
+    def run(orders: Iterable[Order]) -> Iterator[tuple[Order, RunRow]]:
+        for order in orders:
+            say(pace.begins(order.job))
+            yield order, execute(order)
+
+    return run
+
+
+def planned(study: Study, rows: Sequence[RunRow], *, retry_failed: bool = False) -> dict[str, int]:
+    """Count what is left of a study, by what it takes.
+
+    Args:
+        study: The study.
+        rows: What is done.
+        retry_failed: Whether runs that failed are done again.
+
+    Returns:
+        ``train``: runs to train; ``score``: runs that are trained already, or need no training; before the learning
+        rates are chosen those of one tuning seed count as trained.
+    """
+    tuning = study.jobs("tuning", rows, retry_failed=retry_failed)
+    config = study.config
+    chosen = choose_rates(config, study.shared, rows)
+    rates = {label: rate or float(config.learning_rates[0]) for label, rate in chosen.items()}
+    undecided = {one.run.label for one in tuning}
+    finals = pending(
+        [
+            one
+            for one in final_runs(config, rates)
+            if chosen.get(one.label) is not None or one.label in undecided or one.method is None
+        ],
+        "final",
+        rows,
+        shared=study.shared,
+        tests=list(study.tests),
+        retry_failed=retry_failed,
+    )
+    score = [one for one in finals if not needs_training(config, one)]
+    return {"train": len(tuning) + len(finals) - len(score), "score": len(score)}

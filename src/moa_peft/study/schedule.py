@@ -1,0 +1,340 @@
+"""The runs of a study: which there are, which are done, and which come next."""
+
+import hashlib
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moa_peft.study.config import FROZEN, Method, StudyConfig
+from moa_peft.study.rows import RunRow, Stage
+from moa_peft.training.recipe import FACTORS, Recipe
+from moa_peft.training.resumption import FREE_ON_RESUME
+from moa_peft.training.trainer_settings import trainer_fields
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One method with one learning rate and one seed; the base model has neither."""
+
+    label: str
+    """The method's label."""
+    method: Method | None = None
+    """The method; None for the base model."""
+    learning_rate: float | None = None
+    """The learning rate."""
+    seed: int | None = None
+    """The seed."""
+    rows: int | None = None
+    """Training rows where they are fewer than the study's, as while learning rates are tried; None for those."""
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder."""
+        if self.learning_rate is None:
+            return self.label
+        rows = "" if self.rows is None else f"-rows{self.rows}"
+        return f"{self.label}-lr{rate_text(self.learning_rate)}-seed{self.seed}{rows}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A run that is to be done, as far as its stage asks."""
+
+    run: Run
+    """The run."""
+    stage: Stage
+    """Whether the validation rows are enough, or tests follow."""
+    tests: tuple[str, ...] = field(default=())
+    """Tests that are missing."""
+
+
+def rate_text(rate: float) -> str:
+    """A learning rate in words: short where that is the rate itself, so that no two rates read alike."""
+    short = f"{rate:g}"
+    return short if float(short) == rate else repr(rate)
+
+
+def shared_settings(config: StudyConfig, train_md5: str, validation_md5: str) -> dict[str, Any]:
+    """All that decides the runs of a study beside the method, the learning rate and the seed.
+
+    Args:
+        config: The study.
+        train_md5: MD5 of the training rows.
+        validation_md5: MD5 of the validation rows.
+
+    Returns:
+        Values by name. Where files lie, how often is logged and saved, and what only the report reads is left out.
+    """
+    trainer = {key: value for key, value in config.trainer_of(Method(method="")).items() if _decides(key)}
+    return {
+        "model": config.model,
+        "template": config.template,
+        "max_length": config.max_length,
+        "train_limit": config.train_limit,
+        "validation_limit": config.validation_limit,
+        "test_limit": config.test_limit,
+        "draw_seed": config.draw_seed,
+        "train_md5": train_md5,
+        "validation_md5": validation_md5,
+        **({} if config.mode is None else {"mode": config.mode}),
+        **{f"trainer.{key}": value for key, value in sorted(trainer.items())},
+    }
+
+
+def method_settings(method: Method) -> dict[str, Any]:
+    """All of a method's entry that decides its runs."""
+    trainer = {key: value for key, value in sorted(method.trainer.items()) if _decides(key)}
+    return {"method": method.method, "mixture": _plain(method.mixture), "trainer": trainer} | factors_of(
+        method
+    )
+
+
+def factors_of(method: Method) -> dict[str, float]:
+    """The factors on learning rates that a method has."""
+    return {name: factor for name in FACTORS if (factor := getattr(method, name)) is not None}
+
+
+def run_hash(shared: Mapping[str, Any], run: Run) -> str:
+    """Hash what decides a run; its label and the tests are left out.
+
+    Args:
+        shared: From `shared_settings`.
+        run: The run.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    entry = None if run.method is None else method_settings(run.method)
+    rows = [] if run.rows is None else [run.rows]
+    text = json.dumps([shared, entry, run.learning_rate, run.seed, *rows], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def recipe_of(config: StudyConfig, run: Run, *, data: str, data_md5: str, folder: str) -> Recipe:
+    """Write the recipe of a run.
+
+    Args:
+        config: The study.
+        run: A run with a method.
+        data: Source of the training rows.
+        data_md5: Their MD5.
+        folder: The run's folder.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        UsageError: If a value is wrong.
+    """
+    assert run.method is not None, "the base model is not trained"
+    settings = {
+        "model": config.model,
+        "data": data,
+        "data_split": "train",
+        "data_md5": data_md5,
+        "limit": run.rows or config.train_limit,
+        "output_dir": folder,
+        "method": run.method.method,
+        "mixture": _plain(run.method.mixture),
+        "template": config.template,
+        "max_length": config.max_length,
+        "seed": run.seed,
+        **factors_of(run.method),
+        **config.trainer_of(run.method),
+        "learning_rate": run.learning_rate,
+    }
+    return Recipe.from_mapping(settings, trainer_fields())
+
+
+def tuning_runs(config: StudyConfig, tried: Mapping[str, Sequence[float]] | None = None) -> list[Run]:
+    """The runs that choose a learning rate for each method; none where there is nothing to choose.
+
+    Args:
+        config: The study.
+        tried: The learning rates of each method by label, from `tried_rates`; None for those of the list.
+    """
+    tried = tried or {one.label: [float(rate) for rate in config.learning_rates] for one in config.methods}
+    if not config.has_tuning:
+        return []
+    return [
+        _tuning_run(config, one, rate, seed)
+        for seed in config.tuning_seeds
+        for one in config.methods
+        for rate in tried[one.label]
+    ]
+
+
+def _tuning_run(config: StudyConfig, method: Method, rate: float, seed: int) -> Run:
+    return Run(label=method.label, method=method, learning_rate=rate, seed=seed, rows=config.short_rows)
+
+
+def tried_rates(
+    config: StudyConfig, shared: Mapping[str, Any], rows: Sequence[RunRow]
+) -> dict[str, list[float]]:
+    """The learning rates of each method: the list's, and those added while its choice lies at an end.
+
+    Args:
+        config: The study.
+        shared: From `shared_settings`.
+        rows: What is done; a rate is added once all before it are done.
+
+    Returns:
+        By label, the list's own in its order and those added behind them; at most ``most_rates``.
+    """
+    done = {row.config_hash: row for row in rows if row.stage == "tuning"}
+    found: dict[str, list[float]] = {}
+    for method in config.methods:
+        rates = found[method.label] = [float(one) for one in config.learning_rates]
+        while len(rates) < (config.most_rates or 0):
+            best = _best(_tuning_rows(config, shared, method, rates, done), config.choose_by)
+            if best is None or min(rates) < best < max(rates):
+                break
+            rates.append(best / 2 if best == min(rates) else best * 2)
+    return found
+
+
+def _tuning_rows(
+    config: StudyConfig,
+    shared: Mapping[str, Any],
+    method: Method,
+    rates: Sequence[float],
+    done: Mapping[str, RunRow],
+) -> dict[float, list[RunRow | None]]:
+    """The rows of a method's tuning runs by learning rate, seed by seed; None for one that is not done."""
+    return {
+        rate: [
+            done.get(run_hash(shared, _tuning_run(config, method, rate, seed)))
+            for seed in config.tuning_seeds
+        ]
+        for rate in rates
+    }
+
+
+def final_runs(config: StudyConfig, chosen: Mapping[str, float | None]) -> list[Run]:
+    """The base model and every method with every seed, seed by seed, so that a part of a study is comparable.
+
+    Args:
+        config: The study.
+        chosen: The learning rate of each method by label, from `choose_rates`; a method without one is left out.
+
+    Returns:
+        The runs.
+    """
+    runs = [Run(label=FROZEN)]
+    for seed in config.seeds:
+        for one in config.methods:
+            rate = chosen.get(one.label) if is_finalist(config, one) else None
+            if rate is not None:
+                runs.append(Run(label=one.label, method=one, learning_rate=rate, seed=seed))
+    return runs
+
+
+def is_finalist(config: StudyConfig, method: Method) -> bool:
+    """Whether a method is run with every seed and tested."""
+    return config.finalists is None or method.label in config.finalists
+
+
+def possible_runs(config: StudyConfig, tried: Mapping[str, Sequence[float]]) -> list[Run]:
+    """Every run of a method that the study may come to, whichever of the learning rates tried are chosen."""
+    final = [
+        Run(label=one.label, method=one, learning_rate=rate, seed=seed)
+        for seed in dict.fromkeys((*config.tuning_seeds, *config.seeds))
+        for one in config.methods
+        for rate in tried[one.label]
+    ]
+    return list({run.name: run for run in (*tuning_runs(config, tried), *final)}.values())
+
+
+def needs_training(config: StudyConfig, job: "Job") -> bool:
+    """Whether a job trains; the base model does not, nor does a tuning seed's run where tuning had as many rows."""
+    if job.run.method is None:
+        return False
+    is_tuned = config.has_tuning and config.short_rows is None and job.run.seed in config.tuning_seeds
+    return job.stage == "tuning" or not is_tuned
+
+
+def choose_rates(
+    config: StudyConfig, shared: Mapping[str, Any], rows: Sequence[RunRow]
+) -> dict[str, float | None]:
+    """Choose the learning rate of each method from the validation rows of its tuning runs.
+
+    Args:
+        config: The study.
+        shared: From `shared_settings`.
+        rows: What is done.
+
+    Returns:
+        By label the rate with the best mean over the tuning seeds, the smallest of equals; one that failed with any of
+        them is out. None while a tuning run is missing, or when all failed.
+    """
+    if not config.has_tuning:
+        return dict.fromkeys(config.labels(), float(config.learning_rates[0]))
+    done = {row.config_hash: row for row in rows if row.stage == "tuning"}
+    tried = tried_rates(config, shared, rows)
+    return {
+        one.label: _best(_tuning_rows(config, shared, one, tried[one.label], done), config.choose_by)
+        for one in config.methods
+    }
+
+
+def _best(tried: Mapping[float, Sequence[RunRow | None]], choose_by: str) -> float | None:
+    costs: list[tuple[float, float]] = []
+    for rate, rows in tried.items():
+        if any(one is None for one in rows):
+            return None
+        values = [validation_figure(one, choose_by) for one in rows if one is not None]
+        known = [one for one in values if one is not None]
+        if len(known) == len(values):
+            mean = statistics.fmean(known)
+            costs.append((mean if choose_by == "answer_loss" else -mean, rate))
+    return min(costs)[1] if costs else None
+
+
+def validation_figure(row: RunRow, choose_by: str) -> float | None:
+    """The figure of a run that chooses its learning rate; None where it failed or has none."""
+    if row.failure is not None or row.validation is None:
+        return None
+    return row.validation.answer_loss if choose_by == "answer_loss" else row.validation.accuracy
+
+
+def pending(
+    runs: Sequence[Run],
+    stage: Stage,
+    rows: Sequence[RunRow],
+    *,
+    shared: Mapping[str, Any],
+    tests: Sequence[str] = (),
+    retry_failed: bool = False,
+) -> list[Job]:
+    """Find what is still to be done.
+
+    Args:
+        runs: The runs of a stage.
+        stage: Which.
+        rows: What is done.
+        shared: From `shared_settings`.
+        tests: Names of the tests, in stage "final".
+        retry_failed: Whether a run that failed is done again.
+
+    Returns:
+        The jobs, in the order of the runs.
+    """
+    done = {row.config_hash: row for row in rows if row.stage == stage}
+    jobs: list[Job] = []
+    for run in runs:
+        row = done.get(run_hash(shared, run))
+        missing = tuple(name for name in tests if row is None or name not in row.tests)
+        if row is None or (retry_failed if row.failed(tests) else missing):
+            jobs.append(Job(run=run, stage=stage, tests=missing))
+    return jobs
+
+
+def _decides(key: str) -> bool:
+    return key not in FREE_ON_RESUME
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it: a file's numbers as keys become text."""
+    return json.loads(json.dumps(value))

@@ -1,0 +1,298 @@
+"""What a study has found so far, taken from its rows: the input of tables and plots."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moa_peft.study.config import FROZEN, StudyConfig
+from moa_peft.study.data import VALIDATION
+from moa_peft.study.figures import Difference, Estimate, Values, difference, estimate, mean_value
+from moa_peft.study.rows import RunRow, Stage
+from moa_peft.study.schedule import (
+    Run,
+    choose_rates,
+    final_runs,
+    is_finalist,
+    run_hash,
+    tried_rates,
+    tuning_runs,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodSummary:
+    """One method with the learning rate chosen for it, over its seeds."""
+
+    label: str
+    """Its label."""
+    rows: tuple[RunRow, ...]
+    """Its finished runs, one a seed."""
+    tests: Mapping[str, Estimate]
+    """Accuracy of each test that all of them have: mean over seeds; of the frozen model its error is over questions."""
+    mean: Estimate | None
+    """Mean accuracy over all tests; None while one is missing."""
+    versus: Difference | None
+    """Mean difference from the baseline; None for the baseline, and while there is no common seed."""
+    versus_by_test: Mapping[str, Difference]
+    """The same for each test."""
+    losses: Mapping[str, Estimate]
+    """Loss of the answers of each test that all of them have, nats a token; the error as that of ``tests``."""
+    losses_versus: Mapping[str, Difference]
+    """Difference of that loss from the baseline's, test by test."""
+    forgetting: Mapping[str, Difference]
+    """Accuracy less the frozen model's, of each task that tells what training took away; 0 for that model itself."""
+    forgetting_mean: Difference | None
+    """The same over all these tasks; None while one is missing."""
+    forgetting_versus: Difference | None
+    """The mean accuracy on these tasks less the baseline's; None for the baseline, and while one is missing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """The learning rate that was chosen for a method, and how it did on the validation rows."""
+
+    rates: Sequence[float]
+    """Those that were tried, the lowest first."""
+    rate: float
+    """The one chosen."""
+    rows: tuple[RunRow, ...]
+    """Its runs, one a tuning seed."""
+    loss: Estimate
+    """Loss of the validation answers, over tuning seeds; of one seed with the error of its questions."""
+    versus: Difference | None
+    """Its difference from the baseline's choice, paired; None for the baseline, and where that has none."""
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether a lower and a higher rate were tried too, so that the list was long enough."""
+        return min(self.rates) < self.rate < max(self.rates)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudySummary:
+    """What there is of a study, and what is missing."""
+
+    config: StudyConfig
+    """The study."""
+    tests: tuple[str, ...]
+    """Names of its tests, in the config's order."""
+    forgetting: tuple[str, ...]
+    """Names of the tasks that tell what training took away, likewise."""
+    methods: tuple[MethodSummary, ...]
+    """The frozen model, then the methods in their order; those with at least one run."""
+    chosen: Mapping[str, float | None]
+    """The learning rate of each method."""
+    tuning: Mapping[tuple[str, float], tuple[RunRow | None, ...]]
+    """The rows of each method and learning rate that was tried, seed by seed."""
+    choices: Mapping[str, Choice]
+    """By label, what tuning chose; those that are chosen."""
+    failures: tuple[RunRow, ...]
+    """Rows of runs that failed."""
+    missing: tuple[str, ...]
+    """What is not done, a phrase for each."""
+    rows: tuple[RunRow, ...]
+    """All rows that belong to the study."""
+    planned: int
+    """Runs of the whole study, the base model's and the learning rates to be tried included."""
+
+
+def summarise(
+    config: StudyConfig,
+    shared: Mapping[str, Any],
+    tests: Sequence[str],
+    rows: Sequence[RunRow],
+    forgetting: Sequence[str] = (),
+) -> StudySummary:
+    """Sum up a study.
+
+    Args:
+        config: The study.
+        shared: From `shared_settings`.
+        tests: Names of its tests; what rows have beside them is left out.
+        rows: Rows of its folder; those of runs that the config does not name are left out.
+        forgetting: Names of the tasks that tell what training took away.
+
+    Returns:
+        The summary.
+    """
+    found_rows = {(row.stage, row.config_hash): row for row in rows}
+
+    def done(stage: Stage, run: Run) -> RunRow | None:
+        row = found_rows.get((stage, run_hash(shared, run)))
+        return None if row is None else dataclasses.replace(row, label=run.label)  # it may have had another
+
+    chosen = choose_rates(config, shared, rows)
+    tuning: dict[tuple[str, float], tuple[RunRow | None, ...]] = {}
+    missing: list[str] = []
+    used: list[RunRow] = []
+    tried = tuning_runs(config, tried_rates(config, shared, rows))
+    for run in tried:
+        assert run.learning_rate is not None, "only methods are tuned"
+        row = done("tuning", run)
+        key = (run.label, run.learning_rate)
+        tuning[key] = (*tuning.get(key, ()), row)
+        used += [row] if row is not None else []
+        missing += [] if row is not None else [f"{run.name}, tried on validation rows"]
+    finalists = [one.label for one in config.methods if is_finalist(config, one)]
+    found: dict[str, list[RunRow]] = {label: [] for label in (FROZEN, *config.labels())}
+    for run in final_runs(config, chosen):
+        row = done("final", run)
+        used += [row] if row is not None else []
+        missing += _missing(run, row, [*tests, *forgetting])
+        if row is not None and (row.failure is None or row.tests):
+            found[run.label].append(row)
+    missing += [
+        f"{label}, seed {seed}: no learning rate is chosen"
+        for label in config.labels()
+        for seed in config.seeds
+        if chosen[label] is None and label in finalists
+    ]
+    return StudySummary(
+        config=config,
+        tests=tuple(tests),
+        forgetting=tuple(forgetting),
+        methods=tuple(
+            _method(label, some, found, config.baseline, tests, forgetting)
+            for label, some in found.items()
+            if some
+        ),
+        chosen=chosen,
+        tuning=tuning,
+        choices=_choices(config.baseline, chosen, tuning),
+        failures=tuple(row for row in used if row.failed([*tests, *forgetting])),
+        missing=tuple(missing),
+        rows=tuple(used),
+        planned=len(tried) + 1 + len(finalists) * len(config.seeds),
+    )
+
+
+def _choices(
+    baseline: str,
+    chosen: Mapping[str, float | None],
+    tuning: Mapping[tuple[str, float], tuple[RunRow | None, ...]],
+) -> dict[str, Choice]:
+    rows = {
+        label: tuple(row for row in tuning[label, rate] if row is not None)
+        for label, rate in chosen.items()
+        if rate is not None and (label, rate) in tuning
+    }
+    found: dict[str, Choice] = {}
+    for label, some in rows.items():
+        scores = [row.validation for row in some if row.validation is not None and row.validation.losses]
+        rate = chosen[label]
+        if len(scores) < len(some) or rate is None:  # rows of before losses were kept
+            continue
+        loss = estimate([statistics.fmean(one.losses) for one in scores])
+        if len(scores) == 1:
+            loss = dataclasses.replace(loss, error=scores[0].answer_loss_standard_error)
+        pairs = _pairs(some, rows.get(baseline, ())) if label != baseline else []
+        found[label] = Choice(
+            rates=sorted(rate for name, rate in tuning if name == label),
+            rate=rate,
+            rows=some,
+            loss=loss,
+            versus=_difference(_validation_losses, pairs, [VALIDATION]) if pairs else None,
+        )
+    return found
+
+
+def _validation_losses(row: RunRow) -> Values:
+    return {} if row.validation is None else {VALIDATION: row.validation.losses}
+
+
+def answers(row: RunRow) -> Values:
+    """The answers of a run by test, 1 for a right one; tests without scored questions are left out."""
+    return {name: tuple(map(int, one.correct)) for name, one in row.tests.items() if one.correct}
+
+
+def losses(row: RunRow) -> Values:
+    """The losses of a run's answers by test; tests without a reference answer are left out."""
+    return {name: one.losses for name, one in row.tests.items() if one.losses}
+
+
+def median_step_ms(method: MethodSummary) -> float | None:
+    """The median over seeds of the median time of a step."""
+    times = [row.step_ms.median for row in method.rows if row.step_ms is not None]
+    return statistics.median(times) if times else None
+
+
+def _missing(run: Run, row: RunRow | None, tests: Sequence[str]) -> list[str]:
+    if row is None:
+        return [f"{run.name}"]
+    lacking = [name for name in tests if name not in row.tests]
+    return [f"{run.name}: {', '.join(lacking)}"] if lacking and not row.failed(tests) else []
+
+
+def _method(
+    label: str,
+    rows: Sequence[RunRow],
+    found: Mapping[str, Sequence[RunRow]],
+    baseline: str,
+    tests: Sequence[str],
+    forgetting: Sequence[str],
+) -> MethodSummary:
+    pairs = [] if label == baseline else _pairs(rows, found[baseline])
+    before = [(row, frozen) for row in rows for frozen in found[FROZEN]]
+    _, forgotten = _by_test(answers, rows, before, forgetting)
+    is_whole = bool(forgetting) and len(forgotten) == len(forgetting)
+    can_compare = is_whole and pairs and all(set(forgetting) <= answers(other).keys() for _, other in pairs)
+    by_test, versus_by_test = _by_test(answers, rows, pairs, tests)
+    by_loss, losses_versus = _by_test(losses, rows, pairs, tests)
+    whole = len(by_test) == len(tests)
+    mean = estimate([mean_value(_part(answers(row), tests)) for row in rows]) if whole else None
+    if label == FROZEN:  # one run: its error is that of the questions
+        scores = rows[0].tests
+        by_test = {
+            name: dataclasses.replace(one, error=scores[name].standard_error) for name, one in by_test.items()
+        }
+        by_loss = {
+            name: dataclasses.replace(one, error=scores[name].answer_loss_standard_error)
+            for name, one in by_loss.items()
+        }
+        errors = [one.error or 0.0 for one in by_test.values()]
+        mean = None if mean is None else Estimate(mean=mean.mean, error=math.hypot(*errors) / len(errors))
+    return MethodSummary(
+        label=label,
+        rows=tuple(rows),
+        tests=by_test,
+        mean=mean,
+        versus=_difference(answers, pairs, tests) if pairs and len(versus_by_test) == len(tests) else None,
+        versus_by_test=versus_by_test,
+        losses=by_loss,
+        losses_versus=losses_versus,
+        forgetting=forgotten,
+        forgetting_mean=_difference(answers, before, forgetting) if is_whole else None,
+        forgetting_versus=_difference(answers, pairs, forgetting) if can_compare else None,
+    )
+
+
+Read = Callable[[RunRow], Values]
+Pairs = Sequence[tuple[RunRow, RunRow]]
+
+
+def _by_test(
+    read: Read, rows: Sequence[RunRow], pairs: Pairs, tests: Sequence[str]
+) -> tuple[dict[str, Estimate], dict[str, Difference]]:
+    """The mean of each test that all rows have, and its difference where all rows of the pairs have it."""
+    whole = [name for name in tests if all(name in read(row) for row in rows)]
+    common = [name for name in whole if all(name in read(other) for _, other in pairs)] if pairs else []
+    return (
+        {name: estimate([mean_value(_part(read(row), [name])) for row in rows]) for name in whole},
+        {name: _difference(read, pairs, [name]) for name in common},
+    )
+
+
+def _pairs(rows: Sequence[RunRow], baseline: Sequence[RunRow]) -> Pairs:
+    """Rows of the same seed; the frozen model, which has none, with every seed."""
+    return [(row, other) for row in rows for other in baseline if row.seed in (None, other.seed)]
+
+
+def _difference(read: Read, pairs: Pairs, tests: Sequence[str]) -> Difference:
+    return difference([(_part(read(row), tests), _part(read(other), tests)) for row, other in pairs])
+
+
+def _part(values: Values, tests: Sequence[str]) -> Values:
+    return {name: values[name] for name in tests}

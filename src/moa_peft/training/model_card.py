@@ -1,0 +1,125 @@
+"""The model card of an adapter."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moa_peft.training.output_folder import write_text
+
+CARD_FILE = "README.md"
+RESULTS_HEADING = "## Results"
+TAGS = ("moa", "mixture-of-adapters", "peft")
+HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""What the hub calls the models that moa has short names for."""
+
+_UNSAID = ("resume", "output_dir", "model", "data", "data_split", "data_md5", "validation_md5", "method")
+
+
+def write_card(folder: Path, row: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
+    """Write the card of a run into the folder of its adapter.
+
+    Args:
+        folder: Where the adapter lies.
+        row: The run's row of results.
+        recipe: The run's resolved recipe.
+    """
+    results = [{"what": "training loss, at the end", "value": row["final_loss"]}]
+    if row["validation_loss"] is not None:
+        results.append({"what": "held-out loss, at the end", "value": row["validation_loss"]})
+    write_text(folder / CARD_FILE, card_text(row, recipe) + results_text(results))
+
+
+def add_results(folder: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the table of results in an adapter's card, as after an evaluation.
+
+    Args:
+        folder: Where the adapter and its card lie.
+        results: Rows of the table; the keys of the first are its columns.
+    """
+    card = folder / CARD_FILE
+    text = card.read_text(encoding="utf-8").partition(RESULTS_HEADING)[0]
+    write_text(card, text + results_text(results))
+
+
+def results_text(results: Sequence[Mapping[str, Any]]) -> str:
+    """Set the results as the last section of a card."""
+    columns = list(results[0]) if results else []
+    lines = [RESULTS_HEADING, "", _line(columns), _line(["---"] * len(columns))]
+    lines += [_line([_figure(one.get(column)) for column in columns]) for one in results]
+    return "\n".join(lines) + "\n"
+
+
+def card_text(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+    """Write a card up to its results.
+
+    Args:
+        row: The run's row of results.
+        recipe: The run's resolved recipe.
+
+    Returns:
+        Markdown with the metadata that the hub reads.
+    """
+    metadata: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
+    metadata["tags"] = [*TAGS, recipe["method"]]
+    base = str(HUB_NAMES.get(recipe["model"], recipe["model"]))
+    if not Path(base).exists():  # a folder of this machine means nothing to others
+        metadata["tags"].append(f"base_model:adapter:{base}")
+        metadata["base_model"] = base
+    settings = [
+        f"| {name} | `{_cell(value)}` |" for name, value in sorted(recipe.items()) if name not in _UNSAID
+    ]
+    share = 100 * row["trainable_parameters"] / row["total_parameters"]
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(metadata, sort_keys=False).rstrip(),
+            "---",
+            "",
+            f"# {recipe['method']} on {Path(recipe['model']).name}",
+            "",
+            f"A mixture of adapters, method `{recipe['method']}`, for the frozen base model `{recipe['model']}`.",
+            f"Trained parameters: {row['trainable_parameters']:,} ({share:.2f} % of all).",
+            f"Trained on {row['rows_kept']:,} rows of `{recipe['data']}` (MD5 {recipe['data_md5']}),",
+            f"{row['steps']:,} steps; instruction template: {recipe['template']}.",
+            "",
+            "## Use",
+            "",
+            "```",
+            "pip install moa-peft",
+            "```",
+            "```python",
+            "import moa_peft  # makes the method known to PEFT",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+            "```",
+            "",
+            "## How it was made",
+            "",
+            "`moa train --config moa_recipe.json --output_dir NEW_FOLDER` repeats the run; `results.jsonl` has versions,",
+            "command and speed.",
+            "",
+            "| setting | value |",
+            "|---|---|",
+            *settings,
+            "",
+            "Method: MoA: Heterogeneous Mixture of Adapters for Parameter-Efficient Fine-Tuning of Large Language",
+            "Models, [arXiv 2506.05928](https://arxiv.org/abs/2506.05928).",
+            "",
+            "",
+        ]
+    )
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _figure(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else _cell("" if value is None else value)
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")

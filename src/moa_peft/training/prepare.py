@@ -1,0 +1,190 @@
+"""Getting a run ready: everything is checked, loaded and counted before its first step."""
+
+import contextlib
+import copy
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
+
+from moa_peft import mixture_layers
+from moa_peft.data.base_model import load_model, resolve_model
+from moa_peft.errors import UsageError, first_line
+from moa_peft.paths import expanded
+from moa_peft.quiet import quiet_libraries
+from moa_peft.training.method import build_peft_config
+from moa_peft.training.outcome import Plan
+from moa_peft.training.output_folder import claim
+from moa_peft.training.progress import ProgressLines, StepClock
+from moa_peft.training.recipe import FACTORS, Recipe
+from moa_peft.training.resumption import find_resumption
+from moa_peft.training.router_health import RouterFigures
+from moa_peft.training.rows import TrainingRows, encode, read_rows
+from moa_peft.training.trainer import AdapterTrainer
+from moa_peft.training.trainer_settings import build_settings, check_trainer
+
+_LEAST_CHECKPOINTS = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preparation:
+    """A run that is ready to start."""
+
+    recipe: Recipe
+    """The recipe, with the MD5 of its rows."""
+    plan: Plan
+    """What it will do."""
+    model_path: str
+    """Where the base model was found."""
+    trainer: AdapterTrainer
+    """What will do it."""
+    clock: StepClock
+    """What takes its time."""
+
+
+def prepare(recipe: Recipe) -> Preparation:
+    """Check everything, load model and rows, and build the trainer. A failure leaves no new folder behind.
+
+    Args:
+        recipe: What to do.
+
+    Returns:
+        The run, ready to start.
+
+    Raises:
+        UsageError: If the recipe cannot be followed.
+        OSError: If ``output_dir`` cannot be written to.
+    """
+    recipe = dataclasses.replace(recipe, output_dir=str(expanded(recipe.output_dir)))
+    check_trainer(recipe)
+    build_peft_config(recipe)  # a wrong method is said before anything is loaded
+    folder = Path(recipe.output_dir)
+    is_new = not folder.exists()
+    if not recipe.resume and is_main():
+        claim(folder)
+    try:
+        with quiet_libraries():
+            return _prepare(recipe, folder)
+    except BaseException:
+        if is_new and is_main():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def discard(preparation: Preparation) -> None:
+    """Undo what preparing has left: the empty folder of a run that will not be started."""
+    folder = Path(preparation.plan.output_dir)
+    if is_main() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files; the only one, unless a launcher started several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _prepare(recipe: Recipe, folder: Path) -> Preparation:
+    rows = read_rows(recipe)
+    recipe = rows.recipe
+    resume_from, skipped = find_resumption(recipe, folder)
+    path = resolve_model(recipe.model)
+    tokenizer = _load_tokenizer(path, recipe)
+    encoded = encode(rows, tokenizer)
+    model = _load_model(path, recipe)
+    trainer, clock = _build_trainer(recipe, model, tokenizer, encoded)
+    steps = _count_steps(trainer)
+    recipe = _with_checkpoints(recipe, trainer, steps)
+    trained = [one.numel() for one in trainer.wrapped.parameters() if one.requires_grad]
+    plan = Plan(
+        method=recipe.method,
+        model=recipe.model,
+        rows_kept=len(encoded.train),
+        rows_dropped=encoded.dropped,
+        validation_rows=len(encoded.validation or ()),
+        validation_rows_dropped=encoded.validation_dropped,
+        trainable_parameters=sum(trained),
+        total_parameters=sum(one.numel() for one in trainer.wrapped.parameters()),
+        steps=steps,
+        output_dir=recipe.output_dir,
+        resume_from=None if resume_from is None else str(resume_from),
+        resumed=bool(recipe.resume),
+        skipped=tuple(one.name for one in skipped),
+    )
+    return Preparation(recipe=recipe, plan=plan, model_path=path, trainer=trainer, clock=clock)
+
+
+def _with_checkpoints(recipe: Recipe, trainer: AdapterTrainer, steps: int) -> Recipe:
+    """Let a short run write checkpoints as well, so that it can be gone on with, unless the recipe says when."""
+    if "save_steps" in recipe.trainer or trainer.args.load_best_model_at_end:
+        return recipe
+    trainer.args.save_steps = max(1, min(int(trainer.args.save_steps), steps // _LEAST_CHECKPOINTS))
+    return dataclasses.replace(recipe, trainer={**recipe.trainer, "save_steps": trainer.args.save_steps})
+
+
+def _build_trainer(
+    recipe: Recipe, model: Any, tokenizer: Any, encoded: TrainingRows
+) -> tuple[AdapterTrainer, StepClock]:
+    settings = build_settings(
+        copy.deepcopy(recipe), has_validation=encoded.validation is not None, cuda=torch.cuda.is_available()
+    )
+    trainer = AdapterTrainer(
+        model=model,
+        args=settings,
+        train_dataset=encoded.train,
+        eval_dataset=encoded.validation,
+        processing_class=tokenizer,
+        peft_config=build_peft_config(recipe),
+    )
+    given = {name: factor for name in FACTORS if (factor := getattr(recipe, name)) is not None}
+    trainer.lr_factors = given or None
+    trainer.keep_checkpoints = recipe.to_mapping()["save_total_limit"]
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    clock = StepClock()
+    trainer.add_callback(clock)
+    if not recipe.trainer.get("disable_tqdm"):
+        trainer.add_callback(ProgressLines())
+    layers = mixture_layers(trainer.wrapped)
+    if layers:
+        figures = RouterFigures(trainer.wrapped, layers)
+        trainer.add_callback(figures)
+        trainer.extra_figures = figures.collect
+    return trainer, clock
+
+
+def _load_tokenizer(path: str, recipe: Recipe) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path, **_loading(recipe))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"the tokenizer of {recipe.model!r} cannot be loaded: {first_line(error)}"
+        ) from error
+
+
+def _load_model(path: str, recipe: Recipe) -> Any:
+    settings = recipe.to_mapping()
+    options = {"dtype": torch.bfloat16 if settings["bf16"] else "auto"} | dict(
+        recipe.trainer.get("model_init_kwargs") or {}
+    )
+    return load_model(path, recipe.model, **options, **_loading(recipe))
+
+
+def _loading(recipe: Recipe) -> dict[str, Any]:
+    return {"trust_remote_code": bool(recipe.trainer.get("trust_remote_code", False))}
+
+
+def _count_steps(trainer: AdapterTrainer) -> int:
+    settings = trainer.args
+    if settings.max_steps > 0:
+        return settings.max_steps
+    batches = len(trainer.train_dataset) / (settings.train_batch_size * settings.world_size)  # type: ignore[arg-type]  # sized
+    whole = math.floor(batches) if settings.dataloader_drop_last else math.ceil(batches)
+    return math.ceil(
+        settings.num_train_epochs * max(math.ceil(whole / settings.gradient_accumulation_steps), 1)
+    )

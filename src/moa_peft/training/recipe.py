@@ -1,0 +1,227 @@
+"""A recipe: everything that a training run depends on, in one frozen value that can be written down and read back."""
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Self
+
+from moa_peft.data.templates import Template
+from moa_peft.errors import UsageError
+
+TRAINER_DEFAULTS: Mapping[str, Any] = {
+    "num_train_epochs": 2,  # the paper's; so are the six below
+    "learning_rate": 7.5e-4,
+    "lr_scheduler_type": "cosine",
+    "weight_decay": 0.02,
+    "adam_beta2": 0.95,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 4,
+    "warmup_steps": 0.1,  # below 1 a share of all steps; the paper's one epoch of two is long for other data
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    "logging_steps": 10,
+    "logging_first_step": True,
+    "save_strategy": "steps",
+    "save_steps": 200,  # in a run that would have fewer than twenty checkpoints a twentieth of its steps
+    "save_total_limit": 2,
+    "ddp_find_unused_parameters": False,
+    "report_to": "none",
+}
+"""What moa sets differently from `trl.SFTConfig`, or wants said; a recipe's own value goes before it."""
+
+TOKENISED_HERE = "the rows are tokenised by moa: use template and max_length"
+REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            "dataset_kwargs",
+            "dataset_text_field",
+            "completion_only_loss",
+            "assistant_only_loss",
+            "truncation_mode",
+        ),
+        TOKENISED_HERE,
+    ),
+    **dict.fromkeys(
+        ("eos_token", "pad_token", "chat_template_path"),
+        "the model's own tokenizer is used as it is: leave it out",
+    ),
+    "resume_from_checkpoint": "use resume",
+    "remove_unused_columns": "moa prepares the columns itself: leave it out",
+    "push_to_hub": "moa writes to a folder: upload it afterwards with `hf upload NAME FOLDER`",
+    "logging_nan_inf_filter": "moa stops at a non-finite loss and must see it: leave it out",
+}
+"""Fields of `trl.SFTConfig` that have no meaning here, and what to do instead."""
+
+
+FACTORS = ("router_lr_factor", "lora_b_lr_factor")
+"""Keys of a recipe that are arguments of `parameter_groups`."""
+
+_SHORT: Mapping[str, str] = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "steps": "max_steps",
+    "out": "output_dir",
+}
+"""What other tools call keys of a recipe."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Everything that one training run depends on.
+
+    Raises:
+        UsageError: If a value is wrong; the message lists every problem.
+    """
+
+    data: str
+    """Training rows: a .json, .jsonl or .json.gz file, a folder of them, a name on the hub, or "demo"."""
+
+    output_dir: str
+    """Folder for the adapter, its model card and the checkpoints; must be new or empty, unless resume is given."""
+
+    model: str = "smollm2"
+    """Base model: a folder, a name on the hub, or "smollm2", the embedded default (SmolLM2-135M-Instruct)."""
+
+    data_split: str | None = None
+    """Which split of the data to train on; none is the source's training split."""
+
+    data_md5: str | None = None
+    """MD5 of the training rows; other rows are then an error. Training fills it in when it writes the recipe down."""
+
+    method: str = "soft-moa"
+    """The method of the family to start from; `moa methods` lists them."""
+
+    mixture: Mapping[str, Any] = field(default_factory=dict)
+    """Changes to the method: router.kind, router.threshold.maximum, experts, experts.0.rank, layers_to_transform ..."""
+
+    template: Template = "paper"
+    """How a row becomes text: "paper" for its instruction template, "chat" for the tokenizer's chat template."""
+
+    max_length: int = 512
+    """Tokens kept of an example; one whose answer would be cut away whole is dropped."""
+
+    limit: int | None = None
+    """Use at most so many training rows."""
+
+    validation: str | float | None = None
+    """Held-out rows: a source like data, or a share of the training rows between 0 and 1."""
+
+    validation_md5: str | None = None
+    """MD5 of the rows of a validation source, as data_md5 is of the training rows; none for a share."""
+
+    router_lr_factor: float | None = None
+    """Times the learning rate for routers and thresholds. A number, 1 too, also ends weight decay on them, on biases,
+    prompts and scales; none leaves the trainer's own parameter groups."""
+
+    lora_b_lr_factor: float | None = None
+    """Times the learning rate for the B of each LoRA (LoRA+); none as for router_lr_factor."""
+
+    seed: int = 0
+    """Seed of the adapter's initial weights, the order of the rows, dropout and the held-out share."""
+
+    resume: bool | str = False
+    """Go on from the last complete checkpoint in output_dir, or from the checkpoint folder given."""
+
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    """Every other key: fields of `trl.SFTConfig`, written flat beside the keys above."""
+
+    def __post_init__(self) -> None:
+        problems = [*_text_problems(self), *_number_problems(self)]
+        if self.template not in ("paper", "chat"):
+            problems.append(f"template is {self.template!r}: give 'paper' or 'chat'")
+        if not isinstance(self.mixture, Mapping):
+            problems.append(f"mixture is {self.mixture!r}: give fields, as in --mixture.router.kind linear")
+        if not isinstance(self.resume, bool | str) or self.resume == "":
+            problems.append(f"resume is {self.resume!r}: give true, false or the path of a checkpoint")
+        problems += [f"{key}: {REFUSED[key]}" for key in self.trainer if key in REFUSED]
+        if problems:
+            raise UsageError("recipe: " + "; ".join(problems))
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any], trainer_fields: Collection[str]) -> Self:
+        """Build a recipe from the flat mapping of a file or a command line.
+
+        Args:
+            settings: Keys of the recipe and of the trainer side by side.
+            trainer_fields: Names of the fields of `trl.SFTConfig`.
+
+        Returns:
+            The recipe.
+
+        Raises:
+            UsageError: If a key is unknown (with the nearest known one), a required one is missing, or a value is
+                wrong.
+        """
+        own = own_fields()
+        unknown = [key for key in settings if key not in own and key not in trainer_fields]
+        if unknown:
+            raise UsageError(unknown_key(unknown[0], own, trainer_fields))
+        missing = [name for name in ("data", "output_dir") if settings.get(name) is None]
+        if missing:
+            raise UsageError(f"the recipe has no {' and no '.join(missing)}: give --{missing[0]} VALUE")
+        trainer = {key: value for key, value in settings.items() if key not in own}
+        return cls(**{key: settings[key] for key in own if key in settings}, trainer=trainer)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Write the recipe as the flat mapping that `from_mapping` reads, the trainer's defaults included."""
+        own = {name: getattr(self, name) for name in own_fields()}
+        return {**own, **TRAINER_DEFAULTS, **self.trainer}
+
+
+def own_fields() -> list[str]:
+    """Names of the keys that are moa's own, in the order of the class."""
+    return [one.name for one in dataclasses.fields(Recipe) if one.name != "trainer"]
+
+
+def unknown_key(given: str, own: Collection[str], trainer_fields: Collection[str]) -> str:
+    """Say that a key of a recipe is not known, with the nearest one that is.
+
+    Args:
+        given: The key.
+        own: The recipe's own keys.
+        trainer_fields: The trainer's, too many to list.
+
+    Returns:
+        One sentence for an error message.
+    """
+    near = [_SHORT[given]] if given in _SHORT else get_close_matches(given, [*own, *trainer_fields], n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown recipe key {given!r}: {hint}known: {', '.join(own)}, and every field of trl.SFTConfig"
+
+
+def factor_problems(name: str, factor: object) -> list[str]:
+    """Say that a factor on a learning rate is neither None nor a number above 0."""
+    if factor is None:
+        return []
+    if isinstance(factor, int | float) and not isinstance(factor, bool) and 0 < factor < math.inf:
+        return []
+    return [f"{name} is {factor!r}: give a number above 0, or leave it out"]
+
+
+def _text_problems(recipe: Recipe) -> list[str]:
+    values = {name: getattr(recipe, name) for name in ("data", "output_dir", "model", "method")}
+    wrong = {name: value for name, value in values.items() if not isinstance(value, str) or not value}
+    return [f"{name} is {value!r}: give text" for name, value in wrong.items()]
+
+
+def _number_problems(recipe: Recipe) -> list[str]:
+    problems: list[str] = []
+    for name, least in (("max_length", 2), ("limit", 1), ("seed", 0)):
+        value = getattr(recipe, name)
+        if value is None and name == "limit":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            problems.append(f"{name} is {value!r}: give a whole number of at least {least}")
+    for name in FACTORS:
+        problems += factor_problems(name, getattr(recipe, name))
+    share = recipe.validation
+    if isinstance(share, bool | int | float) and not (isinstance(share, float) and 0 < share < 1):
+        problems.append(
+            f"validation is {share!r}: give a data source, or a share of the rows between 0 and 1"
+        )
+    return problems

@@ -1,0 +1,128 @@
+"""The training run: from a recipe to an adapter, its card, its checkpoints and a row of results."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moa_peft.data.base_model import model_fingerprint
+from moa_peft.provenance import provenance
+from moa_peft.quiet import quiet_libraries
+from moa_peft.training.checkpoints import step_of
+from moa_peft.training.model_card import write_card
+from moa_peft.training.outcome import Plan, TrainingOutcome
+from moa_peft.training.output_folder import append_result, disk_errors_named, replacing, write_recipe
+from moa_peft.training.prepare import Preparation, prepare
+from moa_peft.training.recipe import Recipe
+from moa_peft.training.resumption import forget_later_checkpoints
+
+
+def train(recipe: Recipe, on_plan: Callable[[Plan], None] | None = None) -> TrainingOutcome:
+    """Fine-tune a model as a recipe says.
+
+    Args:
+        recipe: What to do.
+        on_plan: Called with the plan before the first step.
+
+    Returns:
+        What came out. The folder ``output_dir`` then holds the adapter in PEFT's layout, the tokenizer,
+        `moa_recipe.json`, a model card, one more row in `results.jsonl`, and the checkpoints.
+
+    Raises:
+        UsageError: If the recipe cannot be followed, or the loss stops being finite.
+        OSError: If the disk is full or must not be written to.
+    """
+    preparation = prepare(recipe)
+    if on_plan is not None:
+        on_plan(preparation.plan)
+    return run(preparation)
+
+
+def run(preparation: Preparation) -> TrainingOutcome:
+    """Train, and write what a run leaves.
+
+    Args:
+        preparation: What `prepare` gave; it can be run once.
+
+    Returns:
+        What came out.
+
+    Raises:
+        UsageError: If the loss stops being finite.
+        OSError: If the disk is full or must not be written to.
+    """
+    trainer, plan = preparation.trainer, preparation.plan
+    folder = Path(plan.output_dir)
+    written = preparation.recipe.to_mapping() | {"resume": False}
+    main = trainer.is_world_process_zero()
+    if main:
+        write_recipe(folder, written)
+        forget_later_checkpoints(folder, plan.resume_from)
+    start = time.perf_counter()
+    with quiet_libraries():
+        if plan.resume_from is not None and step_of(Path(plan.resume_from)) >= plan.steps:
+            trainer.restore(Path(plan.resume_from))
+        else:
+            trainer.train(resume_from_checkpoint=plan.resume_from)
+        train_s = time.perf_counter() - start
+        trainer.refuse_non_finite()
+        outcome = _outcome(preparation, train_s)
+        row = _result_row(preparation, outcome, written) if main else {}
+        with (
+            disk_errors_named(folder),
+            replacing(folder) if main else contextlib.nullcontext(folder) as draft,
+        ):
+            trainer.save_model(str(draft), _internal_call=True)
+            if main:
+                (draft / "training_args.bin").unlink(missing_ok=True)
+                write_card(draft, row, written)
+    if main:
+        append_result(folder, row)
+    return outcome
+
+
+def _outcome(preparation: Preparation, train_s: float) -> TrainingOutcome:
+    trainer, plan = preparation.trainer, preparation.plan
+    history = trainer.state.log_history
+    losses = [one["loss"] for one in history if "loss" in one]
+    held_out = [one for one in history if "eval_loss" in one]
+    validation_loss = held_out[-1]["eval_loss"] if held_out else None
+    stale = (
+        not held_out
+        or held_out[-1]["step"] != trainer.state.global_step
+        or trainer.args.load_best_model_at_end
+    )
+    if plan.validation_rows and stale:
+        validation_loss = trainer.evaluate()["eval_loss"]
+    return TrainingOutcome(
+        output_dir=plan.output_dir,
+        steps=trainer.state.global_step,
+        final_loss=losses[-1] if losses else None,
+        validation_loss=validation_loss,
+        step_s=preparation.clock.median(),
+        train_s=train_s,
+        trainable_parameters=plan.trainable_parameters,
+        total_parameters=plan.total_parameters,
+        rows_kept=plan.rows_kept,
+        rows_dropped=plan.rows_dropped,
+        validation_rows=plan.validation_rows,
+        validation_rows_dropped=plan.validation_rows_dropped,
+    )
+
+
+def _result_row(preparation: Preparation, outcome: TrainingOutcome, recipe: dict[str, Any]) -> dict[str, Any]:
+    parameters = list(preparation.trainer.wrapped.parameters())
+    return {
+        "kind": "train",
+        **{name: recipe[name] for name in ("method", "seed", "data", "data_md5")},
+        "base_model": recipe["model"],
+        "base_file_sha256": model_fingerprint(preparation.model_path),
+        "base_dtype": str(next(one.dtype for one in parameters if not one.requires_grad)),
+        "adapter_dtype": str(next(one.dtype for one in parameters if one.requires_grad)),
+        **asdict(outcome),
+        "resumed_from": preparation.plan.resume_from,
+        **provenance(),
+        "recipe": recipe,
+    }

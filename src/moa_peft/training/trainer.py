@@ -1,0 +1,172 @@
+"""The trainer: TRL's, which stops before a bad number reaches the weights and whose checkpoints say when they are whole."""
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerState, TrainingArguments
+from trl.trainer import utils as trl_forward
+from trl.trainer.sft_trainer import SFTTrainer
+
+from moa_peft.errors import UsageError
+from moa_peft.training import checkpoints
+from moa_peft.training.optimizer import parameter_groups
+from moa_peft.training.output_folder import disk_errors_named
+
+NEXT_STEP = "start a new run in another output_dir with a lower learning_rate, bf16 instead of fp16, or a lower max_grad_norm"
+
+
+class AdapterTrainer(SFTTrainer):
+    """TRL's `SFTTrainer` with the guards of `moa train`.
+
+    It sends no telemetry and writes no model card of its own.
+
+    Attributes:
+        keep_checkpoints: Complete checkpoints to keep; None keeps all. The config's ``save_total_limit`` must be
+            None, for the trainer would delete an old checkpoint before the new one is known to be complete.
+        extra_figures: Gives more figures for the log at each logging step of training; None for none.
+        lr_factors: The factors of `parameter_groups`, by name; None for the trainer's own groups.
+    """
+
+    keep_checkpoints: int | None = None
+    extra_figures: Callable[[], Mapping[str, float]] | None = None
+    lr_factors: Mapping[str, float] | None = None
+
+    @property
+    def wrapped(self) -> nn.Module:
+        """The model with its adapter."""
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take up the weights and the state of a run that had reached its last step.
+
+        The trainer's own resumption would go on for one step more where the last step lies within an epoch.
+
+        Args:
+            checkpoint: A complete checkpoint of the last step.
+        """
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+
+    def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:  # type: ignore[override]  # the factors are the instance's
+        """Choose the optimizer as the trainer does, with the parameter groups that `lr_factors` ask for."""
+        kind, settings = super().get_optimizer_cls_and_kwargs(args, model)
+        if self.lr_factors is not None:
+            if not issubclass(kind, torch.optim.Optimizer) or settings.keys() & {
+                "params",
+                "model",
+                "optimizer_dict",
+            }:
+                raise UsageError(
+                    f"optim is {args.optim}: it groups the parameters itself, so {' and '.join(self.lr_factors)} would have "
+                    "no effect; choose optim adamw_torch, or leave the factors out"
+                )
+            rates = {"learning_rate": args.learning_rate, "weight_decay": args.weight_decay}
+            settings["params"] = parameter_groups(model, **rates, **self.lr_factors)
+        return kind, settings
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss as TRL does.
+
+        TRL has waited for the device by then, to count right tokens, so looking at the loss costs no further wait.
+
+        Returns:
+            The loss, with the outputs when they are asked for.
+
+        Raises:
+            UsageError: If the loss is not finite, before it reaches the gradients.
+        """
+        with answers_only_head(self.args.device):
+            result = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
+        if self.wrapped.training and not math.isfinite(loss.item()):
+            raise UsageError(self._stopped(f"the loss of step {self.state.global_step + 1} is {loss.item()}"))
+        return result
+
+    def refuse_non_finite(self) -> None:
+        """Raise a UsageError if the last step has left a trained parameter with numbers that are not finite."""
+        bad = non_finite(self.wrapped)
+        if bad:
+            raise UsageError(
+                self._stopped(f"after step {self.state.global_step}, {bad} holds numbers that are not finite")
+            )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.refuse_non_finite()
+        folder = Path(self.args.output_dir or ".")
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            checkpoints.unmark(checkpoint)
+        try:
+            with disk_errors_named(folder):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    checkpoints.mark_complete(checkpoint)
+        except OSError:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            raise
+        if self.args.should_save:
+            checkpoints.prune(folder, self.keep_checkpoints, spare=self.state.best_model_checkpoint)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as TRL does, with the extra figures beside the training loss."""
+        if self.extra_figures is not None and "loss" in logs:
+            logs.update(self.extra_figures())
+        super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write nothing: the card is written once, at the end of the run."""
+
+    def _send_telemetry(self) -> None:
+        """Send nothing."""
+
+    def _stopped(self, what: str) -> str:
+        whole = checkpoints.find_checkpoints(Path(self.args.output_dir or ".")).complete
+        good = f"the last checkpoint before it is {whole[-1]}" if whole else "there was no checkpoint yet"
+        return f"{what}: training stopped, {good}; {NEXT_STEP}"
+
+
+@contextmanager
+def answers_only_head(device: torch.device) -> Iterator[None]:
+    """Let TRL's LM head score the answers' positions alone on a CPU, as it does on a GPU; the loss is the same.
+
+    TRL scores every position on devices that compile for each shape. A CPU does not, and the vocabulary for
+    every token of every prompt takes a quarter of a step of the embedded default model.
+
+    Args:
+        device: Where the model is; anything but a CPU is left as it is.
+    """
+    scores_compactly = getattr(trl_forward, "_use_triton", None)  # asked for this one decision in that module
+    if device.type != "cpu" or scores_compactly is None:
+        yield
+        return
+    trl_forward._use_triton = lambda _device: True  # pyright: ignore[reportPrivateImportUsage]  # looked for above
+    try:
+        yield
+    finally:
+        trl_forward._use_triton = scores_compactly  # pyright: ignore[reportPrivateImportUsage]  # as it was
+
+
+def non_finite(model: nn.Module) -> str | None:
+    """Find a trainable parameter that holds a number which is not finite.
+
+    Args:
+        model: The model; waits for its device.
+
+    Returns:
+        The parameter's name, or None.
+    """
+    trained: list[tuple[str, Tensor]] = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if not trained:
+        return None
+    finite = torch.stack([torch.isfinite(values.detach()).all() for _, values in trained]).tolist()
+    return next((name for (name, _), good in zip(trained, finite, strict=True) if not good), None)

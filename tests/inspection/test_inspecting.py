@@ -1,0 +1,161 @@
+"""An inspection as Python calls it: on any model, of one adapter or of two."""
+
+import dataclasses
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor
+
+from moa_peft import LoraExpert, MoAConfig, RouterConfig, mixture_layers
+from moa_peft.data.loading import Row
+from moa_peft.errors import UsageError
+from moa_peft.inspection.agreement import AgreementSums
+from moa_peft.inspection.change_sums import Change
+from moa_peft.inspection.forward_pass import TokenText
+from moa_peft.inspection.inspection import inspect_model
+from moa_peft.inspection.observer import Heard, Where
+from moa_peft.inspection.prompts import Prompt, as_prompt, tokenise
+from moa_peft.inspection.token_classes import CLASSES
+from moa_peft.inspection.token_view import ShownTokens, encode_gates
+from tiny import awaken, base_model, mixture_model
+from tiny_lm import byte_tokenizer
+from two_pass import keep_everything, texts
+
+
+def written() -> list[TokenText]:
+    return [dataclasses.replace(one, pieces=("x",) * len(one.ids)) for one in texts()]
+
+
+def rows(number: int, size: int, seed: int) -> Tensor:
+    return torch.randn(number, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("method", ["everything", "unipeft", "copies"])
+def test_the_gates_shown_are_those_of_each_text_alone(method: str) -> None:
+    model = mixture_model("llama", method)
+    found = inspect_model(model, written(), batch_size=3)
+    kept = keep_everything(model, texts())
+    assert [one.number for one in found.prompts] == [1, 2, 3, 4, 5]
+    for where in kept.gates:
+        shown = torch.cat([one.gates[Where(*where)] for one in found.prompts])
+        torch.testing.assert_close(shown.double(), kept.gates[where], atol=1e-4, rtol=1e-4)
+
+
+def test_the_gates_of_official_pooling_are_those_of_each_text_alone_too() -> None:
+    router = RouterConfig(granularity="instance", pooling="official")
+    experts = [LoraExpert(targets=("q_proj", "v_proj"))]
+    model = get_peft_model(base_model("llama"), MoAConfig(experts=experts, router=router))
+    awaken(model)
+    together, alone = (inspect_model(model, written(), batch_size=size) for size in (3, 1))
+    for one, two in zip(together.prompts, alone.prompts, strict=True):
+        for where, gates in one.gates.items():
+            torch.testing.assert_close(gates, two.gates[where])
+
+
+def test_a_threshold_that_no_step_has_moved_is_told_from_one_that_was_trained() -> None:
+    fresh = mixture_model("llama", "sparse-moa", awake=False)
+    awake = mixture_model("llama", "sparse-moa")
+    for model, trained in ((fresh, False), (awake, True)):
+        finding = inspect_model(model, written()).findings["default"]
+        assert [one.threshold and one.threshold.trained for one in finding.routers] == [trained] * 2
+    assert "did not move" in inspect_model(fresh, written()).findings["default"].sentences[1]
+
+
+def test_what_is_no_mixture_is_refused() -> None:
+    with pytest.raises(
+        UsageError, match="the model has no mixture of adapters: give an adapter that was trained"
+    ):
+        inspect_model(base_model("llama"), written())
+    with pytest.raises(UsageError, match="the adapter elsewhere is no mixture of adapters: give one that is"):
+        inspect_model(mixture_model("llama", "soft-moa"), written(), {"b": {"adapter": "elsewhere"}})
+
+
+def test_two_adapters_read_the_same_tokens_and_each_stays_as_it_is_alone() -> None:
+    model = mixture_model("llama", "soft-moa")
+    alone = inspect_model(model, written()).findings["default"]
+    model.add_adapter("other", MoAConfig.preset("sparse-moa"))
+    done: list[int] = []
+    found = inspect_model(model, written(), {"default": {}, "other": {}}, batch_size=2, progress=done.append)
+    for one, other in zip(found.findings["default"].routers, alone.routers, strict=True):
+        assert one.mean_gate == pytest.approx(other.mean_gate, abs=1e-6)
+    assert done == [2, 4, 5]
+    assert model.active_adapter == "default"
+    (first, _) = found.agreement
+    assert "prompt" not in first.names  # one alone has it
+    assert first.change_cka[first.names.index("lora_q_proj")] is None  # the second adds nothing yet
+    assert len(mixture_layers(model)) == len(found.agreement)
+
+
+def test_agreement_equals_its_definitions_however_the_tokens_are_batched() -> None:
+    a, b = rows(40, 3, 0).abs(), rows(40, 3, 1).abs()
+    x, y = rows(40, 4, 2), rows(40, 6, 3)
+    y[:, :2] += 2 * x[:, :2]
+    sums = AgreementSums()
+    one, other = Where("one", 3, ""), Where("other", 3, "")
+    names = {one: ("p", "q", "r"), other: ("q", "r", "s")}
+    for part in torch.arange(40).split([1, 15, 24]):
+        length = torch.ones(len(part))
+        sums.add(
+            Heard(gates={one: a[part]}, changes={one: {"q": Change(coordinates=x[part], length=length)}}),
+            Heard(gates={other: b[part]}, changes={other: {"q": Change(coordinates=y[part], length=length)}}),
+            names,
+        )
+    (found,) = sums.statistics()
+    assert (found.layer, found.names) == (3, ("q", "r"))
+    for place, (left, right) in enumerate(((1, 0), (2, 1))):
+        pair = torch.stack([a[:, left], b[:, right]])
+        assert found.gate_correlation[place] == pytest.approx(float(torch.corrcoef(pair)[0, 1]))
+        assert found.gate_difference[place] == pytest.approx(float((pair[0] - pair[1]).abs().mean()))
+    x, y = x - x.mean(0), y - y.mean(0)
+    assert found.change_cka == (
+        pytest.approx(float((x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm()))),
+        None,
+    )
+
+
+def test_only_as_many_gates_are_kept_as_there_is_room_for() -> None:
+    shown = ShownTokens(written(), gates_a_token=10, values=10 * 12)  # of texts of 5, 11, 1, 8 and 3 tokens
+    where = Where("default", 0, "")
+    lengths = [5, 11, 1, 8, 3]
+    for places in ([1, 3], [0, 4, 2]):
+        number = sum(lengths[place] for place in places)
+        shown.keep(places, Heard(gates={where: torch.arange(number * 10.0).view(number, 10)}))
+    prompts = shown.prompts()
+    assert [(one.number, len(one.text.ids), one.gates[where].shape[0]) for one in prompts] == [
+        (1, 5, 5),
+        (2, 7, 7),
+    ]
+    assert prompts[0].gates[where][0, 0] == 0
+    assert prompts[1].gates[where][-1, -1] == 69
+
+
+def test_gates_are_written_as_two_letters_each() -> None:
+    assert encode_gates(torch.tensor([[0.0, 1.0, 1 / 4095]])) == "AA//AB"
+    assert encode_gates(torch.tensor([[-3.0], [2.0]])) == "AA//"
+
+
+def test_the_pieces_are_the_text_and_the_words_around_a_question_are_template() -> None:
+    row = Row(instruction="Is 7 odd? é", input="Say 1.", output="", answer="")
+    tokenizer = byte_tokenizer(chat=True)
+    for template, around in (("paper", "### Response:\n"), ("chat", "<assistant>"), (None, "")):
+        prompt = as_prompt(row, template, tokenizer)
+        (text,) = tokenise([prompt], tokenizer)
+        assert "".join(text.pieces) == prompt.text
+        assert prompt.text.endswith(around)
+        by_class = {
+            name: "".join(p for p, k in zip(text.pieces, text.classes, strict=True) if CLASSES[k] == name)
+            for name in CLASSES
+        }
+        assert by_class["number"] == "71"
+        assert by_class["word"].startswith("Isoddé")
+        assert ("Instruction" in by_class["template"]) == (template == "paper")
+        assert by_class["special"] == ("<|end|>" if template == "chat" else "")
+
+
+def test_a_tokenizer_that_does_not_know_its_places_is_refused() -> None:
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(UsageError, match="Slow does not say where in a text its tokens stand"):
+        tokenise([Prompt(text="a", own=())], Slow())

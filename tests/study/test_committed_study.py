@@ -1,0 +1,47 @@
+"""The study that the documentation shows: its rows are whole, name where they come from, and give its report byte for byte."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moa_peft.cli.overrides import load_yaml
+from moa_peft.study.config import FROZEN, StudyConfig
+from moa_peft.study.report import read_summary, write_report
+from moa_peft.study.rows import read_results
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docs" / "results" / "study-cpu-small"
+SETTINGS = load_yaml(ROOT / "studies" / "cpu-small.yaml")
+
+
+def test_nothing_is_missing_and_no_run_is_left_out() -> None:
+    summary = read_summary(StudyConfig.from_mapping({**SETTINGS, "out": str(FOLDER)}))
+    assert not summary.missing
+    assert not summary.failures
+    assert len(summary.rows) == len(read_results(FOLDER)) == summary.planned
+    assert summary.methods[0].label == FROZEN
+    assert {len(one.rows) for one in summary.methods[1:]} == {3}
+
+
+def test_every_row_names_commit_config_versions_seed_and_data() -> None:
+    files = SETTINGS["data_md5"]
+    for row in read_results(FOLDER):
+        assert row.commit
+        assert not row.dirty
+        assert row.config_hash
+        assert row.versions["torch"]
+        assert row.train.file_md5 == files["train"]
+        assert row.seed in (SETTINGS["seeds"] if row.label != FROZEN else [None])
+        assert {name: one.file_md5 for name, one in row.tests.items()}.items() <= files.items()
+
+
+def test_the_report_comes_out_of_the_rows_byte_for_byte(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra report")
+    for name in ("results.jsonl", "study.json"):
+        shutil.copy(FOLDER / name, tmp_path)
+    write_report(StudyConfig.from_mapping({**SETTINGS, "out": str(tmp_path)}))
+    written = sorted(one.name for one in tmp_path.iterdir())
+    assert written == sorted(one.name for one in FOLDER.iterdir())
+    for name in written:
+        assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes(), name

@@ -1,0 +1,75 @@
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moa_peft.training.model_card import add_results, write_card
+
+ROW: dict[str, Any] = {
+    "final_loss": 1.25,
+    "validation_loss": 1.5,
+    "trainable_parameters": 1234,
+    "total_parameters": 123400,
+    "rows_kept": 7000,
+    "steps": 55,
+}
+RECIPE: dict[str, Any] = {
+    "model": "smollm2",
+    "method": "soft-moa",
+    "data": "demo",
+    "data_md5": "abc",
+    "template": "paper",
+    "learning_rate": 1e-4,
+    "output_dir": "/home/someone/run",
+    "validation": "a|b",
+}
+
+
+def metadata(card: str) -> dict[str, Any]:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_a_card_names_base_method_data_sizes_settings_and_paper(tmp_path: Path) -> None:
+    write_card(tmp_path, ROW, RECIPE)
+    card = (tmp_path / "README.md").read_text()
+    assert metadata(card) == {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "tags": [
+            *["moa", "mixture-of-adapters", "peft", "soft-moa"],
+            "base_model:adapter:HuggingFaceTB/SmolLM2-135M-Instruct",
+        ],
+    }
+    wanted = ["pip install moa-peft", "1,234 (1.00 % of all)", "7,000 rows of `demo` (MD5 abc)", "2506.05928"]
+    wanted += [
+        "| learning_rate | `0.0001` |",
+        "| validation | `a\\|b` |",
+        "| held-out loss, at the end | 1.5000 |",
+    ]
+    assert [one for one in wanted if one not in card] == []
+    assert "/home/someone" not in card
+
+
+def test_a_base_model_in_a_folder_of_this_machine_is_no_metadata(tmp_path: Path) -> None:
+    write_card(tmp_path, ROW | {"validation_loss": None}, RECIPE | {"model": str(tmp_path)})
+    card = (tmp_path / "README.md").read_text()
+    assert "base_model" not in metadata(card)
+    assert not [tag for tag in metadata(card)["tags"] if "base_model" in tag]
+    assert "held-out" not in card
+
+
+def test_new_results_replace_the_table_and_nothing_else(tmp_path: Path) -> None:
+    write_card(tmp_path, ROW, RECIPE)
+    before = (tmp_path / "README.md").read_text()
+    results = [{"task": "boolq", "accuracy": 0.5, "n": 80}, {"task": "piqa", "accuracy": None, "n": 3}]
+    add_results(tmp_path, results)
+    add_results(tmp_path, results)
+    after = (tmp_path / "README.md").read_text()
+    assert after.split("## Results")[0] == before.split("## Results")[0]
+    assert after.split("## Results")[1].strip().splitlines() == [
+        "| task | accuracy | n |",
+        "| --- | --- | --- |",
+        "| boolq | 0.5000 | 80 |",
+        "| piqa |  | 3 |",
+    ]

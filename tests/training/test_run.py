@@ -1,0 +1,286 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moa_peft.data.loading import load_rows
+from moa_peft.data.tokenization import encode_rows
+from moa_peft.errors import UsageError
+from moa_peft.training import prepare as preparing
+from moa_peft.training.checkpoints import find_checkpoints
+from moa_peft.training.recipe import Recipe
+from moa_peft.training.run import train
+
+Recipes = Callable[..., Recipe]
+
+
+def weights(folder: str) -> dict[str, Tensor]:
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def history(folder: str) -> list[dict[str, Any]]:
+    last = find_checkpoints(Path(folder)).complete[-1]
+    return json.loads((last / "trainer_state.json").read_text())["log_history"]
+
+
+def plain_loss(recipe: Recipe, count: int | None = None) -> float:
+    """The frozen model's mean loss over all answer tokens, one row at a time."""
+    model = AutoModelForCausalLM.from_pretrained(recipe.model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    total, tokens = 0.0, 0
+    for one in encode_rows(
+        load_rows(recipe.data)[:count], tokenizer, recipe.template, recipe.max_length
+    ).examples:
+        with torch.no_grad():
+            logits = model(torch.tensor([one.input_ids])).logits[0, :-1]
+        labels = torch.tensor(one.labels[1:])
+        total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+        tokens += int((labels != -100).sum())
+    return total / tokens
+
+
+def test_a_run_leaves_exactly_the_files_it_promises_and_the_loss_falls(recipe_of: Recipes) -> None:
+    recipe = recipe_of(max_steps=12, save_steps=6, validation=0.2)
+    outcome = train(recipe)
+    folder = Path(recipe.output_dir)
+    assert {one.name for one in folder.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "checkpoint-12",
+        "checkpoint-6",
+        "moa_recipe.json",
+        "results.jsonl",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    losses = [one["loss"] for one in history(recipe.output_dir) if "loss" in one]
+    assert len(losses) == 12
+    assert losses[-1] < losses[0] - 0.2
+    assert outcome.final_loss == losses[-1]
+    (row,) = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert row["steps"] == outcome.steps == 12
+    assert row["trainable_parameters"] == sum(one.numel() for one in weights(recipe.output_dir).values())
+    assert row["validation_loss"] == outcome.validation_loss is not None
+    assert row["recipe"] == json.loads((folder / "moa_recipe.json").read_text())
+    assert row["recipe"]["data_md5"]
+    assert row["recipe"]["seed"] == 0
+    assert row["versions"]["torch"] == torch.__version__
+
+
+def test_the_recipe_written_down_repeats_the_run_bit_for_bit(recipe_of: Recipes, tmp_path: Path) -> None:
+    from moa_peft.cli.overrides import load_yaml
+    from moa_peft.training.trainer_settings import trainer_fields
+
+    first = recipe_of(mixture={"router": {"kind": "linear"}}, validation=0.2)
+    train(first)
+    again = load_yaml(Path(first.output_dir) / "moa_recipe.json") | {"output_dir": str(tmp_path / "again")}
+    train(Recipe.from_mapping(again, trainer_fields()))
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (Path(first.output_dir) / name).read_bytes()
+
+
+def test_the_adapter_reloads_through_peft_and_differs_from_another_seeds(
+    recipe_of: Recipes, tmp_path: Path
+) -> None:
+    recipe = recipe_of()
+    train(recipe)
+    base = AutoModelForCausalLM.from_pretrained(recipe.model)
+    model = PeftModel.from_pretrained(base, recipe.output_dir)
+    held = {name for name, _ in model.named_parameters() if "moa_" in name}
+    assert len(held) == len(weights(recipe.output_dir))
+    other = recipe_of(seed=1, output_dir=str(tmp_path / "other"))
+    train(other)
+    mine, theirs = weights(recipe.output_dir), weights(other.output_dir)
+    assert any(not torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_the_first_loss_is_the_frozen_models_mean_over_answer_tokens_whatever_the_accumulation(
+    recipe_of: Recipes, tmp_path: Path
+) -> None:
+    whole = recipe_of(max_steps=1, per_device_train_batch_size=24, output_dir=str(tmp_path / "whole"))
+    parts = recipe_of(
+        max_steps=1,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=8,
+        output_dir=str(tmp_path / "parts"),
+    )
+    expected = plain_loss(whole)
+    for recipe in (whole, parts):
+        assert train(recipe).final_loss == pytest.approx(expected, abs=1e-4)
+    first = torch.load(tmp_path / "whole/checkpoint-1/optimizer.pt")["state"]
+    second = torch.load(tmp_path / "parts/checkpoint-1/optimizer.pt")["state"]
+    for key in first:  # Adam's first moment after one step is the gradient, but for a factor
+        scale = first[key]["exp_avg"].abs().max()
+        assert (first[key]["exp_avg"] - second[key]["exp_avg"]).abs().max() <= 1e-4 * scale + 1e-9
+
+
+def test_on_a_cpu_only_the_answers_go_through_the_output_layer(
+    recipe_of: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trl.trainer import utils as trl_forward
+
+    scored: list[int] = []
+
+    class Counted(trl_forward._ChunkedLogProbFunction):
+        @classmethod
+        def apply(cls, hidden: Tensor, *rest: Any) -> Any:
+            scored.append(len(hidden))
+            return trl_forward_function.apply(hidden, *rest)
+
+    trl_forward_function = trl_forward._ChunkedLogProbFunction
+    decision = trl_forward._use_triton
+    monkeypatch.setattr(trl_forward, "_ChunkedLogProbFunction", Counted)
+    train(recipe_of(max_steps=1, per_device_train_batch_size=24, method="sparse-moa"))
+    assert scored == [24 + sum(1 + i % 3 for i in range(24))], (
+        "not one position for each answer and end token"
+    )
+    assert trl_forward._use_triton is decision
+
+
+def test_packed_rows_do_not_see_each_other(recipe_of: Recipes) -> None:
+    recipe = recipe_of(max_steps=1, per_device_train_batch_size=24, packing=True)
+    preparation = preparing.prepare(recipe)
+    assert preparation.plan.rows_kept == 24
+    assert len(preparation.trainer.train_dataset) < 24  # type: ignore[arg-type]  # a Dataset is sized
+    preparing.discard(preparation)
+    assert train(recipe).final_loss == pytest.approx(plain_loss(recipe), abs=1e-4)
+
+
+def test_gradient_checkpointing_gives_the_same_adapter_bit_for_bit(
+    recipe_of: Recipes, tmp_path: Path
+) -> None:
+    plain = recipe_of(output_dir=str(tmp_path / "plain"))
+    checkpointed = recipe_of(gradient_checkpointing=True, output_dir=str(tmp_path / "checkpointed"))
+    for recipe in (plain, checkpointed):
+        train(recipe)
+    first, second = weights(plain.output_dir), weights(checkpointed.output_dir)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_bf16_keeps_the_adapter_in_float32_on_a_bfloat16_base(recipe_of: Recipes) -> None:
+    recipe = recipe_of(bf16=True, max_steps=8, gradient_checkpointing=True)
+    train(recipe)
+    assert {one.dtype for one in weights(recipe.output_dir).values()} == {torch.float32}
+    row = json.loads((Path(recipe.output_dir) / "results.jsonl").read_text())
+    assert row["base_dtype"] == "torch.bfloat16"
+    losses = [one["loss"] for one in history(recipe.output_dir) if "loss" in one]
+    assert losses[-1] < losses[0]
+
+
+def test_watching_the_router_leaves_the_training_bit_for_bit_alone(
+    recipe_of: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = recipe_of(output_dir=str(tmp_path / "watched"), logging_steps=2, method="sparse-moa")
+    train(watched)
+    figures = [name for one in history(watched.output_dir) for name in one if name.startswith("router/")]
+    assert "router/threshold_mean" in figures
+    assert "router/active_experts" in figures
+    monkeypatch.setattr(preparing, "mixture_layers", lambda model: [])
+    alone = recipe_of(output_dir=str(tmp_path / "alone"), logging_steps=2, method="sparse-moa")
+    train(alone)
+    assert not [name for one in history(alone.output_dir) for name in one if name.startswith("router/")]
+    first, second = weights(watched.output_dir), weights(alone.output_dir)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    recipe_of: Recipes,
+) -> None:
+    recipe = recipe_of(learning_rate=1e30, save_steps=1)
+    with pytest.raises(UsageError, match=r"the loss of step 2 is nan: training stopped, the last checkpoint before it is .*checkpoint-1; start a new run in another output_dir with a lower learning_rate"):  # fmt: skip
+        train(recipe)
+    folder = Path(recipe.output_dir)
+    assert [one.name for one in find_checkpoints(folder).complete] == ["checkpoint-1"]
+    assert not (folder / "checkpoint-2").exists()
+    assert not (folder / "adapter_config.json").exists()
+
+
+def test_a_short_run_leaves_checkpoints_without_being_told(recipe_of: Recipes, tmp_path: Path) -> None:
+    train(recipe_of(max_steps=4))
+    assert [one.name for one in find_checkpoints(tmp_path / "run").complete] == [
+        "checkpoint-3",
+        "checkpoint-4",
+    ]
+    assert json.loads((tmp_path / "run/moa_recipe.json").read_text())["save_steps"] == 1
+
+
+def test_a_folder_below_home_is_the_same_for_the_run_and_its_checkpoints(
+    recipe_of: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    outcome = train(recipe_of(output_dir="~/run", save_steps=2))
+    assert outcome.output_dir == str(tmp_path / "home/run")
+    assert {"checkpoint-2", "adapter_config.json"} <= {one.name for one in (tmp_path / "home/run").iterdir()}
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("options", [{"save_steps": 1}, {"save_strategy": "no", "max_steps": 1}])
+def test_weights_that_are_not_finite_are_never_saved(recipe_of: Recipes, options: dict[str, Any]) -> None:
+    """Neither in a checkpoint, nor at the end where no checkpoint follows the last step."""
+    recipe = recipe_of(learning_rate=1e39, **options)
+    with pytest.raises(UsageError, match=r"after step 1, .*moa_.* holds numbers that are not finite: training stopped, there was no checkpoint yet; start a new run in another output_dir with a lower learning_rate, bf16 instead of fp16, or a lower max_grad_norm$"):  # fmt: skip
+        train(recipe)
+    assert [one.name for one in Path(recipe.output_dir).iterdir()] == ["moa_recipe.json"]
+
+
+def test_an_output_folder_that_holds_anything_is_refused_and_left_alone(
+    recipe_of: Recipes, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("keep")
+    with pytest.raises(
+        UsageError, match=r"run exists and is not empty: choose another one, delete it, or add --resume"
+    ):
+        train(recipe_of())
+    assert [one.name for one in (tmp_path / "run").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "soft-mao"}, "unknown method 'soft-mao': did you mean 'soft-moa'"),
+        ({"mixture": {"rooter": {}}}, "unknown field of MoAConfig 'rooter': did you mean 'router'"),
+        ({"mixture": {"experts": {"9": {"rank": 4}}}}, r"experts\.9 does not exist"),
+        ({"max_length": 4}, "max_length 4 cuts away every answer"),
+        ({"model": "./no/such/model"}, "cannot be loaded|does not exist|no model"),
+        ({"data": "./no/such/rows.json"}, "does not exist|no such file|not found"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast': give a number"),
+        ({"lr_scheduler_type": "cosin"}, "the trainer refuses these settings: .*cosin"),
+        ({"data_md5": "0" * 32}, "the rows of .* have MD5 [0-9a-f]{32}, the recipe's data_md5 is 0{32}"),
+        ({"validation": 0.99}, "validation holds out 24 of 24 rows: nothing is left"),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed_leaves_no_folder(
+    changes: dict[str, Any], message: str, recipe_of: Recipes
+) -> None:
+    recipe = recipe_of(**changes)
+    with pytest.raises(UsageError, match=message):
+        train(recipe)
+    assert not Path(recipe.output_dir).exists()
+
+
+def test_no_space_while_saving_leaves_no_half_written_checkpoint(
+    recipe_of: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+    from transformers import Trainer
+
+    def full(*args: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(Trainer, "_save_rng_state", full)
+    recipe = recipe_of(save_steps=2)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        train(recipe)
+    assert caught.value.errno == 28
+    assert caught.value.filename == recipe.output_dir
+    assert {one.name for one in Path(recipe.output_dir).iterdir()} == {"moa_recipe.json"}
