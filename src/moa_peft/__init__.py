@@ -4,27 +4,41 @@ from peft import get_peft_model
 from moa_peft import MoAConfig
 
 model = get_peft_model(base, MoAConfig.preset("soft-moa"))
+
+Names are looked up where they are first used. The command `moa` alone defers the registration to that moment too, so that
+its help does not wait for torch.
 """
 
-from moa_peft.errors import MoAError, RunError, UsageError
-from moa_peft.mixture.block_hooks import ChangeRecord, GateRecord, MoALayer, mixture_layers, packed_weights
-from moa_peft.mixture.config import ArchitectureConfig, ExpertConfig, RouterConfig, ThresholdConfig
-from moa_peft.mixture.experts import (
-    DoraExpert,
-    IA3Expert,
-    LoraExpert,
-    ParallelAdapterExpert,
-    PromptExpert,
-    SequentialAdapterExpert,
-    VeraExpert,
-    register_expert,
-)
-from moa_peft.mixture.gates import register_gate
-from moa_peft.mixture.model import MoAModel
-from moa_peft.mixture.peft_config import MoAConfig
-from moa_peft.mixture.presets import preset_names
-from moa_peft.mixture.registration import register
-from moa_peft.training.optimizer import parameter_groups
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moa_peft.errors import MoAError, RunError, UsageError
+    from moa_peft.mixture.block_hooks import (
+        ChangeRecord,
+        GateRecord,
+        MoALayer,
+        mixture_layers,
+        packed_weights,
+    )
+    from moa_peft.mixture.config import ArchitectureConfig, ExpertConfig, RouterConfig, ThresholdConfig
+    from moa_peft.mixture.experts import (
+        DoraExpert,
+        IA3Expert,
+        LoraExpert,
+        ParallelAdapterExpert,
+        PromptExpert,
+        SequentialAdapterExpert,
+        VeraExpert,
+        register_expert,
+    )
+    from moa_peft.mixture.gates import register_gate
+    from moa_peft.mixture.model import MoAModel
+    from moa_peft.mixture.peft_config import MoAConfig
+    from moa_peft.mixture.presets import preset_names
+    from moa_peft.training.optimizer import parameter_groups
 
 __version__ = "0.1.0"
 
@@ -56,4 +70,58 @@ __all__ = [
     "register_gate",
 ]
 
-register(MoAConfig, MoAModel)
+_HOMES = {
+    "moa_peft.errors": (
+        "MoAError",
+        "RunError",
+        "UsageError",
+    ),
+    "moa_peft.mixture.block_hooks": (
+        "ChangeRecord",
+        "GateRecord",
+        "MoALayer",
+        "mixture_layers",
+        "packed_weights",
+    ),
+    "moa_peft.mixture.config": (
+        "ArchitectureConfig",
+        "ExpertConfig",
+        "RouterConfig",
+        "ThresholdConfig",
+    ),
+    "moa_peft.mixture.experts": (
+        "DoraExpert",
+        "IA3Expert",
+        "LoraExpert",
+        "ParallelAdapterExpert",
+        "PromptExpert",
+        "SequentialAdapterExpert",
+        "VeraExpert",
+        "register_expert",
+    ),
+    "moa_peft.mixture.gates": ("register_gate",),
+    "moa_peft.mixture.model": ("MoAModel",),
+    "moa_peft.mixture.peft_config": ("MoAConfig",),
+    "moa_peft.mixture.presets": ("preset_names",),
+    "moa_peft.training.optimizer": ("parameter_groups",),
+}
+"""The modules of the public names."""
+
+
+def __getattr__(name: str) -> Any:
+    """Look up a public name, and register the method."""
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module("moa_peft.mixture.model")
+    return getattr(import_module(home), name)
+
+
+def _is_the_command() -> bool:
+    """Whether this process is the command `moa` that was installed beside this Python."""
+    script = Path(sys.argv[0] if sys.argv else "")
+    return script.name in ("moa", "moa.exe") and script.resolve().parent == Path(sys.executable).parent
+
+
+if not _is_the_command():
+    import_module("moa_peft.mixture.model")

@@ -1,8 +1,12 @@
 """The command `moa`: one file a verb, each importing what it needs only when it runs."""
 
 import errno
+import functools
 import os
 import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 import typer
 
@@ -33,15 +37,26 @@ def register_verbs() -> None:
     from moa_peft.cli.train import ANY_FIELD, train, train_help
     from moa_peft.cli.verify import verify
 
-    app.command(context_settings=ANY_FIELD, help=train_help())(train)
-    app.command(context_settings=ANY_FIELD, help=compare_help())(compare)
+    app.command(context_settings=ANY_FIELD, help=train_help())(registered(train))
+    app.command(context_settings=ANY_FIELD, help=compare_help())(registered(compare))
     for verb in (evaluate, chat, demo, methods, verify, bench, inspect):
-        app.command()(verb)
-    app.command("import")(import_)
-    app.command()(export)
+        app.command()(registered(verb))
+    app.command("import")(registered(import_))
+    app.command()(registered(export))
     app.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(
         exec_
     )
+
+
+def registered(verb: Callable[..., None]) -> Callable[..., None]:
+    """Let a verb register the method before it runs; its help does without, and without torch."""
+
+    @functools.wraps(verb)
+    def run(*words: Any, **options: Any) -> None:
+        import_module("moa_peft.mixture.model")
+        verb(*words, **options)
+
+    return run
 
 
 def fail(message: str, code: int) -> None:

@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moa_peft.cli.overrides import load_yaml, parse_flags
-from moa_peft.study.cells import NONE, nats, percent, run_name
 from moa_peft.study.config import Method, StudyConfig, studies_of
 from moa_peft.study.extras import REPORT_PACKAGES, has, need
-from moa_peft.study.schedule import rate_text
 from moa_peft.training.field_docs import field_docs
 
 if TYPE_CHECKING:
@@ -131,6 +129,8 @@ def run_all(
 
 def outcome_text(summary: "StudySummary", *, has_report: bool) -> str:
     """Write what a study has found and where it lies, for a person."""
+    from moa_peft.study.cells import percent, run_name
+
     folder = Path(summary.config.out)
     by_loss = not any(one.mean for one in summary.methods)
     lines = [
@@ -149,11 +149,15 @@ def outcome_text(summary: "StudySummary", *, has_report: bool) -> str:
 
 
 def _losses(method: "MethodSummary") -> str:
+    from moa_peft.study.cells import NONE, nats
+
     return ", ".join(f"{name} {nats(loss)}" for name, loss in method.losses.items()) or NONE
 
 
 def as_object(summary: "StudySummary") -> dict[str, Any]:
     """What a study has found, as one JSON object."""
+    from moa_peft.study.cells import run_name
+
     return {
         "out": summary.config.out,
         "rows": len(summary.rows),
@@ -180,6 +184,8 @@ def as_object(summary: "StudySummary") -> dict[str, Any]:
 
 def plan_text(study: "Study", left: dict[str, int]) -> str:
     """Write what a study will do, for a person."""
+    from moa_peft.study.schedule import rate_text
+
     config, data = study.config, study.data
     rates = ", ".join(map(rate_text, config.learning_rates))
     tuning_seeds = ", ".join(map(str, config.tuning_seeds))

@@ -7,14 +7,18 @@ from typing import Literal, get_args
 
 from moa_peft.data.templates import Template
 from moa_peft.errors import UsageError, unknown
-from moa_peft.evaluation.code_execution import check_isolation
 from moa_peft.evaluation.extraction_rules import RULES
 from moa_peft.evaluation.questions import Task
-from moa_peft.evaluation.scoring import LIKELIHOOD_RULES
-from moa_peft.evaluation.text_choices import TEXT_RULES, text_questions
 from moa_peft.extras import require
 
 Mode = Literal["likelihood", "generation", "text"]
+
+LIKELIHOOD_RULES = ("sum", "per_token")
+"""Ways to call a choice the likeliest: by its log-likelihood, or by that divided by its tokens."""
+
+TEXT_RULES = ("sum", "per_character")
+"""Ways to call a text the likeliest: by its log-likelihood (`acc` of the harness), or by that divided by its characters
+(`acc_norm`)."""
 
 RULES_OF: Mapping[Mode, tuple[str, ...]] = {
     "likelihood": LIKELIHOOD_RULES,
@@ -125,6 +129,10 @@ class EvaluationOptions:
                 isolated here.
         """
         if self.mode_for(task) == "text":
+            from moa_peft.evaluation.text_choices import (
+                text_questions,
+            )  # its tokens need torch, which options do not
+
             text_questions(task)
         if self.mode_for(task) != "generation":
             return
@@ -138,4 +146,6 @@ class EvaluationOptions:
                 f"task {task.name!r} runs the programs that the model writes: add --allow-code-execution "
                 "(allow_code_execution=True) to run them in a sandbox, or leave the task out"
             )
+        from moa_peft.evaluation.code_execution import check_isolation
+
         check_isolation()

@@ -30,9 +30,6 @@ TOKEN_BUDGET = 4096
 LOGIT_BUDGET = 1024
 """Most positions of a batch whose logits are computed: 200 MB in float32 at 49,152 words."""
 
-LIKELIHOOD_RULES = ("sum", "per_token")
-"""Ways to call a choice the likeliest: by its log-likelihood, or by that divided by its tokens."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenQuestion:

@@ -13,10 +13,6 @@ from moa_peft.evaluation.scoring import TokenQuestion
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEXT_RULES = ("sum", "per_character")
-"""Ways to call a text the likeliest: by its log-likelihood (`acc` of the harness), or by that divided by its characters
-(`acc_norm`)."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextQuestion:

@@ -24,6 +24,7 @@ from moa_peft.mixture.block_hooks import (
 )
 from moa_peft.mixture.mixture import PlacedExpert
 from moa_peft.mixture.peft_config import BLOCKS_MARK, MoAConfig
+from moa_peft.mixture.registration import register
 from moa_peft.mixture.token_masks import TokenWatch
 
 
@@ -310,3 +311,6 @@ def _check_router_input(block: Block, config: MoAConfig) -> None:
             f"modules_to_save {config.modules_to_save} covers {path}, which the router reads (router_input "
             f"{router_input!r}): leave it out, or choose the other router_input"
         )
+
+
+register(MoAConfig, MoAModel)
