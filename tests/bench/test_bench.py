@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from moa_peft.bench import subjects, work
-from moa_peft.bench.measure import BenchOptions, as_dict, measure
-from moa_peft.bench.paired import quartiles, ratios, take_turns
+from moa_peft.bench.measure import BenchOptions, as_dict, measure, quartiles, ratios, take_turns
 from moa_peft.bench.rows import BenchRow
 from moa_peft.errors import UsageError
 from moa_peft.mixture.block_hooks import MoALayer

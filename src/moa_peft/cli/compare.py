@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moa_peft.cli.overrides import load_yaml, parse_flags
-from moa_peft.study.cells import NONE, nats, percent, run_name
+from moa_peft.extras import EXTRAS, check_installed, is_installed
 from moa_peft.study.config import Method, StudyConfig, studies_of
-from moa_peft.study.extras import REPORT_PACKAGES, has, need
+from moa_peft.study.formatting import NONE, nats, percent, run_name
 from moa_peft.study.schedule import rate_text
-from moa_peft.training.field_docs import field_docs
+from moa_peft.training.trainer_settings import field_docs
 
 if TYPE_CHECKING:
     from moa_peft.study.runner import Study
@@ -73,7 +73,9 @@ def compare(
 
     from moa_peft.study.report import read_summary, write_report
 
-    has_report = report_only or all(map(has, REPORT_PACKAGES))  # a machine that computes needs no plots
+    has_report = report_only or all(
+        map(is_installed, EXTRAS["report"])
+    )  # a machine that computes needs no plots
     has_failed = False
     for study_config in studies_of(settings, parse_flags(context.args), domain):
         if not report_only:
@@ -106,7 +108,7 @@ def run_all(
     from moa_peft.study.runner import open_study, planned, run_study
 
     if ray_cpus is not None:
-        need("ray", "ray")
+        check_installed("ray")
     say(f"checking {len(config.methods)} methods and the rows of {config.data} ...")
     study = open_study(config)
     left = planned(study, read_results(study.folder), retry_failed=retry_failed)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moa_peft.data.loading import Row
+from moa_peft.data.row import Row
 from moa_peft.data.templates import Template, render_completion, render_prompt
 from moa_peft.data.tokenization import completion_ids, end_token_id, prompt_ids
 from moa_peft.errors import UsageError
