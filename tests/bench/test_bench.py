@@ -198,7 +198,7 @@ def test_objections_name_a_dirty_tree_and_too_few_pairs() -> None:
     dirty = dataclasses.replace(clean, provenance={**row.provenance, "dirty": True})
     assert "the working tree differs from commit" in dirty.objections()[0]
     unknown = dataclasses.replace(clean, rms_err=float("nan"), err_limit=1e-3)
-    assert "error nan against the plain path" in unknown.objections()[0]
+    assert "error nan against the experts one by one" in unknown.objections()[0]
 
 
 def test_tokens_a_second_are_those_read_in_training_and_those_decoded() -> None:
