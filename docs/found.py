@@ -8,10 +8,10 @@ from writing import table
 
 from moa_peft.cli.overrides import load_yaml
 from moa_peft.evaluation.results import mean_and_standard_error
-from moa_peft.study.cells import NONE, claim, count, difference_cells, percent
 from moa_peft.study.config import FROZEN, StudyConfig
+from moa_peft.study.formatting import NONE, claim, count, difference_cells, percent
+from moa_peft.study.one_run import COLUMNS
 from moa_peft.study.report import read_summary
-from moa_peft.study.router import COLUMNS
 from moa_peft.study.rows import RunRow
 from moa_peft.study.statistics import MethodSummary, StudySummary
 

@@ -30,7 +30,7 @@ INTERNALS = ("MoALayer", "MoAModel")
 
 def all_field_docs(config_class: type) -> dict[str, str]:
     """Read the string under each field of a dataclass, inherited fields last."""
-    from moa_peft.training.field_docs import field_docs
+    from moa_peft.training.trainer_settings import field_docs
 
     docs: dict[str, str] = {}
     for one in config_class.__mro__:

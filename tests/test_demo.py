@@ -8,8 +8,8 @@ import pytest
 from safetensors.torch import load_file
 
 from moa_peft.data.cache import cache_root
-from moa_peft.demo import demo_recipe, free_folder, run_demo
-from moa_peft.training.outcome import Plan
+from moa_peft.study.demo import demo_recipe, free_folder, run_demo
+from moa_peft.training.prepare import Plan
 
 needs_packages = pytest.mark.skipif(
     not os.environ.get("CI") and not all((cache_root() / name).is_dir() for name in ("smollm2", "demo")),

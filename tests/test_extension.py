@@ -19,8 +19,7 @@ from moa_peft.cli.overrides import load_yaml
 from moa_peft.mixture.config import GATES
 from moa_peft.mixture.experts import LinearExpert, expert_kinds, register_expert
 from moa_peft.mixture.gates import Gate, Weights, register_gate
-from moa_peft.training.method import build_peft_config
-from moa_peft.training.recipe import Recipe
+from moa_peft.training.recipe import Recipe, build_peft_config
 from tiny import awaken, base_model, tokens
 
 

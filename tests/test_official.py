@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from moa_peft import MoAConfig, UsageError
 from moa_peft.cli import app, register_verbs
 from moa_peft.mixture.balance_scaling import set_loss_scale
-from moa_peft.official.importer import OfficialSettings, load_weights, read_config
+from moa_peft.official.conversion import OfficialSettings, load_weights, read_config
 from moa_peft.official.names import destinations, half_split
 from moa_peft.official.parity import _forward, _gradients, _ours, _rebuild, compare
 from moa_peft.official.reference import read_reference

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from moa_peft import LoraExpert, MoAConfig, ParallelAdapterExpert, PromptExpert, RouterConfig, UsageError
 from moa_peft.cli import app, register_verbs
-from moa_peft.data.loading import Row
+from moa_peft.data.row import Row
 from moa_peft.evaluation.loading import load, read_adapter
 from moa_peft.evaluation.scoring import TokenQuestion, answer_losses
 from moa_peft.mixture.block_hooks import GateRecord, mixture_layers

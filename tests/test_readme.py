@@ -22,9 +22,7 @@ from moa_peft.mixture.config import GATES
 from moa_peft.mixture.experts import base, expert_kinds
 from moa_peft.mixture.presets import PRESETS
 from moa_peft.study.config import studies_of
-from moa_peft.training.merge import merge
-from moa_peft.training.method import build_peft_config
-from moa_peft.training.recipe import Recipe
+from moa_peft.training.recipe import Recipe, build_peft_config, merge
 from moa_peft.training.trainer_settings import check_trainer, switch_names, trainer_fields
 from tiny import FAMILIES
 from tiny_lm import save_base

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from moa_peft import LoraExpert, MoAConfig, ParallelAdapterExpert, PromptExpert
-from moa_peft.data.loading import Row
+from moa_peft.data.row import Row
 
 END = "<|end|>"
 CHAT_TEMPLATE = (

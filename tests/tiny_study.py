@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moa_peft.data.loading import Row
+from moa_peft.data.row import Row
 from moa_peft.study.data import questions_md5
 from moa_peft.study.one_run import Order, describe
 from moa_peft.study.rows import RunRow, Scores

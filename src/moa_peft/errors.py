@@ -1,7 +1,11 @@
-"""The package's errors. Each is also a builtin kind, so `except ValueError` goes on working."""
+"""The package's errors, and what their messages are made of.
+
+Each error is also a builtin kind, so `except ValueError` goes on working.
+"""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class MoAError(Exception):
@@ -36,3 +40,11 @@ def unknown(what: str, given: str, known: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """What an error says in its first line, for a message of one line."""
     return str(error).strip().partition("\n")[0]
+
+
+def expanded(path: str | Path) -> Path:
+    """Expand a leading ``~``; that of an unknown user stays, and is then reported as missing like any other path."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)

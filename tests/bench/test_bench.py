@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from moa_peft.bench import subjects, work
-from moa_peft.bench.measure import BenchOptions, as_dict, measure
-from moa_peft.bench.paired import quartiles, ratios, take_turns
+from moa_peft.bench.measure import BenchOptions, as_dict, measure, quartiles, ratios, take_turns
 from moa_peft.bench.rows import BenchRow
 from moa_peft.errors import UsageError
 from moa_peft.mixture.block_hooks import MoALayer
@@ -199,7 +198,7 @@ def test_objections_name_a_dirty_tree_and_too_few_pairs() -> None:
     dirty = dataclasses.replace(clean, provenance={**row.provenance, "dirty": True})
     assert "the working tree differs from commit" in dirty.objections()[0]
     unknown = dataclasses.replace(clean, rms_err=float("nan"), err_limit=1e-3)
-    assert "error nan against the plain path" in unknown.objections()[0]
+    assert "error nan against the experts one by one" in unknown.objections()[0]
 
 
 def test_tokens_a_second_are_those_read_in_training_and_those_decoded() -> None:

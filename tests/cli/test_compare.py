@@ -9,11 +9,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from moa_peft import extras
 from moa_peft.cli.compare import compare
 from moa_peft.cli.train import ANY_FIELD
 from moa_peft.errors import UsageError
 from moa_peft.json_lines import append_rows, read_rows
-from moa_peft.study import extras
 from moa_peft.study.config import Method, StudyConfig, studies_of
 from tiny_study import write_study
 

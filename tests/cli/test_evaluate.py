@@ -6,7 +6,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from moa_peft.cli.evaluate import evaluate
-from moa_peft.data.loading import Row
+from moa_peft.data.row import Row
 from moa_peft.errors import UsageError
 from moa_peft.json_lines import read_rows
 from tiny_lm import choice_rows, number_rows, save_adapter, save_base, write_rows

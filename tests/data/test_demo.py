@@ -13,8 +13,9 @@ import pytest
 from moa_peft.data import demo
 from moa_peft.data.cache import cache_root
 from moa_peft.data.demo import demo_rows, question_key, read_questions, select_rows
-from moa_peft.data.loading import Row, load_rows
+from moa_peft.data.loading import load_rows
 from moa_peft.data.packages import Package
+from moa_peft.data.row import Row
 from moa_peft.errors import RunError, UsageError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

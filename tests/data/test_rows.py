@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from moa_peft.data.loading import Row, load_rows
+from moa_peft.data.loading import load_rows
+from moa_peft.data.row import Row
 from moa_peft.errors import UsageError
 
 RECORDS = [
@@ -230,7 +231,7 @@ def test_a_source_that_is_not_there_is_an_error(source: str, says: str) -> None:
 
 def test_a_folder_with_the_name_of_a_file_is_not_read_as_one(tmp_path: Path) -> None:
     (tmp_path / "folder" / "train.json").mkdir(parents=True)
-    from moa_peft.data.row_files import read_records
+    from moa_peft.data.loading import read_records
 
     with pytest.raises(UsageError, match=r"train\.json is not a file"):
         next(iter(read_records(tmp_path / "folder" / "train.json")))

@@ -6,7 +6,7 @@ from typing import Any, cast
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from moa_peft.data.loading import Row
+from moa_peft.data.row import Row
 from moa_peft.data.templates import Template, render_completion, render_prompt
 from moa_peft.data.tokenization import completion_ids, encode, encode_rows, end_token_id, prompt_ids
 from moa_peft.errors import UsageError

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from moa_peft.errors import UsageError
+from moa_peft.evaluation.answer_extraction import expression_value
 from moa_peft.evaluation.answer_forms import AnswerForm, parse_number, same_answer
-from moa_peft.evaluation.expressions import expression_value
 from moa_peft.evaluation.extraction_rules import RULES, find_rule, official, stated
 
 AQUA = Path(__file__).parents[2] / "../shared/data/AQuA/test.json"

@@ -8,7 +8,8 @@ from typing import Any
 import datasets
 import pytest
 
-from moa_peft.data.loading import Row, load_rows
+from moa_peft.data.loading import load_rows
+from moa_peft.data.row import Row
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.hub_tasks import HUB, official_row
 from moa_peft.evaluation.tasks import load_task, load_tasks

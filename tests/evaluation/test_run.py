@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moa_peft import RouterConfig
-from moa_peft.data.loading import Row
+from moa_peft.data.row import Row
 from moa_peft.errors import RunError, UsageError
 from moa_peft.evaluation import run as run_module
 from moa_peft.evaluation.options import EvaluationOptions

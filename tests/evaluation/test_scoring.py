@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from moa_peft import RouterConfig
-from moa_peft.data.loading import Row
+from moa_peft.data.row import Row
 from moa_peft.data.templates import render_prompt
 from moa_peft.data.tokenization import encode
 from moa_peft.errors import UsageError

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moa_peft.data.loading import Row
+from moa_peft.data.row import Row
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.tasks import GROUPS, as_question, load_task, load_tasks, task_names
 from tiny_lm import choice_rows, number_rows, write_rows

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from moa_peft import RouterConfig
-from moa_peft.data.loading import Row, as_row
+from moa_peft.data.row import Row, as_row
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.options import EvaluationOptions
 from moa_peft.evaluation.questions import Task, as_question

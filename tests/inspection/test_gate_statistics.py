@@ -9,15 +9,16 @@ from torch import Tensor
 
 from moa_peft.inspection.gate_statistics import (
     BINS,
+    CLASSES,
     POSITIONS,
     GateSums,
     gate_sums,
     load_share,
     load_variation,
     position_range,
+    token_class,
     token_entropy,
 )
-from moa_peft.inspection.token_classes import CLASSES, token_class
 
 UNIFORM = torch.full((12, 4), 0.25)
 ONE_HOT = torch.eye(4)[[2] * 12]

@@ -8,15 +8,15 @@ from peft import get_peft_model
 from torch import Tensor
 
 from moa_peft import LoraExpert, MoAConfig, RouterConfig, mixture_layers
-from moa_peft.data.loading import Row
+from moa_peft.data.row import Row
 from moa_peft.errors import UsageError
 from moa_peft.inspection.agreement import AgreementSums
-from moa_peft.inspection.change_sums import Change
 from moa_peft.inspection.forward_pass import TokenText
+from moa_peft.inspection.gate_statistics import CLASSES
 from moa_peft.inspection.inspection import inspect_model
 from moa_peft.inspection.observer import Heard, Where
 from moa_peft.inspection.prompts import Prompt, as_prompt, tokenise
-from moa_peft.inspection.token_classes import CLASSES
+from moa_peft.inspection.similarity import Change
 from moa_peft.inspection.token_view import ShownTokens, encode_gates
 from tiny import awaken, base_model, mixture_model
 from tiny_lm import byte_tokenizer

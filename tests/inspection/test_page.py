@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from moa_peft.data.loading import Row
+from moa_peft.data.row import Row
 from moa_peft.inspection.html_report import page
 from moa_peft.inspection.inspection import inspect_model
 from moa_peft.inspection.prompts import as_prompt, tokenise

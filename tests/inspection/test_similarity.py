@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moa_peft.inspection.change_sums import ChangeStatistics, ChangeSums
-from moa_peft.inspection.similarity import effective_rank
+from moa_peft.inspection.similarity import ChangeStatistics, ChangeSums, effective_rank
 
 
 def rows(number: int, size: int, seed: int) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 from peft import get_peft_model
 
 from moa_peft import MoAConfig
-from moa_peft.data.loading import Row
+from moa_peft.data.row import Row
 from moa_peft.inspection.html_report import page
 from moa_peft.inspection.inspection import inspect_model
 from moa_peft.inspection.prompts import as_prompt, tokenise

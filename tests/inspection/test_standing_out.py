@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moa_peft.inspection.change_sums import ChangeStatistics
 from moa_peft.inspection.findings import sentences
 from moa_peft.inspection.gate_statistics import gate_sums
 from moa_peft.inspection.results import GroupStatistics, RouterStatistics, router_statistics
+from moa_peft.inspection.similarity import ChangeStatistics
 
 LIVELY = torch.tensor([[0.2, 0.8], [0.8, 0.3]])
 

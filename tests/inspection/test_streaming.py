@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moa_peft.inspection.streaming_moments import JointMoments, Moments
-from moa_peft.inspection.subspace import GrowingBasis
+from moa_peft.inspection.streaming_moments import GrowingBasis, JointMoments, Moments
 
 
 def rows(number: int, size: int, seed: int = 0) -> Tensor:

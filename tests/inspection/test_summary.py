@@ -9,7 +9,7 @@ from torch import nn
 from moa_peft import LoraExpert, MoAConfig, RouterConfig
 from moa_peft.errors import UsageError
 from moa_peft.inspection.gate_statistics import load_variation
-from moa_peft.inspection.summary import routing_summary
+from moa_peft.inspection.results import routing_summary
 from tiny import METHODS, awaken, base_model, mixture_model
 from two_pass import cka, keep_everything, texts
 

@@ -10,7 +10,7 @@ from moa_peft.cli.overrides import load_yaml, parse_flags
 from moa_peft.errors import UsageError
 from moa_peft.study.config import StudyConfig, studies_of
 from moa_peft.study.schedule import Run, recipe_of
-from moa_peft.training.method import build_peft_config
+from moa_peft.training.recipe import build_peft_config
 from moa_peft.training.trainer_settings import check_trainer
 
 ROOT = Path(__file__).parents[2]

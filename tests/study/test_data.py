@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from moa_peft.data.loading import Row
+from moa_peft.data.row import Row
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.tasks import load_task
 from moa_peft.study.config import StudyConfig

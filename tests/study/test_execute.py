@@ -10,11 +10,11 @@ import pytest
 
 from moa_peft.json_lines import append_rows
 from moa_peft.study.config import StudyConfig
-from moa_peft.study.measure import peak_memory_mib, start_peak_memory, step_time
 from moa_peft.study.one_run import Order, train_once
 from moa_peft.study.report import read_summary
 from moa_peft.study.runner import Study, open_study, run_study
 from moa_peft.study.schedule import Job, Run
+from moa_peft.study.training_cost import peak_memory_mib, start_peak_memory, step_time
 from moa_peft.training.trainer import AdapterTrainer
 from tiny_study import write_forgetting, write_study
 

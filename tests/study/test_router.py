@@ -5,9 +5,9 @@ import pytest
 from tokenizers import processors
 
 from moa_peft.data.templates import PAPER
-from moa_peft.inspection import summary
+from moa_peft.inspection import results
 from moa_peft.inspection.prompts import Prompt, as_prompt, tokenise
-from moa_peft.study.router import router_summary
+from moa_peft.study.one_run import router_summary
 from tiny_lm import CHAT_TEMPLATE, END, byte_tokenizer, choice_rows, tiny_llama, with_mixture
 
 FIGURES = {"load_variation": 0.5, "mean_cka": None, "active_experts": 2.0}
@@ -24,7 +24,7 @@ def texts_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         read.extend(one.text for one in texts)
         return dict(FIGURES)
 
-    monkeypatch.setattr(summary, "routing_summary", routing_summary)
+    monkeypatch.setattr(results, "routing_summary", routing_summary)
     return read
 
 
@@ -50,13 +50,13 @@ def test_a_study_reads_the_tokens_that_inspecting_reads(
     tokenizer.chat_template = "{{ bos_token }}" + CHAT_TEMPLATE
     single = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 256)])
     tokenizer.backend_tokenizer.post_processor = single  # untyped setter
-    rows, seen, read = choice_rows(3), [], summary.read
+    rows, seen, read = choice_rows(3), [], results.read
 
     def watched(model: Any, listener: Any, texts: Any, **options: Any) -> None:
         seen.extend(texts)
         read(model, listener, texts, **options)
 
-    monkeypatch.setattr(summary, "read", watched)
+    monkeypatch.setattr(results, "read", watched)
     router_summary(with_mixture(tiny_llama()), tokenizer, rows, template)
     inspected = tokenise([as_prompt(row, template, tokenizer) for row in rows], tokenizer)
     assert [one.ids for one in seen] == [one.ids for one in inspected]

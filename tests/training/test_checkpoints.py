@@ -4,7 +4,7 @@ import pytest
 
 from moa_peft.errors import UsageError
 from moa_peft.training import checkpoints
-from moa_peft.training.resumption import forget_later_checkpoints
+from moa_peft.training.checkpoints import forget_later_checkpoints
 
 
 def write(folder: Path, step: int, *, complete: bool = True) -> Path:

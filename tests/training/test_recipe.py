@@ -9,11 +9,14 @@ from peft import PeftConfig
 
 from moa_peft.cli.overrides import load_yaml
 from moa_peft.errors import UsageError
-from moa_peft.training.field_docs import field_docs
-from moa_peft.training.merge import merge
-from moa_peft.training.method import build_peft_config
-from moa_peft.training.recipe import REFUSED, TRAINER_DEFAULTS, Recipe, own_fields
-from moa_peft.training.trainer_settings import build_settings, check_trainer, switch_names, trainer_fields
+from moa_peft.training.recipe import REFUSED, TRAINER_DEFAULTS, Recipe, build_peft_config, merge, own_fields
+from moa_peft.training.trainer_settings import (
+    build_settings,
+    check_trainer,
+    field_docs,
+    switch_names,
+    trainer_fields,
+)
 
 FIELDS = {"learning_rate", "packing", "logging_steps"}
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

@@ -13,9 +13,9 @@ import torch
 from moa_peft.cli.train import plan_text
 from moa_peft.errors import UsageError
 from moa_peft.training import checkpoints
+from moa_peft.training.checkpoints import changed_keys
 from moa_peft.training.prepare import discard, prepare
 from moa_peft.training.recipe import Recipe
-from moa_peft.training.resumption import changed_keys
 from moa_peft.training.run import train
 
 Recipes = Callable[..., Recipe]

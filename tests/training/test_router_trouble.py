@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from moa_peft.training.router_health import RouterFigures
-from moa_peft.training.router_trouble import FEWEST, TroubleWatch, find_trouble, trouble_sums
+from moa_peft.training.router_health import FEWEST, RouterFigures, TroubleWatch, find_trouble, trouble_sums
 
 LIVELY = torch.tensor([0.5, 0.4, 0.6]).expand(2, 20, 3)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from moa_peft.cli.train import plan_text
-from moa_peft.data.loading import Row, load_rows, rows_md5
+from moa_peft.data.loading import load_rows
+from moa_peft.data.row import Row, rows_md5
 from moa_peft.errors import UsageError
 from moa_peft.training.prepare import prepare
 from moa_peft.training.recipe import Recipe

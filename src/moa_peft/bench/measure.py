@@ -3,8 +3,11 @@
 import dataclasses
 import gc
 import multiprocessing
+import random
 import resource
+import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from moa_peft.bench import subjects, work
-from moa_peft.bench.paired import quartiles, ratios, take_turns
 from moa_peft.bench.rows import BenchRow, Kind
 from moa_peft.errors import UsageError, unknown
 from moa_peft.mixture.block_hooks import mixture_layers
@@ -26,6 +28,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ERR_LIMITS = {"float32": 1e-5, "bfloat16": 0.05}
 """Of logits, against those with each expert computed by itself, root mean square over that of these: rounding of a deep model
 with untrained experts. A largest difference would grow with the number of logits."""
+
+
+Quartiles = tuple[float, float, float]
+"""First quartile, median, third quartile."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -287,3 +293,46 @@ def _resident_bytes() -> int:
 def as_dict(row: BenchRow) -> dict[str, Any]:
     """A row as a file of results holds it, with its objections."""
     return {**dataclasses.asdict(row), "objections": row.objections()}
+
+
+def take_turns(
+    work: Mapping[str, Callable[[], None]],
+    pairs: int,
+    *,
+    warm_up: int = 1,
+    on_turn: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Time several pieces of work in turn, each round in an order of its own, which is the same in every run.
+
+    Args:
+        work: By name; each waits for its device before it returns.
+        pairs: How often each is timed.
+        warm_up: How often each runs untimed first.
+        on_turn: Called after each round, the warm-up's too.
+
+    Returns:
+        Seconds, by name, in the order they were taken.
+    """
+    times: dict[str, list[float]] = {name: [] for name in work}
+    orders = random.Random(0)
+    for turn in range(warm_up + pairs):
+        for name in orders.sample(list(work), len(work)):
+            start = time.perf_counter()
+            work[name]()
+            if turn >= warm_up:
+                times[name].append(time.perf_counter() - start)
+        on_turn()
+    return times
+
+
+def quartiles(values: Sequence[float]) -> Quartiles:
+    """First quartile, median and third quartile; of one value, the value three times."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, median, third
+
+
+def ratios(times: Sequence[float], others: Sequence[float]) -> Quartiles:
+    """Quartiles of the ratio of two timings, pair by pair."""
+    return quartiles([one / other for one, other in zip(times, others, strict=True)])

@@ -89,7 +89,7 @@ class Conversation:
 
     def prompt_tokens(self, turns: list[dict[str, str]]) -> list[int]:
         """Write the conversation as the model reads it: with the chat template, or the last turn in the paper's."""
-        from moa_peft.data.loading import Row
+        from moa_peft.data.row import Row
         from moa_peft.data.templates import render_chat, render_prompt
         from moa_peft.data.tokenization import prompt_ids
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moa_peft.cli.overrides import load_yaml, parse_flags
+from moa_peft.extras import EXTRAS, check_installed, is_installed
 from moa_peft.study.config import Method, StudyConfig, studies_of
-from moa_peft.study.extras import REPORT_PACKAGES, has, need
-from moa_peft.training.field_docs import field_docs
+from moa_peft.training.trainer_settings import field_docs
 
 if TYPE_CHECKING:
     from moa_peft.study.runner import Study
@@ -71,7 +71,9 @@ def compare(
 
     from moa_peft.study.report import read_summary, write_report
 
-    has_report = report_only or all(map(has, REPORT_PACKAGES))  # a machine that computes needs no plots
+    has_report = report_only or all(
+        map(is_installed, EXTRAS["report"])
+    )  # a machine that computes needs no plots
     has_failed = False
     for study_config in studies_of(settings, parse_flags(context.args), domain):
         if not report_only:
@@ -104,7 +106,7 @@ def run_all(
     from moa_peft.study.runner import open_study, planned, run_study
 
     if ray_cpus is not None:
-        need("ray", "ray")
+        check_installed("ray")
     say(f"checking {len(config.methods)} methods and the rows of {config.data} ...")
     study = open_study(config)
     left = planned(study, read_results(study.folder), retry_failed=retry_failed)
@@ -129,7 +131,7 @@ def run_all(
 
 def outcome_text(summary: "StudySummary", *, has_report: bool) -> str:
     """Write what a study has found and where it lies, for a person."""
-    from moa_peft.study.cells import percent, run_name
+    from moa_peft.study.formatting import percent, run_name
 
     folder = Path(summary.config.out)
     by_loss = not any(one.mean for one in summary.methods)
@@ -149,14 +151,14 @@ def outcome_text(summary: "StudySummary", *, has_report: bool) -> str:
 
 
 def _losses(method: "MethodSummary") -> str:
-    from moa_peft.study.cells import NONE, nats
+    from moa_peft.study.formatting import NONE, nats
 
     return ", ".join(f"{name} {nats(loss)}" for name, loss in method.losses.items()) or NONE
 
 
 def as_object(summary: "StudySummary") -> dict[str, Any]:
     """What a study has found, as one JSON object."""
-    from moa_peft.study.cells import run_name
+    from moa_peft.study.formatting import run_name
 
     return {
         "out": summary.config.out,

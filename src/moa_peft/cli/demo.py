@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from moa_peft.demo import DemoResult
+    from moa_peft.study.demo import DemoResult
 
 
 def demo(
@@ -33,8 +33,8 @@ def demo(
     Example: moa demo --method sparse-moa --steps 100
     """
     from moa_peft.cli.train import plan_text
-    from moa_peft.demo import run_demo
     from moa_peft.quiet import quiet_libraries
+    from moa_peft.study.demo import run_demo
 
     def tell(line: str) -> None:
         print(f"\n{line}", file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,12 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from moa_peft.cli.config_file import options_from_file
-from moa_peft.errors import UsageError
-from moa_peft.paths import expanded
+from moa_peft.cli.overrides import options_from_file
+from moa_peft.errors import UsageError, expanded
 
 if TYPE_CHECKING:
-    from moa_peft.evaluation.loading import AdapterFolder
     from moa_peft.evaluation.run import TaskResult
 
 
@@ -158,7 +155,7 @@ def evaluate(
             {"template": template}, "has no meaning with --mode text, which has its own: leave it out"
         )
     from moa_peft.evaluation.loading import choose_template, load, read_adapter
-    from moa_peft.evaluation.options import EvaluationOptions
+    from moa_peft.evaluation.options import EvaluationOptions, default_out
     from moa_peft.evaluation.tasks import load_tasks
 
     found = None if adapter is None else read_adapter(adapter)
@@ -212,14 +209,6 @@ def refuse_given(options: Mapping[str, object], why: str) -> None:
     given = [f"--{name}" for name, value in options.items() if value is not None]
     if given:
         raise UsageError(f"{', '.join(given)} {why}")
-
-
-def default_out(model: str | None, adapter: "AdapterFolder | None") -> Path:
-    """Where results go unless a folder is named."""
-    if adapter is not None and expanded(adapter.name).is_dir():
-        return adapter.path / "evaluation"
-    name = adapter.name if adapter is not None else model or "smollm2"
-    return Path("moa_evaluation") / re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("_.")
 
 
 def as_object(results: "list[TaskResult]") -> dict[str, Any]:

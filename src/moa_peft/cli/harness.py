@@ -43,9 +43,9 @@ def evaluate_on_harness(
     Raises:
         UsageError: If the harness is not installed, or a name or number is wrong.
     """
-    from moa_peft.cli.evaluate import default_out
     from moa_peft.evaluation.lm_eval import HarnessOptions, check_harness_tasks, run_harness
     from moa_peft.evaluation.loading import load, read_adapter
+    from moa_peft.evaluation.options import default_out
     from moa_peft.evaluation.result_key import identify
     from moa_peft.quiet import quiet_libraries
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from moa_peft.official.importing import ImportReport
+    from moa_peft.official.importer import ImportReport
 
 
 def import_(
@@ -79,8 +79,8 @@ def import_(
       moa import adapter.pth --base models/Llama-3.1-8B-Instruct --alpha 8 --out adapters/soft
       moa import outputs/qwen3-8b-sparsemoa --base models/Qwen3-8B --out adapters/sparse
     """  # noqa: D301  # the backspace keeps the lines of the examples apart
-    from moa_peft.official.importing import ImportFlags, import_checkpoint
-    from moa_peft.official.importing import expert_order as read_order
+    from moa_peft.official.importer import ImportFlags, import_checkpoint
+    from moa_peft.official.importer import expert_order as read_order
     from moa_peft.quiet import quiet_libraries
 
     flags = ImportFlags(

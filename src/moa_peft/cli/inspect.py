@@ -8,7 +8,7 @@ import typer
 from moa_peft.errors import UsageError, unknown
 
 if TYPE_CHECKING:
-    from moa_peft.data.loading import Row
+    from moa_peft.data.row import Row
 
 TEMPLATES = ("paper", "chat", "none")
 
@@ -66,7 +66,7 @@ def inspect(
       moa inspect --adapter runs/seed0 --compare runs/seed1 --data demo --limit 20 --out both.html
     """  # noqa: D301  # the backspace keeps the lines of the examples apart
     from moa_peft.evaluation.loading import choose_template, load, read_adapter
-    from moa_peft.inspection.outputs import check_outputs
+    from moa_peft.inspection.html_report import check_outputs
 
     check_outputs(out, json_file, png)
     folders = [read_adapter(one) for one in (adapter, compare) if one is not None]
@@ -77,9 +77,8 @@ def inspect(
 
     if batch_size < 1:
         raise UsageError(f"--batch-size is {batch_size}: give at least 1")
-    from moa_peft.inspection.adapters import about_adapter, add_adapter
-    from moa_peft.inspection.inspection import inspect_model
-    from moa_peft.inspection.outputs import write_outputs
+    from moa_peft.inspection.html_report import write_outputs
+    from moa_peft.inspection.inspection import about_adapter, add_adapter, inspect_model
     from moa_peft.inspection.prompts import as_prompt, tokenise
     from moa_peft.quiet import quiet_libraries
 
@@ -118,7 +117,8 @@ def inspect(
 
 
 def _rows(prompts: Path | None, data: str | None, split: str, limit: int | None) -> "list[Row]":
-    from moa_peft.data.loading import Row, load_rows
+    from moa_peft.data.loading import load_rows
+    from moa_peft.data.row import Row
     from moa_peft.inspection.prompts import read_prompts
 
     if (prompts is None) == (data is None):

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moa_peft.cli.overrides import load_yaml, parse_flags
-from moa_peft.training.field_docs import field_docs
-from moa_peft.training.merge import merge
-from moa_peft.training.recipe import TRAINER_DEFAULTS, Recipe
+from moa_peft.training.recipe import TRAINER_DEFAULTS, Recipe, merge
+from moa_peft.training.trainer_settings import field_docs
 
 if TYPE_CHECKING:
-    from moa_peft.training.outcome import Plan, TrainingOutcome
+    from moa_peft.training.prepare import Plan, TrainingOutcome
 
 ANY_FIELD = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Context settings that the command is registered with, so that any field works as a flag."""

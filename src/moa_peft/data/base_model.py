@@ -10,8 +10,7 @@ from typing import Any
 from moa_peft.data.cache import cached_folder, read_manifest, sha256_of
 from moa_peft.data.packages import Package, package_files
 from moa_peft.data.progress import working
-from moa_peft.errors import RunError, UsageError, first_line
-from moa_peft.paths import expanded
+from moa_peft.errors import RunError, UsageError, expanded, first_line
 
 DEFAULT_MODEL = "smollm2"
 """Name of the embedded default: SmolLM2-135M-Instruct, Llama architecture, Apache-2.0."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from moa_peft.data.cache import cached_folder
-from moa_peft.data.loading import Row
 from moa_peft.data.packages import Package, package_files
+from moa_peft.data.row import Row
 from moa_peft.errors import RunError, UsageError, unknown
 
 SIZES: Mapping[str, int] = {"train": 1000, "validation": 200}

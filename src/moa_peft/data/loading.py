@@ -1,39 +1,15 @@
 """Rows of instruction data, from files, folders, the demo data and `datasets`."""
 
-import dataclasses
-import hashlib
+import gzip
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
-from moa_peft.data.row_files import is_row_file, read_records, split_name
-from moa_peft.errors import UsageError, unknown
-from moa_peft.paths import expanded
-
-NEEDED = (
-    "a row needs instruction and output (input and answer may be added), or prompt and completion, or messages that "
-    "end with the assistant's turn"
-)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One question and its answer."""
-
-    instruction: str
-    """What is asked."""
-
-    input: str
-    """What the instruction is about, or "" where the instruction holds it all."""
-
-    output: str
-    """The reply in full; training learns it."""
-
-    answer: str
-    """The bare answer that a reply is scored on, or "" where the data has none."""
+from moa_peft.data.row import Row, as_row
+from moa_peft.errors import UsageError, expanded, unknown
 
 
 def load_rows(source: str, *, split: str = "train", limit: int | None = None) -> list[Row]:
@@ -86,82 +62,96 @@ def _check_limit(limit: int | None) -> None:
         raise UsageError(f"limit is {limit}: give at least 1, or leave it out to read all rows")
 
 
-def as_row(record: Any, where: str) -> Row:
-    """Turn one record of a file or of `datasets` into a row.
+SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
+"""How the name of a row file may end."""
+
+_UNREADABLE = (ValueError, RecursionError)
+"""What Python raises at JSON with a number of too many digits, or nested too deeply."""
+
+
+def is_row_file(name: str) -> bool:
+    """Tell whether a name ends as the name of a row file does."""
+    return name.endswith(SUFFIXES)
+
+
+def split_name(file: Path) -> str:
+    """The split that a file in a folder holds: its name without the ending."""
+    return next(
+        file.name.removesuffix(end)
+        for end in sorted(SUFFIXES, key=len, reverse=True)
+        if file.name.endswith(end)
+    )
+
+
+def read_records(file: Path) -> Iterator[tuple[str, Any]]:
+    """Read the records of a file one after the other.
 
     Args:
-        record: A mapping with instruction and output, or prompt and completion, or messages; input and answer may be
-            added, and other fields count for nothing.
-        where: The place of the record, for errors.
+        file: A file whose name ends in one of `SUFFIXES`. A `.json` file holds one list, a `.jsonl` file one JSON
+            value a line, where blank lines count for nothing.
 
-    Returns:
-        The row, its texts unchanged.
+    Yields:
+        Where the record stands, such as "data.jsonl, line 3", and the record, not yet looked at.
 
     Raises:
-        UsageError: If a field is missing or is not text.
+        UsageError: If the file is missing, empty, damaged or malformed; the message names the line.
     """
-    if not isinstance(record, Mapping):
-        raise UsageError(f"{where}: is a {type(record).__name__}, not an object with fields: {NEEDED}")
-    extra = {name: _text(record, name, where, optional=True) for name in ("input", "answer")}
-    if record.get("instruction") is not None and record.get("output") is not None:
-        return Row(
-            instruction=_text(record, "instruction", where), output=_text(record, "output", where), **extra
-        )
-    if record.get("prompt") is not None and record.get("completion") is not None:
-        prompt, completion = record["prompt"], record["completion"]
-        if isinstance(prompt, list) and isinstance(completion, list):
-            return _from_messages([*prompt, *completion], extra, where)
-        return Row(
-            instruction=_text(record, "prompt", where), output=_text(record, "completion", where), **extra
-        )
-    if record.get("messages") is not None:
-        return _from_messages(record["messages"], extra, where)
-    given = ", ".join(str(name) for name in record) or "no field at all"
-    raise UsageError(f"{where}: has {given}: {NEEDED}")
-
-
-def _text(record: Mapping[str, Any], name: str, where: str, *, optional: bool = False) -> str:
-    value = record.get(name)
-    if value is None and optional:
-        return ""
-    if name == "answer" and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise UsageError(f"{where}: {name} is {value!r}: it must be text")
-    return _whole(value, name, where)
-
-
-def _whole(text: str, name: str, where: str) -> str:
-    """See that a text holds no half of a character, as a JSON escape can make one."""
+    if not file.is_file():
+        raise UsageError(f"data file {file} does not exist" if not file.exists() else f"{file} is not a file")
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
+        with _open_text(file) as text:
+            lines = file.name.removesuffix(".gz").endswith(".jsonl")
+            yield from _lines(file, text) if lines else _list(file, text)
+    except UnicodeDecodeError as error:
         raise UsageError(
-            f"{where}: {name} holds half of a character ({text[error.start]!r}): write it whole"
+            f"data file {file} is not UTF-8 text: {error.reason} at byte {error.start}"
         ) from error
-    return text
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UsageError(f"data file {file} is not a whole gzip file: {error}") from error
+    except OSError as error:
+        raise UsageError(f"data file {file} cannot be read: {error.strerror or error}") from error
 
 
-def _from_messages(messages: Any, extra: Mapping[str, str], where: str) -> Row:
-    """Map one question and its reply; a system turn goes before the question, a blank line between them."""
-    well_formed = isinstance(messages, list) and all(
-        isinstance(turn, Mapping)
-        and isinstance(turn.get("role"), str)
-        and isinstance(turn.get("content"), str)
-        for turn in messages
-    )
-    if not well_formed:
+def _open_text(file: Path) -> TextIO:
+    if file.name.endswith(".gz"):
+        return cast("TextIO", gzip.open(file, "rt", encoding="utf-8-sig"))
+    return file.open(encoding="utf-8-sig")
+
+
+def _lines(file: Path, text: TextIO) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text, start=1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            yield where, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+        except _UNREADABLE as error:
+            raise UsageError(f"{where}: cannot be read: {error}") from error
+
+
+def _list(file: Path, text: TextIO) -> Iterator[tuple[str, Any]]:
+    content = text.read()
+    if not content.strip():
+        raise UsageError(f"data file {file} is empty")
+    try:
+        records = json.loads(content)
+    except json.JSONDecodeError as error:
+        hint = ""
+        if content.lstrip().startswith("{"):
+            hint = "; it should be one list [...]; if it is one object a line, let its name end in .jsonl"
         raise UsageError(
-            f"{where}: messages must be a list of turns, each with a role and its content as text"
-        )
-    roles = [turn["role"] for turn in messages]
-    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+            f"{file}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}{hint}"
+        ) from error
+    except _UNREADABLE as error:
+        raise UsageError(f"data file {file} cannot be read: {error}") from error
+    if not isinstance(records, list):
         raise UsageError(
-            f"{where}: messages has the turns {', '.join(roles) or '(none)'}: a row holds one question and its reply, "
-            "so give (system,) user, assistant"
+            f"data file {file} holds one {type(records).__name__}: it should be a list of rows [...]"
         )
-    said = [_whole(turn["content"], "messages", where) for turn in messages]
-    return Row(instruction="\n\n".join(filter(None, said[:-1])), output=said[-1], **extra)
+    for number, record in enumerate(records, start=1):
+        yield f"{file}, row {number}", record
 
 
 def _records(source: str, split: str) -> Iterable[tuple[str, Any]]:
@@ -231,11 +221,3 @@ def _load_dataset(name: str, config: str | None) -> Any:
         if "script" not in str(error):
             raise
         return datasets.load_dataset(name, config, revision="refs/convert/parquet")
-
-
-def rows_md5(rows: Sequence[Row]) -> str:
-    """Identify rows by their contents and order, whatever file they came from."""
-    digest = hashlib.md5(usedforsecurity=False)
-    for row in rows:
-        digest.update(json.dumps(dataclasses.asdict(row), sort_keys=True, default=str).encode() + b"\n")
-    return digest.hexdigest()

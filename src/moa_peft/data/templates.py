@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
-from moa_peft.data.loading import Row
+from moa_peft.data.row import Row
 from moa_peft.errors import UsageError, unknown
 
 if TYPE_CHECKING:

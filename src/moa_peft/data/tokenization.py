@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moa_peft.data.loading import Row
+from moa_peft.data.row import Row
 from moa_peft.data.templates import Template, render_completion, render_prompt
 from moa_peft.errors import UsageError
 

@@ -4,7 +4,7 @@ import ast
 from collections.abc import Mapping
 from typing import Any
 
-from moa_peft.data.loading import Row
+from moa_peft.data.row import Row
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.code_answers import CodeCheck, parse_code
 

@@ -8,6 +8,7 @@ import torch
 
 from moa_peft.evaluation.batching import pad_left, plan_batches, positions
 from moa_peft.evaluation.scoring import TOKEN_BUDGET, select_rows
+from moa_peft.mixture.token_masks import cache_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,7 +89,7 @@ def generate_batch(
         ]
         if not going:
             return replies
-        cache = outcome.past_key_values
+        name, cache = cache_of(outcome)
         if len(going) < len(running):
             chosen = torch.tensor(going, device=mask.device)
             select_rows(cache, chosen)
@@ -99,8 +100,8 @@ def generate_batch(
             input_ids=new[:, None],
             attention_mask=mask,
             position_ids=mask.sum(dim=-1, keepdim=True) - 1,
-            past_key_values=cache,
             use_cache=True,
+            **{name: cache},
         )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moa_peft.data.loading import Row
+from moa_peft.data.row import Row
 from moa_peft.errors import UsageError
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from moa_peft.data.base_model import DEFAULT_MODEL, load_model, resolve_model
-from moa_peft.errors import UsageError, first_line, unknown
-from moa_peft.paths import expanded
+from moa_peft.errors import UsageError, expanded, first_line, unknown
 
 if TYPE_CHECKING:
     from peft import PeftType
@@ -152,8 +151,6 @@ def _with_adapter(model: Any, adapter: AdapterFolder) -> Any:
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
     from safetensors import SafetensorError
-
-    import moa_peft  # noqa: F401  # registers the method
 
     other_base = "give the model that it was trained on with --model"
     doubtful = f"the adapter {adapter.name} cannot be loaded onto {adapter.base_model or 'this base model'}"

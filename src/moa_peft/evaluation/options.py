@@ -1,15 +1,20 @@
 """How a task is evaluated."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from moa_peft.data.templates import Template
-from moa_peft.errors import UsageError, unknown
+from moa_peft.errors import UsageError, expanded, unknown
 from moa_peft.evaluation.extraction_rules import RULES
 from moa_peft.evaluation.questions import Task
 from moa_peft.extras import require
+
+if TYPE_CHECKING:
+    from moa_peft.evaluation.loading import AdapterFolder
+
 
 Mode = Literal["likelihood", "generation", "text"]
 
@@ -149,3 +154,11 @@ class EvaluationOptions:
         from moa_peft.evaluation.code_execution import check_isolation
 
         check_isolation()
+
+
+def default_out(model: str | None, adapter: "AdapterFolder | None") -> Path:
+    """Where results go unless a folder is named."""
+    if adapter is not None and expanded(adapter.name).is_dir():
+        return adapter.path / "evaluation"
+    name = adapter.name if adapter is not None else model or "smollm2"
+    return Path("moa_evaluation") / re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("_.")

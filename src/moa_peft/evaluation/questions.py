@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from moa_peft.data.loading import Row, as_row
+from moa_peft.data.row import Row, as_row
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.answer_forms import AnswerForm, parse_number
 from moa_peft.evaluation.code_answers import CodeCheck

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from moa_peft.errors import UsageError
-from moa_peft.evaluation.describe import describe, evaluation_key
 from moa_peft.evaluation.options import RULES_OF, EvaluationOptions, Mode
 from moa_peft.evaluation.question_runner import (
     Examiner,
@@ -22,7 +21,7 @@ from moa_peft.evaluation.question_runner import (
     TextExaminer,
 )
 from moa_peft.evaluation.questions import Task
-from moa_peft.evaluation.result_key import ModelIdentity, identify
+from moa_peft.evaluation.result_key import ModelIdentity, describe, evaluation_key, identify
 from moa_peft.evaluation.results import (
     RESULTS_FILE,
     ResultRow,

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moa_peft.data.loading import Row
+from moa_peft.data.row import Row
 from moa_peft.data.templates import Template, render_completion, render_prompt
 from moa_peft.data.tokenization import completion_ids, end_token_id, prompt_ids
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.batching import pad_left, plan_batches, positions, rows_at_once
-from moa_peft.mixture.token_masks import prompt_lengths
+from moa_peft.mixture.token_masks import cache_of, prompt_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -160,7 +160,7 @@ def score_batch(model: Any, questions: Sequence[TokenQuestion]) -> list[list[lis
     scores = _scores_of_begun(outcome.logits, questions, shared)
     if rest:
         tails = [list(questions[place].completions[choice][shared[place] :]) for place, choice in rest]
-        found = _scores_of_tails(model, outcome.past_key_values, mask, [place for place, _ in rest], tails)
+        found = _scores_of_tails(model, *cache_of(outcome), mask, [place for place, _ in rest], tails)
         for (place, choice), values in zip(rest, found, strict=True):
             scores[place][choice] += values
     return scores
@@ -281,7 +281,7 @@ def _scores_of_begun(
 
 
 def _scores_of_tails(
-    model: Any, cache: Any, mask: Tensor, owners: Sequence[int], tails: Sequence[Sequence[int]]
+    model: Any, name: str, cache: Any, mask: Tensor, owners: Sequence[int], tails: Sequence[Sequence[int]]
 ) -> list[list[float]]:
     """Score what follows the first token of each tail, on copies of its question's cache. Changes the cache."""
     device = mask.device
@@ -296,8 +296,8 @@ def _scores_of_tails(
         input_ids=tokens[:, :-1],
         attention_mask=mask,
         position_ids=seen.sum(dim=-1, keepdim=True) + torch.arange(longest, device=device),
-        past_key_values=cache,
         use_cache=True,
+        **{name: cache},
     ).logits.float()  # [R, longest, V]
     values = logits.gather(-1, tokens[:, 1:, None]).squeeze(-1) - logits.logsumexp(dim=-1)
     return [row[: len(one) - 1] for row, one in zip(values.tolist(), tails, strict=True)]

@@ -6,12 +6,10 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from moa_peft.data.loading import load_records, load_rows
-from moa_peft.data.row_files import SUFFIXES, is_row_file, split_name
-from moa_peft.errors import UsageError, unknown
+from moa_peft.data.loading import SUFFIXES, is_row_file, load_records, load_rows, split_name
+from moa_peft.errors import UsageError, expanded, unknown
 from moa_peft.evaluation.hub_tasks import HUB
 from moa_peft.evaluation.questions import Question, Task, as_question, question_of
-from moa_peft.paths import expanded
 
 __all__ = [
     "ALIASES",

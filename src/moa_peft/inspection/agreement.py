@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moa_peft.inspection.change_sums import Change
 from moa_peft.inspection.observer import Heard, Where
-from moa_peft.inspection.similarity import is_flat, linear_cka
+from moa_peft.inspection.similarity import Change, is_flat, linear_cka
 from moa_peft.inspection.streaming_moments import JointMoments, Moments
 
 

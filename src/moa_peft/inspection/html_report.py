@@ -5,18 +5,22 @@ import dataclasses
 import hashlib
 import json
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from moa_peft.inspection.gate_statistics import POSITIONS
+from moa_peft.errors import UsageError
+from moa_peft.inspection.gate_statistics import CLASSES, POSITIONS
 from moa_peft.inspection.inspection import Inspection
 from moa_peft.inspection.observer import Where
 from moa_peft.inspection.results import Finding
-from moa_peft.inspection.token_classes import CLASSES
 from moa_peft.inspection.token_view import LEVELS, ShownPrompt, encode_gates
+from moa_peft.provenance import provenance
+from moa_peft.training.output_folder import write_text
 
 GLOSSARY: Mapping[str, str] = {
     "mean_gate": "Mean gate: the gate of the expert, averaged over the tokens.",
@@ -222,3 +226,68 @@ def rounded(value: Any, digits: int) -> Any:
     if isinstance(value, Mapping):
         return {key: rounded(one, digits) for key, one in value.items()}
     return [rounded(one, digits) for one in value] if isinstance(value, list | tuple) else value
+
+
+def check_outputs(out: Path, json_file: Path | None, png: Path | None) -> None:
+    """See that all files can be written; folders that are missing are made.
+
+    Raises:
+        UsageError: If a name is not that of such a file, a folder cannot be made or written to, or matplotlib is missing.
+    """
+    for flag, file, suffix in (("--out", out, ".html"), ("--json", json_file, ".json")):
+        if file is None:
+            continue
+        if file.is_dir() or file.suffix != suffix:
+            raise UsageError(
+                f"{flag} is {file}: give a file whose name ends in {suffix}, as in report{suffix}"
+            )
+        _check_folder(flag, file.parent)
+    if png is not None:
+        if png.suffix or png.is_file():
+            raise UsageError(f"--png is {png}: give a folder, as in figures")
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError as error:
+            raise UsageError(
+                "--png needs matplotlib: pip install 'moa-peft[report]', or leave it out"
+            ) from error
+        _check_folder("--png", png)
+
+
+def write_outputs(
+    found: Inspection, out: Path, json_file: Path | None, png: Path | None
+) -> list[tuple[str, Path]]:
+    """Write an inspection.
+
+    Args:
+        found: The inspection.
+        out: The page.
+        json_file: Where the statistics go; None for nowhere.
+        png: The folder of figures; None for none.
+
+    Returns:
+        What was written, and where.
+    """
+    made = provenance()
+    written = [("page", out)]
+    html, statistics = page(found, made), json.dumps(as_object(found, made), allow_nan=False)
+    write_text(out, html)
+    if json_file is not None:
+        write_text(json_file, statistics + "\n")
+        written.append(("numbers", json_file))
+    if png is not None:
+        from moa_peft.inspection.figures import write_figures
+
+        written += [("figure", one) for one in write_figures(found, png)]
+    return written
+
+
+def _check_folder(flag: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"{flag}: {folder} cannot be written to ({error.strerror}): choose another folder"
+        ) from error

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moa_peft.data.loading import Row
+from moa_peft.data.row import Row
 from moa_peft.data.templates import Template, render_prompt
 from moa_peft.errors import UsageError
 from moa_peft.inspection.forward_pass import TokenText
-from moa_peft.inspection.token_classes import token_class
+from moa_peft.inspection.gate_statistics import token_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

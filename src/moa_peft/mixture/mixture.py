@@ -170,10 +170,11 @@ class Mixture(nn.Module):
     def attention_change(self, place: Place, query: Tensor, scaling: float, gate: Tensor) -> Tensor:
         """Give one expert's change of the attention's output, [B, T, H, D]; see `AttentionExpert.change`."""
         expert: AttentionExpert = self.experts[place.name]  # type: ignore[assignment]  # ModuleDict is untyped
-        assert isinstance(place.site, AttentionSite)
-        prompt = self._reused((place.name, query.dtype), lambda: expert.prompt(place.site, query.dtype))
+        site = place.site
+        assert isinstance(site, AttentionSite)
+        prompt = self._reused((place.name, query.dtype), lambda: expert.prompt(site, query.dtype))
         if prompt is None:
-            return expert.change(place.site, query, scaling, gate)
+            return expert.change(site, query, scaling, gate)
         return attended(query, prompt, scaling, gate)
 
     def down(self, input_name: str, dtype: torch.dtype) -> Down:

@@ -23,6 +23,9 @@ from moa_peft.mixture.precision import at_least_float32
 
 ARGUMENT = "moa_call_tokens"
 """The keyword argument under which a block is told of its call's tokens."""
+CACHE_NAMES = ("cache", "past_key_values")
+"""What transformers calls the key-value cache, since 5.24 and before."""
+
 LENGTH_ARGUMENT = "prompt_length"
 """The keyword argument of the model that says how many of each row's real tokens are the prompt."""
 IGNORED_LABEL = -100
@@ -201,12 +204,26 @@ class TokenWatch:
         if module is not self._caller:
             return
         call, self.current, self._caller, self._backbone_is_next = self.current, None, None, False
-        past = getattr(output, "past_key_values", None)
-        if call is not None and past is not None and call.found:
-            remember_gates(past, call.found)
+        _, cache = cache_of(output)
+        if call is not None and cache is not None and call.found:
+            remember_gates(cache, call.found)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "current": None, "_caller": None, "_width": None}
+
+
+def cache_of(values: Any) -> tuple[str, Any]:
+    """Find the key-value cache among a call's keyword arguments, or in what a model gives.
+
+    Args:
+        values: A mapping; anything else, as a tuple of outputs, holds none.
+
+    Returns:
+        Its name, "cache" from transformers 5.24 on and "past_key_values" before, and the cache; None where there is none.
+    """
+    found = values if isinstance(values, Mapping) else {}
+    held = ((name, found[name]) for name in CACHE_NAMES if name in found and found[name] is not None)
+    return next(held, (CACHE_NAMES[0], None))
 
 
 def call_tokens(
@@ -216,7 +233,7 @@ def call_tokens(
 
     Args:
         args: The model's positional arguments; the first is the tokens, if any.
-        kwargs: Its keyword arguments; ``attention_mask``, ``labels``, ``position_ids`` and ``past_key_values`` are read.
+        kwargs: Its keyword arguments; ``attention_mask``, ``labels``, ``position_ids`` and the cache are read.
         prompt_length: Int, or int [B]: how many real tokens at the start of each row are the prompt.
         width: In generation, the columns of the prompt.
 
@@ -236,7 +253,7 @@ def call_tokens(
     batched = paged_requests(kwargs)
     if batched is not None:
         return CallTokens(sequences=batched[0], paged=batched[1])
-    past = kwargs.get("past_key_values")
+    _, past = cache_of(kwargs)
     earlier = getattr(past, "moa_instance_gates", None)
     real = _real(kwargs.get("attention_mask"), shape)
     may_be_packed = real is None and past is None and width is None

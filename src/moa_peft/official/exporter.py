@@ -25,8 +25,8 @@ from moa_peft.mixture.experts import LoraExpert, ParallelAdapterExpert, PromptEx
 from moa_peft.mixture.peft_config import MoAConfig
 from moa_peft.official.adapter_folder import check_file, single_file
 from moa_peft.official.checkpoint import PICKLED
-from moa_peft.official.importer import DEFAULT_ORDER, parameters_by_place
-from moa_peft.official.importing import FORK_ALPHA, FORK_THRESHOLD, head_size, method_of
+from moa_peft.official.conversion import DEFAULT_ORDER, parameters_by_place
+from moa_peft.official.importer import FORK_ALPHA, FORK_THRESHOLD, head_size, method_of
 from moa_peft.official.names import KIND_GATES, Destination, Layout, destinations, kind_gates
 
 FAMILIES: Mapping[Layout, tuple[str, ...]] = {"native": ("llama",), "fork": ("llama", "qwen3")}

@@ -1,298 +1,324 @@
-"""Turns an official checkpoint into a mixture: its config read from the weights, its weights put in their places."""
+"""`moa import`: an official checkpoint becomes an adapter folder of PEFT."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import groupby
+from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 
-from moa_peft.errors import UsageError
+from moa_peft.data.base_model import empty_model, resolve_model
+from moa_peft.errors import UsageError, unknown
 from moa_peft.mixture.block_hooks import mixture_layers
-from moa_peft.mixture.config import ExpertConfig, RouterConfig, ThresholdConfig
-from moa_peft.mixture.experts import LoraExpert, ParallelAdapterExpert, PromptExpert
+from moa_peft.mixture.config import RouterConfig
+from moa_peft.mixture.experts.lora import PROJECTIONS
 from moa_peft.mixture.peft_config import MoAConfig
-from moa_peft.official.names import KIND_GATES, Destination, destinations, experts_of, layout_of
+from moa_peft.official.adapter_folder import adapter_folder, check_folder
+from moa_peft.official.checkpoint import OfficialCheckpoint, checkpoint_files, read_checkpoint
+from moa_peft.official.conversion import (
+    DEFAULT_ORDER,
+    OfficialSettings,
+    load_weights,
+    placed_weights,
+    read_config,
+)
+from moa_peft.official.names import KIND_GATES, Destination
 
-DEFAULT_ORDER = (
-    "lora_q_proj", "lora_k_proj", "lora_v_proj", "prompt", "lora_o_proj", "lora_up_proj", "lora_gate_proj",
-    "lora_down_proj", "parallel_adapter",
-)  # fmt: skip
-"""The official code's order of gate columns."""
+FORK_ALPHA = 8.0
+"""LoRA's alpha, hard-coded in the transformers fork beside rank 8."""
+FORK_RANK = 8
+"""The rank that the fork's alpha goes with."""
+FORK_THRESHOLD = 0.5
+"""Gamma_max, hard-coded in the transformers fork."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OfficialSettings:
-    """What the weights of an official checkpoint do not tell."""
+class ImportFlags:
+    """What the user says of a checkpoint; None where nothing is said."""
 
-    alpha: float
+    alpha: float | None = None
     """LoRA's alpha."""
-    head_size: int
-    """Size of a head of the base model."""
-    expert_order: tuple[str, ...] = DEFAULT_ORDER
-    """The gate columns, as names of experts in a mixture."""
-    max_threshold: float | None = None
-    """Gamma_max of a Sparse MoA with a learned threshold."""
-    constant_threshold: float | None = None
-    """The threshold of a Sparse MoA with a constant one."""
-    keep: int | None = None
+    top_k: int | None = None
     """Experts that a top-k router keeps."""
+    max_threshold: float | None = None
+    """Gamma_max of a learned threshold."""
+    constant_threshold: float | None = None
+    """The constant threshold of a Sparse MoA without a learned one."""
     instance_level: bool = False
-    """Whether the block's gates come from the mean over all tokens, as in the official instance-level code."""
+    """Whether the gates are those of the official instance-level code."""
+    expert_order: tuple[str, ...] | None = None
+    """The gate columns in order, as "q_proj" or "prompt"."""
     balance: float | None = None
-    """Coefficient of the balance loss; None is our own default."""
-
-
-def read_config(weights: Mapping[str, Tensor], settings: OfficialSettings) -> MoAConfig:
-    """Read a mixture's config off an official checkpoint.
-
-    Args:
-        weights: The checkpoint by its own names.
-        settings: What the weights do not tell.
-
-    Returns:
-        A config that reproduces the official arithmetic, its dead threshold included.
-
-    Raises:
-        UsageError: If a weight belongs to nothing that a mixture has, or the settings contradict the weights.
-    """
-    placed = placed_weights(weights, settings.head_size)
-    checkpoint = _Checkpoint(
-        blocks=experts_of(placed),
-        shapes={(one.block, one.parameter): tuple(weights[name].shape) for name, one in placed.items()},
-        parts={(one.block, one.parameter): one.parts for one in placed.values()},
-    )
-    order = [name for name in settings.expert_order if name in checkpoint.blocks]
-    if set(order) != set(checkpoint.blocks):
-        lacking = sorted(set(checkpoint.blocks) - set(order))
-        raise UsageError(f"expert_order {settings.expert_order} lacks {lacking}")
-    router = _router(checkpoint, weights, settings, layout_of(weights))
-    if router is not None and router.gate_of == "kind":
-        order.sort(key=_kind_position)
-    return MoAConfig(experts=_experts(order, checkpoint, settings), router=router)
-
-
-def placed_weights(weights: Mapping[str, Tensor], head_size: int) -> dict[str, Destination]:
-    """Find the place of every weight of a checkpoint, as `destinations` does, and see that each can be one at all.
-
-    Raises:
-        UsageError: If a name belongs to nothing that a mixture has, or a weight is empty, has another number of
-            dimensions than every such weight, or holds no floats.
-    """
-    placed = destinations(weights, head_size)
-    for name, one in weights.items():
-        dimensions = 4 if name.endswith(".prompt_gate") else 1 if name.endswith(".bias") else 2
-        if one.dim() != dimensions or not one.numel() or not one.is_floating_point():
-            kind = str(one.dtype).removeprefix("torch.")
-            raise UsageError(
-                f"the weight {name!r} is {kind} {list(one.shape)}: it has to be floats of {dimensions} dimensions, none "
-                "of them 0; the checkpoint is damaged, or quantised, which is not supported"
-            )
-        if not one.isfinite().all():
-            raise UsageError(
-                f"the weight {name!r} holds numbers that are not finite: its training went wrong"
-            )
-    return placed
-
-
-def load_weights(model: PeftModel, weights: Mapping[str, Tensor], head_size: int) -> dict[str, Destination]:
-    """Copy an official checkpoint into a model whose mixture fits it.
-
-    Args:
-        model: The base with a mixture made of `read_config`'s config.
-        weights: The checkpoint by its own names.
-        head_size: Size of a head of the base model.
-
-    Returns:
-        Where each weight went.
-
-    Raises:
-        UsageError: If a weight has no place, or a place gets no weight.
-    """
-    parameters = parameters_by_place(model)
-    placed = placed_weights(weights, head_size)
-    empty = set(parameters)
-    with torch.no_grad():
-        for name, one in placed.items():
-            place = (one.block, one.parameter)
-            if place not in parameters:
-                raise UsageError(
-                    f"cannot place the weight {name!r}: block {one.block} has no {one.parameter}"
-                )
-            given, shape = weights[name], one.official_shape(parameters[place])
-            if shape is None:
-                raise UsageError(
-                    f"the weight {name!r} is one of {one.parts} in block {one.block}, other blocks have another number"
-                )
-            if tuple(given.shape) != shape:
-                raise UsageError(
-                    f"the weight {name!r} is {list(given.shape)}, its place is {list(shape)}: the checkpoint was "
-                    "made on another base model, or its weights do not fit each other"
-                )
-            one.view(parameters[place]).copy_(one.transform(given))
-            empty.discard(place)
-    if empty:
-        raise UsageError(f"the checkpoint lacks weights for {sorted(empty)[:3]} ({len(empty)} in all)")
-    return placed
-
-
-def parameters_by_place(model: PeftModel) -> dict[tuple[int, str], torch.nn.Parameter]:
-    """A mixture's parameters by block and by name in the block."""
-    return {
-        (layer.block.index, name): parameter
-        for _, layer in mixture_layers(model)
-        for mixture in layer.mixtures().values()
-        for name, parameter in mixture.named_parameters()
-    }
+    """Coefficient of the balance loss, for further training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Checkpoint:
-    """What a checkpoint's names and sizes tell."""
+class ImportReport:
+    """What an import did."""
 
-    blocks: Mapping[str, set[int]]
-    """The blocks that carry each expert."""
-    shapes: Mapping[tuple[int, str], tuple[int, ...]]
-    """By block and parameter, that of one copy."""
-    parts: Mapping[tuple[int, str], int]
-    """By block and parameter: its copies."""
-
-    def layers(self, expert: str) -> tuple[int, ...] | None:
-        """The blocks that carry an expert; None where every block with any expert does."""
-        everywhere = set().union(*self.blocks.values())
-        return None if self.blocks[expert] == everywhere else tuple(sorted(self.blocks[expert]))
-
-    def shape(self, expert: str, parameter: str) -> tuple[int, ...] | None:
-        """The shape of one copy's parameter, as "experts.{}.A" has it with the expert's name; None if there is none."""
-        return self.shapes.get((min(self.blocks[expert]), parameter.format(expert)))
-
-    def copies(self, expert: str, parameter: str) -> int:
-        """The copies of a parameter."""
-        return self.parts[min(self.blocks[expert]), parameter.format(expert)]
-
-
-def _kind_position(expert: str) -> int:
-    kinds = list(KIND_GATES.values())
-    return next(place for place, kind in enumerate(kinds) if expert.startswith(kind))
-
-
-def _experts(order: Sequence[str], checkpoint: _Checkpoint, settings: OfficialSettings) -> list[ExpertConfig]:
-    def sort_key(name: str) -> tuple[object, ...]:
-        """Neighbours with equal keys can share one `LoraExpert`."""
-        if not name.startswith("lora_"):
-            return (name,)
-        shape = checkpoint.shape(name, "experts.{}.A")
-        return ("lora", shape and shape[0], checkpoint.layers(name))
-
-    experts: list[ExpertConfig] = []
-    for key, group in groupby(order, key=sort_key):
-        names = list(group)
-        first, layers = names[0], checkpoint.layers(names[0])
-        if key[0] == "lora":
-            copies, router, shared = _copies(first, "A", "B", checkpoint, settings)
-            experts.append(
-                LoraExpert(
-                    targets=tuple(name.removeprefix("lora_") for name in names),
-                    rank=_length(checkpoint, first, "A"),
-                    alpha=settings.alpha,
-                    layers=layers,
-                    num_experts=copies,
-                    router=router,
-                    shared=shared,
-                )
-            )
-        elif key[0] == "prompt":
-            bias = checkpoint.shape(first, "copy_routers.{}.logits.linear_bias")
-            copies = bias[0] if bias else 1
-            length = _length(checkpoint, first, "vectors") // copies
-            router = _copy_router(first, checkpoint, settings)
-            experts.append(PromptExpert(length=length, layers=layers, num_experts=copies, router=router))
-        else:
-            copies, router, shared = _copies(first, "down_weight", "up_weight", checkpoint, settings)
-            size = _length(checkpoint, first, "down_weight")
-            experts.append(
-                ParallelAdapterExpert(
-                    size=size, layers=layers, num_experts=copies, router=router, shared=shared
-                )
-            )
-    return experts
+    adapter: str
+    """The folder that was written."""
+    base_model: str
+    """The base model, as it was named."""
+    layout: str
+    """"native" or "fork"."""
+    method: str
+    """The method that was recognised, by its preset's name."""
+    num_parameters: int
+    """Entries of all imported weights."""
+    num_weights: int
+    """Imported weights."""
+    dtype: str
+    """The dtype in which they are stored."""
+    blocks: tuple[int, ...]
+    """Decoder blocks with experts."""
+    num_blocks: int
+    """Decoder blocks of the base model."""
+    permuted: tuple[str, ...]
+    """Experts whose rows were brought from interleaved rotary pairs to halves."""
+    defaults: dict[str, float]
+    """Settings that were not given and are hard-coded in the fork."""
+    num_base_weights: int
+    """Weights of the base model that lay in the checkpoint and were left out."""
+    num_idle_weights: int
+    """Weights of routers of blocks without an expert, left out."""
+    doubts: tuple[str, ...]
+    """What the weights cannot tell and was taken for granted, a sentence each."""
 
 
-def _length(checkpoint: _Checkpoint, expert: str, parameter: str) -> int:
-    shape = checkpoint.shape(expert, f"experts.{{}}.{parameter}")
-    if shape is None:
-        raise UsageError(f"the checkpoint has an expert {expert} without its {parameter}")
-    return shape[0]
+def import_checkpoint(
+    checkpoint: Path, base: str, out: Path, flags: ImportFlags, *, overwrite: bool = False
+) -> ImportReport:
+    """Turn an official checkpoint into an adapter folder.
 
+    The base model is built without its weights, to see that sizes and names fit.
 
-def _copies(
-    expert: str, down: str, up: str, checkpoint: _Checkpoint, settings: OfficialSettings
-) -> tuple[int, RouterConfig | None, bool]:
-    """How many copies an expert has, their router, and whether they share what reads the input."""
-    if checkpoint.shape(expert, f"experts.{{}}.{up}") is None:
-        raise UsageError(f"the checkpoint has an expert {expert} without its {up}")
-    copies = checkpoint.copies(expert, f"experts.{{}}.{up}")
-    shared = copies > 1 and checkpoint.copies(expert, f"experts.{{}}.{down}") == 1
-    return copies, _copy_router(expert, checkpoint, settings), shared
+    Args:
+        checkpoint: What `read_checkpoint` reads.
+        base: The base model: a folder, a name on the hub, or "smollm2".
+        out: The folder to write.
+        flags: What the weights do not tell.
+        overwrite: Whether an adapter in ``out`` may be replaced.
 
+    Returns:
+        What was done.
 
-def _copy_router(expert: str, checkpoint: _Checkpoint, settings: OfficialSettings) -> RouterConfig | None:
-    """The router of an expert's copies: AdaMoLE's has a threshold, top-k's needs ``keep``, the others are softmax."""
-    logits = "copy_routers.{}.logits.linear_"
-    if checkpoint.shape(expert, f"{logits}weight") is None:
-        return None
-    bias = checkpoint.shape(expert, f"{logits}bias") is not None
-    if checkpoint.shape(expert, "copy_routers.{}.gate.threshold_weight") is not None:
-        return RouterConfig(kind="linear", gate="threshold", bias=bias, balance=settings.balance)
-    if settings.keep is not None and expert.startswith("lora_"):
-        noise = checkpoint.shape(expert, "copy_routers.{}.gate.noise_weight") is not None
-        return RouterConfig(
-            kind="linear", gate="top-k", keep=settings.keep, noise=noise, bias=bias, balance=settings.balance
-        )
-    return RouterConfig(kind="linear", gate="softmax", bias=bias)
-
-
-def _router(
-    checkpoint: _Checkpoint, weights: Mapping[str, Tensor], settings: OfficialSettings, layout: str
-) -> RouterConfig | None:
-    """The block's router; None where the checkpoint has none."""
-    sizes = checkpoint.shapes
-    block = min(index for index, _ in sizes)
-    router_input = "block" if layout == "native" else "projection"
-    if any(name.rpartition(".")[0].endswith(tuple(f".{gate}" for gate in KIND_GATES)) for name in weights):
-        return RouterConfig(
-            kind="linear",
-            granularity="instance",
-            pooling="official",
-            gate_of="kind",
-            dead_adapter_gate=True,
-            router_input=router_input,
-        )
-    learned = (block, "router.gate.threshold_weight") in sizes
-    threshold: ThresholdConfig | None = None
-    if learned and settings.max_threshold is None:
-        raise UsageError(
-            "the checkpoint has a learned threshold: give max_threshold (the official code's is 0.5)"
-        )
-    if learned:
-        threshold = ThresholdConfig(maximum=settings.max_threshold, gradient="none", at_least_one=False)
-    elif settings.constant_threshold is not None:
-        threshold = ThresholdConfig(constant=settings.constant_threshold, at_least_one=False)
-    swiglu = sizes.get((block, "router.logits.w2_weight"))
-    if swiglu is None and (block, "router.logits.linear_weight") not in sizes:
-        kinds = {name.split("_")[0] for name in checkpoint.blocks}
-        if len(kinds) > 1 or threshold is not None:
-            raise UsageError(
-                f"the checkpoint has no adapter_type_router but {sorted(checkpoint.blocks)}: experts of several kinds, "
-                "or a threshold, need one"
-            )
-        return None
-    return RouterConfig(
-        kind="linear" if swiglu is None else "swiglu",
-        hidden_per_expert=None if swiglu is None else swiglu[1] // swiglu[0],
-        threshold=threshold,
-        router_input=router_input,
-        granularity="instance" if settings.instance_level else "token",
-        pooling="official" if settings.instance_level else "prompt",
+    Raises:
+        UsageError: If a setting is needed and not given or contradicts the weights, or a weight cannot be placed.
+    """
+    check_folder(out, overwrite=overwrite)
+    checkpoint_files(checkpoint)  # a wrong path is said before the base is looked for on the hub
+    path = resolve_model(base)
+    model = empty_model(path, base)
+    found = read_checkpoint(checkpoint, frozenset(model.state_dict()))
+    num_blocks = model.config.get_text_config().num_hidden_layers
+    placed = placed_weights(found.weights, head_size(model.config))
+    settings, defaults = _settings(found, flags, model, placed)
+    blocks = _blocks(placed, num_blocks, base)
+    config = read_config(found.weights, settings)
+    config.layers_to_transform = None if len(blocks) == num_blocks else list(blocks)
+    wrapped = get_peft_model(model, config)
+    assert isinstance(wrapped, PeftModel)
+    for _, layer in mixture_layers(wrapped):
+        layer.moa_mixture.to_empty(device="cpu").to(found.dtype)
+    load_weights(wrapped, found.weights, settings.head_size)
+    with adapter_folder(out, overwrite=overwrite) as draft:
+        wrapped.save_pretrained(str(draft), save_embedding_layers=False)
+    method = method_of(config)
+    permuted = {
+        one.parameter.split(".")[1] for name, one in placed.items() if _moves(found.weights[name], one)
+    }
+    return ImportReport(
+        adapter=str(out),
+        base_model=base,
+        layout=found.layout,
+        method=method,
+        num_parameters=sum(one.numel() for one in found.weights.values()),
+        num_weights=len(found.weights),
+        dtype=str(found.dtype).removeprefix("torch."),
+        blocks=blocks,
+        num_blocks=num_blocks,
+        permuted=tuple(sorted(permuted)),
+        defaults=defaults,
+        num_base_weights=len(found.base_weights),
+        num_idle_weights=len(found.idle_weights),
+        doubts=_doubts(method, flags),
     )
+
+
+def expert_order(text: str) -> tuple[str, ...]:
+    """Read the gate columns' names off a flag.
+
+    Args:
+        text: Names with commas between: projections, "prompt" and "parallel_adapter".
+
+    Returns:
+        The names of experts in a mixture.
+
+    Raises:
+        UsageError: If a name is unknown or given twice.
+    """
+    names = [one.strip() for one in text.split(",") if one.strip()]
+    known = {**{one: f"lora_{one}" for one in PROJECTIONS}, **{one: one for one in DEFAULT_ORDER}}
+    for one in names:
+        if one not in known:
+            raise UsageError(f"--expert-order: {unknown('expert', one, known)}")
+    order = tuple(known[one] for one in names)
+    if len(set(order)) < len(order):
+        raise UsageError(f"--expert-order names an expert twice: {text}")
+    return order
+
+
+def head_size(config: Any) -> int:
+    """The size of a head of a model, from its transformers config."""
+    text = config.get_text_config()
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+def method_of(config: MoAConfig) -> str:
+    """Name the method that a config stands for, as `moa methods` does; "mixture" where it is none of them.
+
+    Args:
+        config: A mixture's config.
+    """
+    router = config.parts().router
+    kinds = {one.kind for one in config.parts().experts}
+    copies = {one.copies() for one in config.parts().experts}
+    if router is None:
+        return _routerless_method(
+            kinds, copies, any(getattr(one, "shared", False) for one in config.parts().experts)
+        )
+    if router.gate != "sigmoid" or not kinds <= {"lora", "prompt", "parallel_adapter"}:
+        return "mixture"
+    if router.gate_of == "kind":
+        return "unipeft"
+    if router.threshold is not None:
+        return "sparse-moa"
+    if router.granularity == "instance":
+        return "instance-moa"
+    return "soft-moa" if all(number == 1 for number, _ in copies) else "soft-moa-hydra"
+
+
+def _routerless_method(kinds: set[str], copies: set[tuple[int, RouterConfig | None]], shared: bool) -> str:
+    if len(kinds) > 1:
+        return "mixture"
+    if kinds != {"lora"}:
+        return {"parallel_adapter": "parallel-adapter", "prompt": "prompt-tuning"}.get(kinds.pop(), "mixture")
+    gates = {router.gate for _, router in copies if router is not None}
+    if len(gates) > 1:
+        return "mixture"
+    if not gates:
+        return "lora"
+    names = {"softmax": "hydralora" if shared else "molora", "top-k": "topk-moe-lora", "threshold": "adamole"}
+    return names.get(gates.pop(), "mixture")
+
+
+def _settings(
+    found: OfficialCheckpoint, flags: ImportFlags, model: Any, placed: Mapping[str, Destination]
+) -> tuple[OfficialSettings, dict[str, float]]:
+    """Join what the flags say with what the fork hard-codes, and report all that is missing or contradicts at once."""
+    parameters = {one.parameter for one in placed.values()}
+    ranks = {found.weights[name].shape[0] for name, one in placed.items() if one.parameter.endswith(".A")}
+    needs_alpha, needs_k = bool(ranks), any(".router.topkroute_linear." in name for name in found.weights)
+    learned = "router.gate.threshold_weight" in parameters
+    of_kinds = any(name.rpartition(".")[0].endswith(tuple(KIND_GATES)) for name in found.weights)
+    has_router = any(one.startswith("router.logits.") for one in parameters) and not of_kinds
+    has_balance = needs_k or any(
+        one.startswith("copy_routers.") and ".gate.threshold_" in one for one in parameters
+    )
+    no_router = (
+        "UniPEFT's gates are of a whole instance already, without a threshold"
+        if of_kinds
+        else "the checkpoint has no router of its blocks"
+    )
+    defaults: dict[str, float] = {}
+    alpha, threshold = flags.alpha, flags.max_threshold
+    if found.layout == "fork":
+        if needs_alpha and alpha is None and ranks == {FORK_RANK}:
+            alpha = defaults["alpha"] = FORK_ALPHA
+        if learned and threshold is None:
+            threshold = defaults["max_threshold"] = FORK_THRESHOLD
+    wrong: list[str] = []
+    if needs_alpha and alpha is None:
+        sizes = ", ".join(str(one) for one in sorted(ranks))
+        usual = "--alpha 8" if ranks == {FORK_RANK} else "the rank itself in the paper's set-up"
+        wrong.append(
+            f"give --alpha, which the weights do not tell (LoRA of rank {sizes} is scaled by alpha / rank; the usual "
+            f"official value is {usual}; see lora_alpha of the training's arguments)"
+        )
+    if needs_k and flags.top_k is None:
+        wrong.append(
+            "give --top-k, the experts that each top-k router keeps (the usual official value is --top-k 2)"
+        )
+    if learned and threshold is None:
+        wrong.append(
+            "give --max-threshold, the upper bound of the learned threshold (the usual official value is "
+            "--max-threshold 0.5)"
+        )
+    wrong += [
+        f"{flag} is given: leave it out, {why}"
+        for flag, given, fits, why in (
+            ("--alpha", flags.alpha is not None, needs_alpha, "the checkpoint has no LoRA"),
+            ("--top-k", flags.top_k is not None, needs_k, "the checkpoint has no top-k router"),
+            (
+                "--max-threshold",
+                flags.max_threshold is not None,
+                learned,
+                "the checkpoint has no learned threshold",
+            ),
+            (
+                "--constant-threshold",
+                flags.constant_threshold is not None,
+                has_router and not learned,
+                "the checkpoint has a learned threshold" if learned else no_router,
+            ),
+            ("--instance-level", flags.instance_level, has_router, no_router),
+            (
+                "--balance",
+                flags.balance is not None,
+                has_balance,
+                "no router of the checkpoint has a balance loss (those of top-k and AdaMoLE have)",
+            ),
+        )
+        if given and not fits
+    ]
+    if wrong:
+        raise UsageError("; ".join(wrong))
+    settings = OfficialSettings(
+        alpha=FORK_ALPHA if alpha is None else alpha,
+        head_size=head_size(model.config),
+        expert_order=flags.expert_order or DEFAULT_ORDER,
+        max_threshold=threshold,
+        constant_threshold=flags.constant_threshold,
+        keep=flags.top_k,
+        instance_level=flags.instance_level,
+        balance=flags.balance,
+    )
+    return settings, defaults
+
+
+def _blocks(placed: Mapping[str, Destination], num_blocks: int, base: str) -> tuple[int, ...]:
+    blocks = tuple(sorted({one.block for one in placed.values()}))
+    if blocks[-1] >= num_blocks:
+        raise UsageError(
+            f"the checkpoint has weights of block {blocks[-1]}, the base model {base!r} has blocks 0 to "
+            f"{num_blocks - 1}: the checkpoint was made on another base model"
+        )
+    return blocks
+
+
+def _moves(weight: Tensor, one: Destination) -> bool:
+    """Whether a weight's rows change their order on the way."""
+    rows = torch.arange(weight.shape[0]).unsqueeze(1) if one.parameter.endswith(".B") else None
+    return rows is not None and not torch.equal(one.transform(rows), rows)
+
+
+def _doubts(method: str, flags: ImportFlags) -> tuple[str, ...]:
+    """What another official method with the same weights would need; the weights cannot tell."""
+    if method != "soft-moa" or flags.instance_level:
+        return ()
+    taken = "taken as Soft MoA with gates for each token"
+    others = "a Sparse MoA with a constant threshold and the instance-level code"
+    return (f"{taken}: {others} have the same weights (--constant-threshold 0.5, --instance-level)",)

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from moa_peft.data.loading import Row, load_rows
+from moa_peft.data.loading import load_rows
+from moa_peft.data.row import Row
 from moa_peft.data.templates import Template, render_completion
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.batching import pad_left, plan_batches, positions, rows_at_once

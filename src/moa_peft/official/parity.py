@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from moa_peft.errors import UsageError
 from moa_peft.mixture.balance_scaling import set_loss_scale
 from moa_peft.mixture.block_hooks import GateRecord, mixture_layers
-from moa_peft.official.importer import load_weights, parameters_by_place, read_config
+from moa_peft.official.conversion import load_weights, parameters_by_place, read_config
 from moa_peft.official.names import destinations
 from moa_peft.official.reference import Reference, read_reference
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moa_peft.errors import UsageError
 from moa_peft.official.checkpoint import idle_routers
-from moa_peft.official.importer import DEFAULT_ORDER, OfficialSettings
+from moa_peft.official.conversion import DEFAULT_ORDER, OfficialSettings
 
 ARCHITECTURES = ("llama", "qwen3")
 """The models that reference files are about."""

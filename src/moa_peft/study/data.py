@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moa_peft.data.loading import Row, rows_md5
+from moa_peft.data.row import Row, rows_md5
 from moa_peft.errors import UsageError, unknown
 from moa_peft.evaluation.tasks import GROUPS, Task, load_task, load_tasks
 from moa_peft.evaluation.text_choices import text_questions

@@ -15,8 +15,8 @@ from moa_peft.study.config import StudyConfig
 from moa_peft.study.data import StudyData, source_of
 from moa_peft.study.rows import RESULTS_FILE, RunRow
 from moa_peft.study.schedule import Run, method_settings, recipe_of
+from moa_peft.training.checkpoints import changed_keys
 from moa_peft.training.output_folder import RECIPE_FILE, read_recipe, write_text
-from moa_peft.training.resumption import changed_keys
 
 STUDY_FILE = "study.json"
 """What the runs of a study have in common, and its methods, in its folder."""

@@ -7,8 +7,7 @@ from moa_peft.errors import UsageError
 from moa_peft.quiet import quiet_libraries
 from moa_peft.study.config import Method, StudyConfig
 from moa_peft.study.schedule import Run, recipe_of
-from moa_peft.training.method import build_peft_config
-from moa_peft.training.recipe import Recipe
+from moa_peft.training.recipe import Recipe, build_peft_config
 from moa_peft.training.trainer_settings import build_settings, check_trainer
 
 

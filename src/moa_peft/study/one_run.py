@@ -5,13 +5,15 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moa_peft.data.row import Row
+from moa_peft.data.templates import Template
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.loading import load, read_adapter
 from moa_peft.evaluation.options import EvaluationOptions
@@ -23,20 +25,30 @@ from moa_peft.quiet import quiet_libraries
 from moa_peft.study.config import FROZEN, Method, StudyConfig
 from moa_peft.study.data import RowSet, StudyData, questions_md5, source_of
 from moa_peft.study.folder import TRAINING_FILE
-from moa_peft.study.measure import StepLog, peak_memory_mib, start_peak_memory, step_time
-from moa_peft.study.router import router_summary
 from moa_peft.study.rows import RunRow, Scores
 from moa_peft.study.schedule import Job, recipe_of
+from moa_peft.study.training_cost import StepLog, peak_memory_mib, start_peak_memory, step_time
 from moa_peft.training.checkpoints import find_checkpoints, unmark
-from moa_peft.training.method import build_peft_config
 from moa_peft.training.output_folder import RECIPE_FILE, write_text
 from moa_peft.training.prepare import prepare
-from moa_peft.training.recipe import Recipe
+from moa_peft.training.recipe import Recipe, build_peft_config
 from moa_peft.training.run import run as train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 STEPS_FILE = "steps.jsonl"
 
 _TRAINED = ("rows_dropped", "trainable_parameters", "total_parameters", "steps", "final_loss", "train_s")
+
+
+COLUMNS = {
+    "active_experts": "active experts",
+    "load_variation": "load variation",
+    "mean_cka": "mean CKA",
+}
+"""Figures of a router and what the report calls them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -287,3 +299,34 @@ def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def router_summary(
+    model: Any, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row], template: Template
+) -> dict[str, float | None] | None:
+    """Sum up what the routers of a model do.
+
+    Args:
+        model: The model with its adapter.
+        tokenizer: Its tokenizer.
+        rows: Questions whose prompts it reads.
+        template: How a row becomes text.
+
+    Returns:
+        Figures by name, as in `COLUMNS`; None without a router.
+    """
+    from moa_peft.mixture.block_hooks import mixture_layers
+
+    routers = [
+        one
+        for _, layer in mixture_layers(model)
+        for mixture in layer.mixtures().values()
+        for one in mixture.routers()
+    ]
+    if not routers:
+        return None
+    from moa_peft.inspection.prompts import as_prompt
+    from moa_peft.inspection.results import routing_summary
+
+    prompts = [as_prompt(row, template, tokenizer) for row in rows]
+    return dict(routing_summary(model, tokenizer, prompts))

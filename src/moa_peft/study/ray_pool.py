@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moa_peft.errors import UsageError
-from moa_peft.study.extras import need
+from moa_peft.extras import check_installed
 from moa_peft.study.one_run import Order, OtherBaseError, describe, execute
 from moa_peft.study.rows import RunRow
 from moa_peft.study.runner import Pool
@@ -30,7 +30,7 @@ def ray_pool(*, cpus: int = 1) -> Iterator[tuple[Pool, int]]:
     Raises:
         UsageError: If Ray is not installed, or no run fits.
     """
-    need("ray", "ray")
+    check_installed("ray")
     import ray
 
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)

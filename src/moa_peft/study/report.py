@@ -4,7 +4,11 @@ from pathlib import Path
 
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.tasks import task_names
-from moa_peft.study.cells import (
+from moa_peft.extras import check_installed
+from moa_peft.study.config import FROZEN, StudyConfig
+from moa_peft.study.document import Picture, Section, Table, as_html, as_markdown
+from moa_peft.study.folder import check_same_study, read_study
+from moa_peft.study.formatting import (
     NONE,
     chosen_by,
     claim,
@@ -19,12 +23,8 @@ from moa_peft.study.cells import (
     score_cell,
     signed,
 )
-from moa_peft.study.config import FROZEN, StudyConfig
-from moa_peft.study.document import Picture, Section, Table, as_html, as_markdown
-from moa_peft.study.extras import REPORT_PACKAGES, need
-from moa_peft.study.folder import check_same_study, read_study
+from moa_peft.study.one_run import COLUMNS
 from moa_peft.study.plots import draw_plots
-from moa_peft.study.router import COLUMNS
 from moa_peft.study.rows import read_results
 from moa_peft.study.schedule import rate_text, shared_settings
 from moa_peft.study.statistics import MethodSummary, StudySummary, median_step_ms, summarise
@@ -101,8 +101,7 @@ def write_report(config: StudyConfig) -> StudySummary:
     Raises:
         UsageError: If the folder holds no study or another one, or a package for the report is missing.
     """
-    for package in REPORT_PACKAGES:
-        need(package, "report")
+    check_installed("report")
     summary = read_summary(config)
     folder = Path(config.out)
     pictures = draw_plots(summary)

@@ -9,8 +9,8 @@ from typing import Any
 
 from moa_peft.study.config import FROZEN, Method, StudyConfig
 from moa_peft.study.rows import RunRow, Stage
+from moa_peft.training.checkpoints import FREE_ON_RESUME
 from moa_peft.training.recipe import FACTORS, Recipe
-from moa_peft.training.resumption import FREE_ON_RESUME
 from moa_peft.training.trainer_settings import trainer_fields
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from moa_peft.study.config import FROZEN, StudyConfig
 from moa_peft.study.data import VALIDATION
-from moa_peft.study.figures import Difference, Estimate, Values, difference, estimate, mean_value
+from moa_peft.study.estimates import Difference, Estimate, Values, difference, estimate, mean_value
 from moa_peft.study.rows import RunRow, Stage
 from moa_peft.study.schedule import (
     Run,

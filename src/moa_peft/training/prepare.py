@@ -12,23 +12,83 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
 
-from moa_peft import mixture_layers
 from moa_peft.data.base_model import load_model, resolve_model
-from moa_peft.errors import UsageError, first_line
-from moa_peft.paths import expanded
+from moa_peft.errors import UsageError, expanded, first_line
+from moa_peft.mixture.block_hooks import mixture_layers
 from moa_peft.quiet import quiet_libraries
-from moa_peft.training.method import build_peft_config
-from moa_peft.training.outcome import Plan
+from moa_peft.training.checkpoints import find_resumption
 from moa_peft.training.output_folder import claim
 from moa_peft.training.progress import ProgressLines, StepClock
-from moa_peft.training.recipe import FACTORS, Recipe
-from moa_peft.training.resumption import find_resumption
+from moa_peft.training.recipe import FACTORS, Recipe, build_peft_config
 from moa_peft.training.router_health import RouterFigures
 from moa_peft.training.rows import TrainingRows, encode, read_rows
 from moa_peft.training.trainer import AdapterTrainer
 from moa_peft.training.trainer_settings import build_settings, check_trainer
 
 _LEAST_CHECKPOINTS = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a run will do, known before its first step."""
+
+    method: str
+    """The method of the family."""
+    model: str
+    """The base model, as the recipe names it."""
+    rows_kept: int
+    """Training rows."""
+    rows_dropped: int
+    """Rows left out, because max_length would cut their answers away."""
+    validation_rows: int
+    """Held-out rows; 0 for none."""
+    validation_rows_dropped: int
+    """Held-out rows left out likewise."""
+    trainable_parameters: int
+    """Numbers that are trained."""
+    total_parameters: int
+    """Numbers in all, the frozen model's included."""
+    steps: int
+    """Optimiser steps of the whole run."""
+    output_dir: str
+    """Where everything will lie."""
+    resume_from: str | None
+    """The checkpoint gone on from; None for a start from the frozen model."""
+    resumed: bool
+    """Whether the recipe asks to go on with a run."""
+    skipped: tuple[str, ...]
+    """Incomplete checkpoints that a resumed run leaves out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingOutcome:
+    """What a run gave."""
+
+    output_dir: str
+    """Where the adapter, its card, the recipe, the results and the checkpoints lie."""
+    steps: int
+    """Optimiser steps of the whole run, those before a resumption included."""
+    final_loss: float | None
+    """The training loss last logged, nats a token of the answers: a mean over the steps since the log before, or since the
+    checkpoint that the run went on from, so that it is the same only where checkpoints lie at logged steps."""
+    validation_loss: float | None
+    """The held-out loss at the end, nats a token of the answers; None without held-out rows."""
+    step_s: float | None
+    """Median seconds a step of this process, without evaluation and saving; None when there was nothing left to do."""
+    train_s: float
+    """Seconds from the first step to the last, evaluation and saving included, of this process."""
+    trainable_parameters: int
+    """Numbers trained."""
+    total_parameters: int
+    """Numbers in all, the frozen model's included."""
+    rows_kept: int
+    """Training rows."""
+    rows_dropped: int
+    """Rows left out, because max_length would cut their answers away."""
+    validation_rows: int
+    """Held-out rows; 0 for none."""
+    validation_rows_dropped: int
+    """Held-out rows left out likewise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

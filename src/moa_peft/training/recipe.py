@@ -5,10 +5,14 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from moa_peft.data.templates import Template
 from moa_peft.errors import UsageError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
 
 TRAINER_DEFAULTS: Mapping[str, Any] = {
     "num_train_epochs": 2,  # the paper's; so are the six below
@@ -225,3 +229,62 @@ def _number_problems(recipe: Recipe) -> list[str]:
             f"validation is {share!r}: give a data source, or a share of the rows between 0 and 1"
         )
     return problems
+
+
+def merge(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay changes over settings: mappings are merged, everything else is replaced.
+
+    A mapping with whole numbers as keys changes single entries of a list, as ``--mixture.experts.0.rank 16`` does.
+
+    Args:
+        settings: What there is, as from a file.
+        changes: What goes over it, as from flags.
+
+    Returns:
+        A new mapping; neither argument is changed.
+
+    Raises:
+        UsageError: If a list has no entry of the given number.
+    """
+    merged = dict(settings)
+    for key, value in changes.items():
+        merged[key] = _merged(key, merged.get(key), value)
+    return merged
+
+
+def _merged(name: str, old: Any, new: Any) -> Any:
+    if not isinstance(new, Mapping):
+        return new
+    if isinstance(old, Mapping):
+        return merge(old, new)
+    if isinstance(old, list) and new and all(str(key).isdecimal() for key in new):
+        entries = list(old)
+        for key, value in new.items():
+            if int(key) >= len(entries):
+                raise UsageError(f"{name}.{key} does not exist: {name} has entries 0 to {len(entries) - 1}")
+            entries[int(key)] = _merged(f"{name}.{key}", entries[int(key)], value)
+        return entries
+    return new
+
+
+def build_peft_config(recipe: Recipe) -> "PeftConfig":
+    """Make the config of the recipe's method with the recipe's changes.
+
+    Args:
+        recipe: Its ``method`` is the start, its ``mixture`` the changes.
+
+    Returns:
+        A config that `peft.get_peft_model` takes.
+
+    Raises:
+        UsageError: If the method or a field is unknown, or a value is wrong.
+    """
+    from moa_peft.mixture.peft_config import MoAConfig
+
+    changes: dict[str, Any] = dict(recipe.mixture)
+    if isinstance(
+        changes.get("experts"), Mapping
+    ):  # experts.0.rank changes one entry of the method's own list
+        experts = MoAConfig.preset(recipe.method).to_dict()["experts"]
+        changes["experts"] = merge({"experts": experts}, {"experts": changes["experts"]})["experts"]
+    return MoAConfig.preset(recipe.method, **changes)

@@ -2,16 +2,40 @@
 """What the routers do, as figures for the training log."""
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from moa_peft.training.router_trouble import TroubleWatch, trouble_sums
+DEAD = 0.01
+"""A mean gate below this is that of a dead expert."""
+
+
+STUCK = 0.99
+"""A gate above this hardly moves any more; a gate is saturated where most tokens have it there."""
+
+
+FEWEST = 32
+"""Tokens, or instances, that must have been counted before anything is said."""
+
+
+ADVICE = {
+    "dead": "try a lower learning_rate, fewer experts, or, where gates choose, a balance loss "
+    "(--mixture.router.balance 0.01)",
+    "saturated": "try a lower learning_rate, a longer warm-up, or --mixture.router.router_input projection, whose norm keeps "
+    "the router's input small",
+}
+"""What to try, by what is wrong."""
+
+
+Where = tuple[int, str]
+"""A layer and the name of its router."""
 
 
 class Gates(Protocol):
@@ -51,7 +75,7 @@ class RouterFigures(TrainerCallback):
     With balance losses ``router/balance_loss``, the sum over all routers of all blocks before its coefficient, the
     mean of the observed passes.
 
-    It warns once when an expert is dead and once when a gate is saturated; see `moa_peft.training.router_trouble`.
+    It warns once when an expert is dead and once when a gate is saturated; see `moa_peft.training.router_health`.
 
     Padding does not count; gates of a whole instance count once a row. The numbers of the training are not touched,
     and nothing waits for the device before the figures are collected. A mixture without a router gives no figures, nor
@@ -186,3 +210,74 @@ def _copy_figures(by_router: Sums) -> dict[str, float]:
 
 def _entropy(shares: Sequence[float]) -> float:
     return -sum(share * math.log(share) for share in shares if share > 0)
+
+
+def trouble_sums(gates: Tensor, real: Tensor) -> Tensor:
+    """Sum up what trouble is seen by.
+
+    Args:
+        gates: Float32, [B, T, E].
+        real: Float, broadcastable to [B, T], 1 for tokens that count.
+
+    Returns:
+        Float, [2 E + 1]: each gate's sum, the tokens that it is stuck for, and the number of tokens.
+    """
+    weight = real.unsqueeze(-1)
+    stuck = (gates > STUCK).to(gates) * weight
+    return torch.cat([(gates * weight).sum((0, 1)), stuck.sum((0, 1)), real.sum().reshape(1)])
+
+
+def find_trouble(
+    sums: Mapping[Where, Sequence[float]], names: Mapping[Where, Sequence[str]]
+) -> dict[str, list[str]]:
+    """Find dead experts and saturated gates.
+
+    Args:
+        sums: From `trouble_sums`, by router.
+        names: What each router weighs.
+
+    Returns:
+        Experts in words, under "dead" and "saturated"; routers of one expert and those seen too little are left out.
+    """
+    found: dict[str, list[str]] = {"dead": [], "saturated": []}
+    for (layer, router), values in sums.items():
+        experts, tokens = names[layer, router], values[-1]
+        if tokens < FEWEST or len(experts) < 2:
+            continue
+        for place, name in enumerate(experts):
+            said = f"copy {name} of {router}" if router else name
+            if values[place] / tokens < DEAD:
+                found["dead"].append(f"{said} in layer {layer}")
+            if values[len(experts) + place] / tokens > 0.5:
+                found["saturated"].append(f"{said} in layer {layer}")
+    return found
+
+
+class TroubleWatch:
+    """Warns of each kind of trouble once, on standard error."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def look(
+        self, sums: Mapping[Where, Sequence[float]], names: Mapping[Where, Sequence[str]], step: int
+    ) -> None:
+        """Look at what was summed up until a step, and warn of what is new."""
+        for kind, places in find_trouble(sums, names).items():
+            if places and kind not in self._said:
+                self._said.add(kind)
+                tqdm.write(warning(kind, places, step), file=sys.stderr)
+
+
+def warning(kind: str, places: Sequence[str], step: int) -> str:
+    """Write a warning in a line."""
+    what = {
+        "dead": f"never used: {_listed(places)} (mean gate below {DEAD})",
+        "saturated": f"saturated: the gate of {_listed(places)} is above {STUCK} for most tokens, so it hardly learns",
+    }
+    return f"moa: warning: step {step}: {what[kind]}; {ADVICE[kind]}; `moa inspect` shows more"
+
+
+def _listed(places: Sequence[str], most: int = 3) -> str:
+    rest = len(places) - most
+    return ", ".join(places[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -8,7 +8,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from moa_peft.data.loading import Row, load_rows, rows_md5
+from moa_peft.data.loading import load_rows
+from moa_peft.data.row import Row, rows_md5
 from moa_peft.data.tokenization import encode_rows
 from moa_peft.errors import UsageError
 from moa_peft.training.recipe import Recipe

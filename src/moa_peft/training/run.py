@@ -10,13 +10,11 @@ from typing import Any
 from moa_peft.data.base_model import model_fingerprint
 from moa_peft.provenance import provenance
 from moa_peft.quiet import quiet_libraries
-from moa_peft.training.checkpoints import step_of
+from moa_peft.training.checkpoints import forget_later_checkpoints, step_of
 from moa_peft.training.model_card import write_card
-from moa_peft.training.outcome import Plan, TrainingOutcome
 from moa_peft.training.output_folder import append_result, disk_errors_named, replacing, write_recipe
-from moa_peft.training.prepare import Preparation, prepare
+from moa_peft.training.prepare import Plan, Preparation, TrainingOutcome, prepare
 from moa_peft.training.recipe import Recipe
-from moa_peft.training.resumption import forget_later_checkpoints
 
 
 def train(recipe: Recipe, on_plan: Callable[[Plan], None] | None = None) -> TrainingOutcome:

@@ -1,7 +1,11 @@
 """The trainer's own settings: which there are, of what kind, and how a recipe becomes a `trl.SFTConfig`."""
 
+import ast
 import dataclasses
+import inspect
+import itertools
 import math
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -13,6 +17,7 @@ from moa_peft.training.recipe import REFUSED, TRAINER_DEFAULTS, Recipe, own_fiel
 
 if TYPE_CHECKING:
     from trl.trainer.sft_config import SFTConfig
+
 
 _PLAIN = (bool, int, float, str, dict, list)
 
@@ -158,3 +163,22 @@ def _said(hint: Any) -> str:
     words |= {list: "a list", type(None): "null"}
     choices = [typing.get_origin(one) or one for one in _choices(hint)]
     return " or ".join(words[one] for one in choices if one in words)
+
+
+def field_docs(config_class: type) -> dict[str, str]:
+    """Read the string under each field of a dataclass.
+
+    Args:
+        config_class: A dataclass with one string literal under each field, its source at hand.
+
+    Returns:
+        The text of each field that has one, on one line, in the order of the fields.
+    """
+    tree = ast.parse(textwrap.dedent(inspect.getsource(config_class)))
+    body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
+    docs: dict[str, str] = {}
+    for field, below in itertools.pairwise(body):
+        is_field = isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if is_field and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            docs[field.target.id] = " ".join(str(below.value.value).split())  # type: ignore[union-attr]  # is_field
+    return docs

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moa_peft.evaluation.results import mean_and_standard_error
-from moa_peft.study.extras import has
+from moa_peft.extras import is_installed
 
 POWER = 0.8
 """Share of cases in which a difference as large as the minimum detectable one would be found."""
@@ -107,7 +107,7 @@ def difference(pairs: Sequence[tuple[Values, Values]]) -> Difference:
 
 
 def _detectable(error: float, variances: Sequence[tuple[float, int]]) -> float | None:
-    if not has("scipy"):  # nothing is claimed without it
+    if not is_installed("scipy"):  # nothing is claimed without it
         return None
     from scipy.stats import t
 

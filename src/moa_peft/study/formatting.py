@@ -1,7 +1,7 @@
 """The cells of a report's tables."""
 
 from moa_peft.study.config import StudyConfig
-from moa_peft.study.figures import Difference, Estimate
+from moa_peft.study.estimates import Difference, Estimate
 from moa_peft.study.rows import RunRow
 from moa_peft.study.schedule import rate_text
 

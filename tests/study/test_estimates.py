@@ -5,8 +5,8 @@ import statistics
 import pytest
 from scipy.stats import nct, t
 
-from moa_peft.study import extras
-from moa_peft.study.figures import Values, difference, estimate, mean_value
+from moa_peft import extras
+from moa_peft.study.estimates import Values, difference, estimate, mean_value
 
 
 def right(**answers: str) -> Values:

@@ -12,8 +12,8 @@ from moa_peft.evaluation.results import paired_difference
 from moa_peft.evaluation.run import TaskResult, evaluate
 from moa_peft.evaluation.tasks import load_tasks
 from moa_peft.provenance import provenance
-from moa_peft.training.outcome import Plan, TrainingOutcome
 from moa_peft.training.output_folder import append_result
+from moa_peft.training.prepare import Plan, TrainingOutcome
 from moa_peft.training.recipe import Recipe
 from moa_peft.training.run import train
 

@@ -1,0 +1,119 @@
+"""One row of instruction data: its fields, how a record of a file becomes one, and a fingerprint of a list of rows."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moa_peft.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One question and its answer."""
+
+    instruction: str
+    """What is asked."""
+
+    input: str
+    """What the instruction is about, or "" where the instruction holds it all."""
+
+    output: str
+    """The reply in full; training learns it."""
+
+    answer: str
+    """The bare answer that a reply is scored on, or "" where the data has none."""
+
+
+NEEDED = (
+    "a row needs instruction and output (input and answer may be added), or prompt and completion, or messages that "
+    "end with the assistant's turn"
+)
+
+
+def as_row(record: Any, where: str) -> Row:
+    """Turn one record of a file or of `datasets` into a row.
+
+    Args:
+        record: A mapping with instruction and output, or prompt and completion, or messages; input and answer may be
+            added, and other fields count for nothing.
+        where: The place of the record, for errors.
+
+    Returns:
+        The row, its texts unchanged.
+
+    Raises:
+        UsageError: If a field is missing or is not text.
+    """
+    if not isinstance(record, Mapping):
+        raise UsageError(f"{where}: is a {type(record).__name__}, not an object with fields: {NEEDED}")
+    extra = {name: _text(record, name, where, optional=True) for name in ("input", "answer")}
+    if record.get("instruction") is not None and record.get("output") is not None:
+        return Row(
+            instruction=_text(record, "instruction", where), output=_text(record, "output", where), **extra
+        )
+    if record.get("prompt") is not None and record.get("completion") is not None:
+        prompt, completion = record["prompt"], record["completion"]
+        if isinstance(prompt, list) and isinstance(completion, list):
+            return _from_messages([*prompt, *completion], extra, where)
+        return Row(
+            instruction=_text(record, "prompt", where), output=_text(record, "completion", where), **extra
+        )
+    if record.get("messages") is not None:
+        return _from_messages(record["messages"], extra, where)
+    given = ", ".join(str(name) for name in record) or "no field at all"
+    raise UsageError(f"{where}: has {given}: {NEEDED}")
+
+
+def _text(record: Mapping[str, Any], name: str, where: str, *, optional: bool = False) -> str:
+    value = record.get(name)
+    if value is None and optional:
+        return ""
+    if name == "answer" and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise UsageError(f"{where}: {name} is {value!r}: it must be text")
+    return _whole(value, name, where)
+
+
+def _whole(text: str, name: str, where: str) -> str:
+    """See that a text holds no half of a character, as a JSON escape can make one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{where}: {name} holds half of a character ({text[error.start]!r}): write it whole"
+        ) from error
+    return text
+
+
+def _from_messages(messages: Any, extra: Mapping[str, str], where: str) -> Row:
+    """Map one question and its reply; a system turn goes before the question, a blank line between them."""
+    well_formed = isinstance(messages, list) and all(
+        isinstance(turn, Mapping)
+        and isinstance(turn.get("role"), str)
+        and isinstance(turn.get("content"), str)
+        for turn in messages
+    )
+    if not well_formed:
+        raise UsageError(
+            f"{where}: messages must be a list of turns, each with a role and its content as text"
+        )
+    roles = [turn["role"] for turn in messages]
+    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+        raise UsageError(
+            f"{where}: messages has the turns {', '.join(roles) or '(none)'}: a row holds one question and its reply, "
+            "so give (system,) user, assistant"
+        )
+    said = [_whole(turn["content"], "messages", where) for turn in messages]
+    return Row(instruction="\n\n".join(filter(None, said[:-1])), output=said[-1], **extra)
+
+
+def rows_md5(rows: Sequence[Row]) -> str:
+    """Identify rows by their contents and order, whatever file they came from."""
+    digest = hashlib.md5(usedforsecurity=False)
+    for row in rows:
+        digest.update(json.dumps(dataclasses.asdict(row), sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
