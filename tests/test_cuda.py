@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from moa_peft.bench.subjects import one_by_one
-from tiny import METHODS, base_model, mixture_model, tokens
+from tiny import METHODS, base_model, cached, mixture_model, tokens
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,8 +59,8 @@ def test_cached_steps_equal_those_of_experts_asked_one_by_one(method: str, dtype
 
     @torch.no_grad()
     def decoded() -> Tensor:
-        past = model(ids, use_cache=True).past_key_values
-        steps = [model(ids[:, :1], past_key_values=past, use_cache=True).logits.float() for _ in range(4)]
+        past = cached(model(ids, use_cache=True))
+        steps = [model(ids[:, :1], **past, use_cache=True).logits.float() for _ in range(4)]
         return torch.cat(steps, 1)
 
     one, other = joined_and_apart(model, decoded)
@@ -98,9 +98,9 @@ def test_a_mixture_waits_no_more_often_for_the_device_than_the_frozen_model(meth
             model.train()(inputs_embeds=embedded, labels=ids, use_cache=False).loss.backward()
             model.eval()
             with torch.no_grad():
-                past = model(ids, use_cache=True).past_key_values
+                past = cached(model(ids, use_cache=True))
                 for _ in range(2):
-                    model(ids[:, :1], past_key_values=past, use_cache=True)
+                    model(ids[:, :1], **past, use_cache=True)
         return len(found)
 
     assert passes(mixture_model("llama", method).to(DEVICE)) <= passes(base_model("llama").to(DEVICE))

@@ -28,7 +28,8 @@ from moa_peft import MoAConfig, RunError, UsageError, mixture_layers
 from moa_peft.evaluation.generation import generate_batch
 from moa_peft.evaluation.scoring import TokenQuestion, score_batch
 from moa_peft.mixture.continuous_batching import paged_requests
-from tiny import awaken, base_model, mixture_model, tokens
+from moa_peft.mixture.token_masks import cache_of
+from tiny import awaken, base_model, cached, mixture_model, tokens
 from tiny_lm import byte_tokenizer
 
 every_model = pytest.mark.parametrize(
@@ -156,9 +157,7 @@ def test_one_full_forward_and_cached_steps_agree(family: str, method: str) -> No
         step = model(input_ids=prompt, use_cache=True)
         pieces = [step.logits]
         for column in range(answer.shape[1]):
-            step = model(
-                input_ids=answer[:, column : column + 1], past_key_values=step.past_key_values, use_cache=True
-            )
+            step = model(input_ids=answer[:, column : column + 1], **cached(step), use_cache=True)
             pieces.append(step.logits)
     assert len(seen.calls) == 2, "a step with a cache makes no gates of its own"
     assert same(seen.calls[0], seen.calls[1])
@@ -228,7 +227,7 @@ def test_gates_follow_the_rows_of_their_cache() -> None:
     model = mixture_model("llama", "instance-moa")
     ids = tokens(3, 5)
     with torch.no_grad():
-        cache = model(input_ids=ids, use_cache=True).past_key_values
+        _, cache = cache_of(model(input_ids=ids, use_cache=True))
     key, before = next(iter(cache.moa_instance_gates.items()))
     cache.batch_select_indices(torch.tensor([2, 0]))
     assert torch.equal(cache.moa_instance_gates[key], before[[2, 0]])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moa_peft import MoAConfig, mixture_layers
 from moa_peft.bench.subjects import one_by_one
 from moa_peft.mixture.block_hooks import MoALayer
-from tiny import awaken, base_model, mixture_model, tokens
+from tiny import awaken, base_model, cached, mixture_model, tokens
 
 Hang = Callable[[Any], object]
 
@@ -111,7 +111,7 @@ def test_an_output_that_another_hook_has_kept_stays_as_it_was(training: bool, ev
         with torch.set_grad_enabled(training):
             before = model.train(training)(tokens(), use_cache=not training)
             if not training:
-                model(tokens(length=1), past_key_values=before.past_key_values)
+                model(tokens(length=1), **cached(before))
     finally:
         for one in handles:
             one.remove()

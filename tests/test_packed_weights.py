@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorL
 from moa_peft import GateRecord, MoAConfig, mixture_layers, packed_weights
 from moa_peft.bench.subjects import one_by_one
 from moa_peft.mixture.mixture import Mixture
-from tiny import METHODS, awaken, base_model, mixture_model, tokens
+from tiny import METHODS, awaken, base_model, cached, mixture_model, tokens
 
 NEW_TOKENS = 6
 
@@ -74,8 +74,8 @@ def test_calls_of_any_number_of_tokens_equal_those_without_packed_weights(family
     found: list[Tensor] = []
     for context in (nullcontext(), packed_weights(model)):
         with torch.no_grad(), context:
-            cache = model(tokens(), use_cache=True).past_key_values
-            steps = [model(tokens(length=n, seed=n), past_key_values=cache).logits for n in (1, 3, 1)]
+            cache = cached(model(tokens(), use_cache=True))
+            steps = [model(tokens(length=n, seed=n), **cache).logits for n in (1, 3, 1)]
         found.append(torch.cat(steps, dim=1))
     assert torch.equal(*found)
 
@@ -192,8 +192,8 @@ def test_half_precision_is_rounded_as_by_experts_asked_one_by_one(method: str) -
 
     def last(model: PeftModel) -> Tensor:
         with torch.no_grad(), packed_weights(model):
-            past = model(prompt[:, :-1], use_cache=True).past_key_values
-            return model(prompt[:, -1:], past_key_values=past).logits.float()
+            past = cached(model(prompt[:, :-1], use_cache=True))
+            return model(prompt[:, -1:], **past).logits.float()
 
     exact = last(mixture_model("llama", method))
     model = mixture_model("llama", method, dtype=torch.bfloat16)

@@ -24,7 +24,7 @@ from moa_peft import (
     UsageError,
     mixture_layers,
 )
-from tiny import CASES, FAMILIES, METHODS, awaken, base_model, mixture_model, tokens
+from tiny import CASES, FAMILIES, METHODS, awaken, base_model, cached, mixture_model, tokens
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def last_logits(model: torch.nn.Module) -> Tensor:
     """Of a row's last token, with a cache of those before."""
     ids = tokens()[:1]
     before = model.eval()(ids[:, :-1], use_cache=True)
-    return model(ids[:, -1:], past_key_values=before.past_key_values).logits
+    return model(ids[:, -1:], **cached(before)).logits
 
 
 def test_the_enum_member_is_a_real_one() -> None:

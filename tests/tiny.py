@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -14,6 +15,7 @@ from transformers import (
 
 from moa_peft import LoraExpert, MoAConfig, ParallelAdapterExpert, PromptExpert, RouterConfig, ThresholdConfig
 from moa_peft.mixture.experts import DoraExpert, IA3Expert, SequentialAdapterExpert, VeraExpert
+from moa_peft.mixture.token_masks import cache_of
 
 VOCABULARY = 97
 GATED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -242,6 +244,11 @@ def awaken(model: nn.Module, seed: int = 2) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+
+def cached(output: Any) -> dict[str, Any]:
+    """The cache that a call has left, as the keyword argument of the next one: transformers 5.24 renamed it."""
+    return dict([cache_of(output)])
 
 
 def mixture_model(
