@@ -265,3 +265,8 @@ def mixture_model(
     if awake:
         awaken(model)
     return model.eval()
+
+
+def largest(a: Tensor, b: Tensor) -> float:
+    """The largest difference of two tensors."""
+    return (a.double() - b.double()).abs().max().item()

@@ -75,7 +75,7 @@ def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def replace_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a file of JSON lines anew: whole, or not at all."""
+    """Replace a file of JSON lines: whole, or not at all."""
     draft = file.with_name(f".{file.name}.tmp")
     draft.unlink(missing_ok=True)
     append_rows(draft, rows)

@@ -50,10 +50,6 @@ def test_a_row_has_the_ratios_to_baseline_and_frozen_model_and_an_error_that_is_
         json.dumps(as_dict(row), allow_nan=False)
     errors = [(row.max_abs_err, row.rms_err) for row in rows.values() if row.max_abs_err is not None]
     assert all(largest < 1e-3 and (mean is not None and mean < 1e-5) for largest, mean in errors)
-    assert max(errors) > (
-        0,
-        0,
-    )  # the experts speak, so rounding shows, if not on each processor for each method
 
 
 def test_a_compiled_model_is_what_is_timed_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from moa_peft.errors import UsageError
 from moa_peft.training.checkpoints import mark_complete
 from moa_peft.training.recipe import Recipe
 
-TINY = runpy.run_path(str(Path(__file__).parents[1] / "train" / "tiny.py"))
+TINY = runpy.run_path(str(Path(__file__).parents[1] / "training" / "tiny.py"))
 
 
 @pytest.fixture(scope="module")

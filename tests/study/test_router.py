@@ -52,9 +52,9 @@ def test_a_study_reads_the_tokens_that_inspecting_reads(
     tokenizer.backend_tokenizer.post_processor = single  # untyped setter
     rows, seen, read = choice_rows(3), [], results.read
 
-    def watched(model: Any, listener: Any, texts: Any, **options: Any) -> None:
+    def watched(model: Any, observer: Any, texts: Any, **options: Any) -> None:
         seen.extend(texts)
-        read(model, listener, texts, **options)
+        read(model, observer, texts, **options)
 
     monkeypatch.setattr(results, "read", watched)
     router_summary(with_mixture(tiny_llama()), tokenizer, rows, template)

@@ -1,1 +1,4 @@
-"""Measurements of speed and memory, in pairs, one row each."""
+"""Speed and memory: paired measurements, one row each.
+
+May import: data, mixture.
+"""

@@ -45,7 +45,7 @@ class BenchOptions:
     kind: Kind
     """train, decode, memory or scaling."""
     methods: tuple[str, ...]
-    """The methods; the frozen model and the baseline come along by themselves."""
+    """The methods; the frozen model and the baseline are always added."""
     baseline: str = subjects.LORA
     """What each is taken in turn with."""
     model: str = "smollm2-135m"
@@ -302,7 +302,10 @@ def take_turns(
     warm_up: int = 1,
     on_turn: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Time several pieces of work in turn, each round in an order of its own, which is the same in every run.
+    """Time several pieces of work in turn, A B C, B A C, ..., so that drift of the machine's speed affects each alike.
+
+    The order of a round is random, so that no piece always finds the memory state that the same other leaves, and the same in
+    every run.
 
     Args:
         work: By name; each waits for its device before it returns.

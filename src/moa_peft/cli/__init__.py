@@ -1,4 +1,7 @@
-"""The command `moa`: one file a verb, each importing what it needs only when it runs."""
+"""The command `moa`: one file for each verb, which imports what it needs only when it runs.
+
+May import: study, inspection, official, bench, evaluation, training, data, mixture.
+"""
 
 import errno
 import functools

@@ -61,7 +61,7 @@ def compare(
     ] = 1,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do runs again that failed.")] = False,
     report_only: Annotated[
-        bool, typer.Option("--report-only", help="Only write the report anew, from the rows.")
+        bool, typer.Option("--report-only", help="Only rewrite the report, from the rows.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
 ) -> None:

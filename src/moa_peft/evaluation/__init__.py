@@ -1,1 +1,4 @@
-"""Evaluation: likelihoods of choices, greedy answers, what a text states, and results that can be trusted."""
+"""Evaluation: tasks, likelihoods, generated answers and how they are read, programs in a sandbox, result rows.
+
+May import: data, mixture.
+"""

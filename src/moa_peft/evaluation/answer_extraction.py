@@ -1,4 +1,4 @@
-"""The answer that a text states: one function for each kind of answer.
+"""Extracts the answer that a text states: one function for each kind of answer.
 
 Only the text's own reply is read: what follows a new question is the model talking to itself. A denied answer ("not
 answer1") is none. Where a text states several, the last one counts: it corrects the earlier ones.

@@ -1,4 +1,4 @@
-"""Runs programs that nobody has read: each in a process of its own that can harm nothing and reach nothing.
+"""Runs untrusted programs, each in a separate process that can harm nothing and reach nothing.
 
 What holds a program: its own mount, process, network and IPC namespaces; a root that shows the interpreter and the
 system's libraries, read-only, and one empty folder that is thrown away; an unused user without privileges; limits on

@@ -1,6 +1,6 @@
 """The outer process of the sandbox: builds what a program may see, and starts the program in it.
 
-A script of its own, run by a bare interpreter (`python -I -S -B`) and never imported: whatever it changes about its
+A separate script, run by a bare interpreter (`python -I -S -B`) and never imported: whatever it changes about its
 process ends with that process. It needs nothing but the standard library. Three processes come of it: this one; the
 first one of a new process namespace, whose end ends everything in it; and the program's.
 

@@ -1,1 +1,4 @@
-"""What the routers and the experts of a model do on given texts, in one streaming pass."""
+"""What routers and experts do on given texts: statistics of one streaming pass, as an HTML page, JSON and figures.
+
+May import: evaluation, training, data, mixture.
+"""

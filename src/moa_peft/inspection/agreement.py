@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moa_peft.inspection.observer import Heard, Where
+from moa_peft.inspection.observer import Observed, Where
 from moa_peft.inspection.similarity import Change, is_flat, linear_cka
 from moa_peft.inspection.streaming_moments import JointMoments, Moments
 
@@ -41,7 +41,7 @@ class AgreementSums:
         self._apart: dict[tuple[int, str], Tensor] = {}
         self._changes: dict[tuple[int, str], dict[str, JointMoments]] = {}
 
-    def add(self, one: Heard, other: Heard, names: dict[Where, tuple[str, ...]]) -> None:
+    def add(self, one: Observed, other: Observed, names: dict[Where, tuple[str, ...]]) -> None:
         """Sum up a batch that both adapters have read.
 
         Args:

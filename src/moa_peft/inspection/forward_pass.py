@@ -1,4 +1,4 @@
-"""One pass of a model over texts, in batches whose padding nobody hears.
+"""One pass of a model over texts, in batches whose padding is excluded from statistics.
 
 Sizes: B rows of a batch, T tokens of its longest row, n real tokens of the batch.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.batching import pad_left, plan_batches, positions, rows_at_once
-from moa_peft.inspection.observer import Batch, Heard, Listener
+from moa_peft.inspection.observer import Batch, Observed, Observer
 
 TOKEN_BUDGET = 1024
 """Most tokens of a forward pass, padding included, unless one text alone is longer."""
@@ -26,7 +26,7 @@ class TokenText:
     ids: tuple[int, ...]
     """At least one token."""
     pieces: tuple[str, ...] = ()
-    """The part of the text that each token stands for; empty where nobody will look at it."""
+    """The part of the text that each token stands for; empty where it is not needed."""
     classes: tuple[int, ...] = ()
     """Places in `CLASSES`, one a token; empty likewise."""
 
@@ -51,25 +51,25 @@ def check_texts(model: Any, texts: Sequence[TokenText]) -> None:
 
 def read(
     model: Any,
-    listener: Listener,
+    observer: Observer,
     texts: Sequence[TokenText],
     *,
     batch_size: int = 8,
-    each: Callable[[Sequence[int], Heard], None] | None = None,
+    each: Callable[[Sequence[int], Observed], None] | None = None,
 ) -> None:
-    """Run a model over texts while a listener hears it. What was read before stays summed up.
+    """Run a model over texts and add what is observed to the observer's sums.
 
     Args:
         model: A causal language model of transformers with a mixture, bare or in PEFT's wrapper.
-        listener: Of the same model.
-        texts: At least one; `check_texts` has seen them.
+        observer: Of the same model.
+        texts: At least one, checked by `check_texts`.
         batch_size: Most texts in a forward pass; no statistic depends on it beyond rounding.
-        each: Called after each batch with the places of its texts, in the order of the rows, and what was heard.
+        each: Called after each batch with the places of its texts, in the order of the rows, and what was observed.
     """
     for places in batches(texts, rows_at_once(model, batch_size)):
-        heard = hear(model, listener, [texts[place] for place in places])
+        observed = observe(model, observer, [texts[place] for place in places])
         if each is not None:
-            each(places, heard)
+            each(places, observed)
 
 
 def batches(texts: Sequence[TokenText], batch_size: int) -> list[list[int]]:
@@ -83,8 +83,8 @@ def batches(texts: Sequence[TokenText], batch_size: int) -> list[list[int]]:
     )
 
 
-def hear(model: Any, listener: Listener, texts: Sequence[TokenText]) -> Heard:
-    """Run a model over one batch of texts and give what its mixtures said."""
+def observe(model: Any, observer: Observer, texts: Sequence[TokenText]) -> Observed:
+    """Run a model over one batch of texts and return the gates and changes of its mixtures."""
     ids, mask = pad_left([one.ids for one in texts], next(model.parameters()).device)
     real = mask.bool()
     places = positions(mask)
@@ -92,9 +92,9 @@ def hear(model: Any, listener: Listener, texts: Sequence[TokenText]) -> Heard:
     if all(one.classes for one in texts):
         classes = torch.tensor([name for one in texts for name in one.classes], device=mask.device)
     batch = Batch(mask=real, positions=places[real], classes=classes)
-    with torch.inference_mode(), evaluating(model), listener.hearing(batch) as heard:
+    with torch.inference_mode(), evaluating(model), observer.observing(batch) as observed:
         model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False, logits_to_keep=1)
-    return heard
+    return observed
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""An inspection: one pass over prompts, for one adapter or for two that read the same tokens side by side."""
+"""An inspection: one pass over prompts, for one adapter, or for two that read the same tokens."""
 
 import json
 from collections import Counter
@@ -13,8 +13,8 @@ from moa_peft.evaluation.batching import rows_at_once
 from moa_peft.evaluation.loading import AdapterFolder
 from moa_peft.inspection.agreement import AgreementStatistics, AgreementSums
 from moa_peft.inspection.findings import sentences
-from moa_peft.inspection.forward_pass import TokenText, batches, check_texts, hear
-from moa_peft.inspection.observer import Heard, Listener
+from moa_peft.inspection.forward_pass import TokenText, batches, check_texts, observe
+from moa_peft.inspection.observer import Observed, Observer
 from moa_peft.inspection.results import Finding, GroupStatistics, RouterStatistics, router_statistics
 from moa_peft.inspection.token_view import ShownPrompt, ShownTokens
 from moa_peft.mixture.block_hooks import mixture_layers
@@ -47,12 +47,12 @@ def inspect_model(
     batch_size: int = 8,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Inspection:
-    """Look at what the mixtures of a model do on texts, in one pass.
+    """Collect statistics of a model's mixtures on texts, in one pass.
 
     Args:
         model: A causal language model of transformers with a mixture, in PEFT's wrapper or loaded by transformers alone.
         texts: What to read, from `moa_peft.inspection.prompts.tokenise`.
-        about: The adapters to look at, by their names in the model, with what is known of each; None for the active one.
+        about: The adapters to inspect, by their names in the model, with what is known of each; None for the active one.
         batch_size: Most texts in a forward pass; no number depends on it beyond rounding.
         progress: Called with the number of texts read so far.
 
@@ -76,28 +76,28 @@ def inspect_model(
             raise UsageError(
                 f"the adapter {known.get('adapter', name)} is no mixture of adapters: give one that is"
             )
-    listener, agreement = Listener(model), AgreementSums()
+    observer, agreement = Observer(model), AgreementSums()
     shown: ShownTokens | None = None
     done = 0
     for places in batches(texts, rows_at_once(model, batch_size)):
         rows = [texts[place] for place in places]
-        heard: list[Heard] = []
+        observed: list[Observed] = []
         for adapter in about:
             if len(about) > 1:
                 model.set_adapter(adapter)
-            heard.append(hear(model, listener, rows))
-        widths = [gates.shape[1] for one in heard for gates in one.gates.values()]
+            observed.append(observe(model, observer, rows))
+        widths = [gates.shape[1] for one in observed for gates in one.gates.values()]
         shown = shown or ShownTokens(texts, sum(widths))
-        for one in heard:
+        for one in observed:
             shown.keep(places, one)
-        if len(heard) > 1:
-            agreement.add(heard[0], heard[1], listener.names)
+        if len(observed) > 1:
+            agreement.add(observed[0], observed[1], observer.names)
         done += len(places)
         progress(done)
     if len(about) > 1:
         model.set_adapter(active)
     return Inspection(
-        findings={name: _finding(model, listener, name, known) for name, known in about.items()},
+        findings={name: _finding(model, observer, name, known) for name, known in about.items()},
         agreement=tuple(agreement.statistics()),
         prompts=() if shown is None else tuple(shown.prompts()),
         num_prompts=len(texts),
@@ -105,24 +105,24 @@ def inspect_model(
     )
 
 
-def _finding(model: nn.Module, listener: Listener, adapter: str, about: Mapping[str, Any]) -> Finding:
+def _finding(model: nn.Module, observer: Observer, adapter: str, about: Mapping[str, Any]) -> Finding:
     layers = {layer.block.index: layer for _, layer in mixture_layers(model) if adapter in layer.mixtures()}
     routers: list[RouterStatistics] = []
-    for where in sorted(one for one in listener.gates if one.adapter == adapter):
+    for where in sorted(one for one in observer.gates if one.adapter == adapter):
         router = layers[where.layer].mixtures()[adapter].routers()[where.router]
         routers.append(
             router_statistics(
                 where.layer,
                 where.router,
-                listener.names[where],
-                listener.gates[where],
+                observer.names[where],
+                observer.gates[where],
                 granularity=router.config.granularity,
                 trained=_trained(router.gate),
             )
         )
     groups = [
         GroupStatistics(layer=where.layer, router=where.router, changes=sums.statistics())
-        for where, sums in sorted(listener.groups.items(), key=lambda one: one[0])
+        for where, sums in sorted(observer.groups.items(), key=lambda one: one[0])
         if where.adapter == adapter
     ]
     return Finding(
@@ -167,7 +167,7 @@ def add_adapter(model: Any, folder: AdapterFolder, base_model: str | None) -> st
 
 
 def about_adapter(model: Any, name: str, folder: AdapterFolder, base_model: str) -> dict[str, Any]:
-    """Say what is known of an adapter.
+    """Describe an adapter.
 
     Args:
         model: With the adapter loaded.

@@ -1,4 +1,4 @@
-"""Listening to a model's mixtures: what their routers say and their experts add, for the real tokens of each call.
+"""Observes a model's mixtures: the gates of their routers and the changes of their experts, for the real tokens of each call.
 
 Sizes: B rows, T tokens of a row, n real tokens of a batch, E experts, N copies of an expert, D outputs of a site.
 """
@@ -30,7 +30,7 @@ class Where(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """What the listener must know of a call to leave its padding out."""
+    """What the observer must know of a call to exclude its padding."""
 
     mask: Tensor
     """Bool, [B, T], False at padding."""
@@ -41,8 +41,8 @@ class Batch:
 
 
 @dataclass(kw_only=True)
-class Heard:
-    """What was heard in the batch at hand."""
+class Observed:
+    """Gates and changes of one batch."""
 
     gates: dict[Where, Tensor] = field(default_factory=dict)
     """Float32, [n, E]; [B, E] where a whole instance has the same."""
@@ -50,18 +50,18 @@ class Heard:
     """By expert or copy."""
 
 
-class Listener:
-    """Sums up what it hears of a model, in memory that does not depend on the number of calls.
+class Observer:
+    """Statistics of a model's gates and changes, in memory that does not depend on the number of calls.
 
     Args:
         model: A model with a mixture, in PEFT's wrapper or loaded by transformers alone.
-        changes: Whether to look at the experts' changes as well, which costs about half a forward pass.
+        changes: Whether to compute the experts' changes as well, which takes about half a forward pass.
 
     Attributes:
         names: What each router weighs.
         gates: Sums of gates by router.
         groups: Sums of changes: of the experts of each block under the router "", and of the copies of each expert.
-        heard: What the latest batch said.
+        observed: Gates and changes of the latest batch.
     """
 
     def __init__(self, model: nn.Module, *, changes: bool = True) -> None:
@@ -71,31 +71,31 @@ class Listener:
         self.names: dict[Where, tuple[str, ...]] = {}
         self.gates: dict[Where, GateSums] = {}
         self.groups: dict[Where, ChangeSums] = {}
-        self.heard = Heard()
+        self.observed = Observed()
 
     @contextmanager
-    def hearing(self, batch: Batch) -> Iterator[Heard]:
-        """Listen to one call of the model, made inside the block, and sum it up at the end.
+    def observing(self, batch: Batch) -> Iterator[Observed]:
+        """Observe one call of the model, made inside the block, and add it to the sums at the end.
 
         Yields:
-            What is heard; complete when the call is done.
+            Gates and changes; complete when the call is done.
         """
         before = [(layer.observer, layer.change_observer) for layer in self._layers]
-        self._batch, self.heard = batch, Heard()
+        self._batch, self.observed = batch, Observed()
         for layer in self._layers:
-            layer.observer = partial(self._hear_gates, layer)
-            layer.change_observer = partial(self._hear_change, layer) if self._changes else None
+            layer.observer = partial(self._note_gates, layer)
+            layer.change_observer = partial(self._note_change, layer) if self._changes else None
         try:
-            yield self.heard
-            for where, changes in self.heard.changes.items():
+            yield self.observed
+            for where, changes in self.observed.changes.items():
                 self.groups[where].add(changes)
         finally:
             self._batch = None
             for layer, (gates, changed) in zip(self._layers, before, strict=True):
                 layer.observer, layer.change_observer = gates, changed
 
-    def _hear_gates(self, layer: MoALayer, record: GateRecord) -> None:
-        assert self._batch is not None, "observers are set while a batch is heard"
+    def _note_gates(self, layer: MoALayer, record: GateRecord) -> None:
+        assert self._batch is not None, "observers are set while a batch is observed"
         batch = self._batch
         where = Where(record.adapter, layer.block.index, record.router)
         router = layer.mixtures()[record.adapter].routers()[record.router]
@@ -113,9 +113,9 @@ class Listener:
         )
         self.names[where] = record.names
         self.gates[where] = self.gates[where] + sums if where in self.gates else sums
-        self.heard.gates[where] = gates
+        self.observed.gates[where] = gates
 
-    def _hear_change(self, layer: MoALayer, record: ChangeRecord) -> None:
+    def _note_change(self, layer: MoALayer, record: ChangeRecord) -> None:
         places = layer.mixtures()[record.adapter].places
         place = next(one for one in places if one.name == record.expert)
         block = Where(record.adapter, layer.block.index, "")
@@ -131,11 +131,11 @@ class Listener:
             self._reduce(site, outputs, str(copy), record.under(alone))
 
     def _reduce(self, where: Where, outputs: dict[str, Hashable], name: str, change: Tensor) -> None:
-        assert self._batch is not None, "observers are set while a batch is heard"
+        assert self._batch is not None, "observers are set while a batch is observed"
         if where not in self.groups:
             self.groups[where] = ChangeSums(outputs)
         rows = change.flatten(2)[self._batch.mask]  # [n, D]
-        self.heard.changes.setdefault(where, {})[name] = self.groups[where].reduce(name, rows)
+        self.observed.changes.setdefault(where, {})[name] = self.groups[where].reduce(name, rows)
 
 
 def _output(site: LinearSite | AttentionSite) -> Hashable:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moa_peft.inspection.forward_pass import TokenText, check_texts, read
 from moa_peft.inspection.gate_statistics import GateSums, load_share, load_variation
-from moa_peft.inspection.observer import Listener
+from moa_peft.inspection.observer import Observer
 from moa_peft.inspection.prompts import Prompt, token_ids
 from moa_peft.inspection.similarity import ChangeStatistics
 from moa_peft.mixture.block_hooks import mixture_layers
@@ -195,13 +195,13 @@ def routing_summary(
     prompts = [one if isinstance(one, Prompt) else Prompt(text=one, own=()) for one in texts]
     tokens = [TokenText(ids=token_ids(one, tokenizer)) for one in prompts]
     check_texts(model, tokens)
-    listener = Listener(model)
-    read(model, listener, tokens, batch_size=batch_size)
-    groups = [listener.groups[one].statistics() for one in listener.gates if one in listener.groups]
+    observer = Observer(model)
+    read(model, observer, tokens, batch_size=batch_size)
+    groups = [observer.groups[one].statistics() for one in observer.gates if one in observer.groups]
     return {
-        "load_variation": _mean([load_variation(sums.gate) for sums in listener.gates.values()]),
+        "load_variation": _mean([load_variation(sums.gate) for sums in observer.gates.values()]),
         "mean_cka": _mean([one.mean_cka for one in groups]),
-        "active_experts": _mean([float(one.active.sum() / one.tokens) for one in listener.gates.values()]),
+        "active_experts": _mean([float(one.active.sum() / one.tokens) for one in observer.gates.values()]),
     }
 
 

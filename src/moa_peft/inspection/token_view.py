@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moa_peft.inspection.forward_pass import TokenText
-from moa_peft.inspection.observer import Heard, Where
+from moa_peft.inspection.observer import Observed, Where
 
 VALUES = 1_600_000
 """Most gates that are kept, so that a page with them stays under five megabytes."""
@@ -51,10 +51,10 @@ class ShownTokens:
             room -= len(text.ids)
         self._gates: dict[int, dict[Where, Tensor]] = {place: {} for place in self._tokens}
 
-    def keep(self, places: Sequence[int], heard: Heard) -> None:
+    def keep(self, places: Sequence[int], observed: Observed) -> None:
         """Keep what is wanted of a batch; ``places`` are its texts, in the order of the rows."""
         ends = torch.tensor([len(self._texts[place].ids) for place in places]).cumsum(0).tolist()
-        for where, gates in heard.gates.items():
+        for where, gates in observed.gates.items():
             whole = len(gates) == len(places) != ends[-1]  # the same for all tokens of an instance
             for row, place in enumerate(places):
                 if place not in self._gates:

@@ -48,8 +48,8 @@ def attach_loss(gates: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
     return _Attached.apply(gates, loss, scale)
 
 
-def scale_nobody_set(device_type: str) -> float:
-    """Say by what the training loop multiplies its loss, where it has not said so itself.
+def default_loss_scale(device_type: str) -> float:
+    """The factor that the training loop multiplies its loss by, where the loop has not set it.
 
     accelerate's own ``accumulate`` and ``backward`` divide by its number of steps; everything else is taken to call
     backward on the mean loss of one batch.

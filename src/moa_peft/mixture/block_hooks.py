@@ -89,7 +89,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
 
     Attributes:
         observer: Called with a `GateRecord` for each router of each active adapter in each forward pass, not in
-            recomputed or compiled ones; None for nobody. It must not change what it is given. A block that is
+            recomputed or compiled ones; None for no observer. It must not change what it is given. A block that is
             recomputed as a whole, hooks included, as by torch's own checkpoint wrapper, calls it again.
         change_observer: Called likewise with a `ChangeRecord` for each expert, where it is added.
         watch: Knows the tokens of the model's calls; one for all blocks of a model.

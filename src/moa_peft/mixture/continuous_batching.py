@@ -32,7 +32,7 @@ class PagedRequests:
     is_split: Tensor
     """Bool, a scalar: whether a request begins here whose prompt goes on in a later call."""
     checked: list[str] = field(default_factory=list)
-    """Whoever has looked at ``is_split``; the first of a call is enough."""
+    """Keys already checked against ``is_split``; one check a call is enough."""
 
     def keep(self, key: str, gates: Tensor) -> Tensor:
         """Keep the gates of new requests, and give running ones those of their first call.
@@ -98,7 +98,7 @@ def paged_requests(kwargs: Mapping[str, Any]) -> tuple[Tensor, PagedRequests] | 
     ends = kwargs["cu_seq_lens_q"][1:].long()
     positions = kwargs["position_ids"][0]
     requests = torch.searchsorted(ends, torch.arange(len(positions), device=ends.device), right=True)
-    requests = requests.clamp(max=len(ends) - 1)  # padding at the end belongs to nobody
+    requests = requests.clamp(max=len(ends) - 1)  # padding at the end belongs to no request
     starts = kwargs["cu_seq_lens_q"][:-1].long()
     is_first = positions[starts.clamp(max=len(positions) - 1)] == 0  # [S]
     stride = allocator.block_physical_stride

@@ -2,7 +2,7 @@
 
 Experts that are bottlenecks, ``up (gate * scale * activation(down x))``, are computed together: one product with everything
 that reads the same input (their down-projections and the routers' layers), gates on the small vectors, one product added to
-each module's output. Every other expert is asked for its own ``change``. All of it is plain torch, so that autograd, autocast,
+each module's output. Every other expert computes its own ``change``. All of it is plain torch, so that autograd, autocast,
 compilation, sharding and quantised layers need no case of their own.
 
 Sizes: B rows, T tokens of a row, C gates of a block, N copies of an expert, K inner size of a bottleneck with its copies.
@@ -300,7 +300,7 @@ class MixturePass:
         mixture: Its mixture.
         key: Under which instance gates are kept for later calls on the same cache.
         call: The tokens of the call; None where no router needs them.
-        tell: Called with every routing; None for nobody.
+        tell: Called with every routing; None for no observer.
     """
 
     def __init__(

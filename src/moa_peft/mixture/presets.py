@@ -1,4 +1,4 @@
-"""Methods of the family by name: each a point in the space of experts and routers, none a class of its own."""
+"""Methods of the family by name: each a point in the space of experts and routers, none a separate class."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ def promptless_experts() -> tuple[ExpertConfig, ...]:
 
 
 def mixed_lora(router: RouterConfig, *, shared: bool = False) -> Callable[[], tuple[ExpertConfig, ...]]:
-    """Eight LoRA of rank 8 on each of the paper's projections, weighed at each by a router of its own."""
+    """Eight LoRA of rank 8 on each of the paper's projections, each projection with its own router."""
     return lambda: (LoraExpert(targets=PROJECTIONS, num_experts=8, shared=shared, router=router),)
 
 

@@ -17,7 +17,7 @@ NAME = "moa_prompt"
 
 
 class PromptSource(Protocol):
-    """Whoever knows the prompts of a block."""
+    """What holds the prompts of a block."""
 
     def attend(self, output: Tensor, query: Tensor, scaling: float) -> Tensor:
         """Add the prompts' changes to the attention's output.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_peft.mixture.balance_loss import attach_loss, scale_nobody_set
+from moa_peft.mixture.balance_loss import attach_loss, default_loss_scale
 from moa_peft.mixture.config import GATES, RouterConfig
 from moa_peft.mixture.gate_functions import load_balancing_loss
 from moa_peft.mixture.gates import Gate, Projection, Weights, add_projection, projection
@@ -113,7 +113,7 @@ class Router(nn.Module):
     Attributes:
         has_losses: Whether a loss of its own trains this router beside the model's.
         loss_scale: What the training loop multiplies its loss by before backward: 1 / accumulation steps, times the
-            scale of fp16's gradient scaler. `moa_peft.mixture.balance_scaling` sets it; None where nobody has.
+            scale of fp16's gradient scaler. `moa_peft.mixture.balance_scaling` sets it; None for `default_loss_scale`.
     """
 
     def __init__(self, inputs: int, num_experts: int, config: RouterConfig) -> None:
@@ -134,7 +134,7 @@ class Router(nn.Module):
     def forward(
         self, x: Tensor, counted: Tensor | None = None, products: Sequence[Tensor] | None = None
     ) -> Routing:
-        """Weigh the experts for each token.
+        """Weight the experts per token.
 
         Args:
             x: Float, [B, T, D], what the router reads.
@@ -145,7 +145,7 @@ class Router(nn.Module):
             The gates, [B, T, E]; in training their gradient carries that of the losses.
 
         Raises:
-            UsageError: If the training loop scales its loss in a way that nobody has told; see `scale_nobody_set`.
+            UsageError: If the training loop scales its loss in a way that is unknown; see `default_loss_scale`.
         """
         scale = self._scale(x.device) if self.has_losses else None
         on = torch.is_autocast_enabled(x.device.type)  # it would round the float32 part again
@@ -171,7 +171,7 @@ class Router(nn.Module):
         """What the losses' gradient is multiplied by; None where there is none, outside of training."""
         if not (self.training and torch.is_grad_enabled()):
             return None
-        scale = scale_nobody_set(device.type) if self.loss_scale is None else self.loss_scale
+        scale = default_loss_scale(device.type) if self.loss_scale is None else self.loss_scale
         if isinstance(scale, Tensor):
             return scale.to(device, torch.float32)
         return torch.full((), scale, dtype=torch.float32, device=device)  # no copy that waits for the device

@@ -128,7 +128,7 @@ def prompt_lengths(model: nn.Module, lengths: Sequence[int]) -> dict[str, Tensor
     """Say how long each row's prompt is, in a call whose rows go on after it.
 
     Args:
-        model: The model that will be called; a model whose calls nobody watches would not know the argument.
+        model: The model that will be called; a model whose calls are not watched would not know the argument.
         lengths: Real tokens at the start of each row.
 
     Returns:

@@ -1,1 +1,4 @@
-"""The official code's checkpoints: their names and layouts, and proof that our numbers are theirs."""
+"""The official code's checkpoints: their names and layouts, import, export, and numerical parity.
+
+May import: evaluation, training, data, mixture.
+"""

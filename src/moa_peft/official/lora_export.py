@@ -292,7 +292,7 @@ def gate_means(model: Any, questions: Sequence[TokenQuestion], batch_size: int) 
 
 
 def _observer(name: str, layer: MoALayer, means: Means, mask: list[Tensor]) -> Callable[[GateRecord], None]:
-    """Add up the gates of one block. The block's router speaks before those of copies in each pass."""
+    """Add up the gates of one block. In each pass the block's router comes before those of copies."""
     latest: dict[str, Tensor] = {}
 
     def add(record: GateRecord) -> None:

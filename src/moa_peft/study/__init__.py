@@ -1,1 +1,4 @@
-"""Studies: methods, seeds and tasks on one base model, each method tuned with the same budget."""
+"""Studies: methods, seeds and tasks on one base model, each method tuned with the same budget; the report.
+
+May import: inspection, evaluation, training, data, mixture.
+"""

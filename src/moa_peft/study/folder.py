@@ -104,13 +104,13 @@ def check_run_folders(config: StudyConfig, runs: Sequence[Run], data: StudyData)
             continue
         rows = data.train if run.rows is None else data.short
         recipe = recipe_of(config, run, data=source, data_md5=rows.md5, folder=str(folder))
-        anew = "delete that folder to train it anew, or give another --out"
+        again = "delete that folder to train it again, or give another --out"
         if not (folder / RECIPE_FILE).exists():
-            raise UsageError(f"{folder} holds {TRAINING_FILE} without {RECIPE_FILE}: {anew}")
+            raise UsageError(f"{folder} holds {TRAINING_FILE} without {RECIPE_FILE}: {again}")
         changed = changed_keys(read_recipe(folder), recipe.to_mapping())
         if changed:
             raise UsageError(
-                f"the run in {folder} was begun with other values of {', '.join(changed)}: go on with those, {anew}"
+                f"the run in {folder} was begun with other values of {', '.join(changed)}: go on with those, {again}"
             )
 
 

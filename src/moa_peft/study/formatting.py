@@ -1,4 +1,4 @@
-"""The cells of a report's tables."""
+"""Values as text for the cells of a report's tables: shares, losses, differences with their errors."""
 
 from moa_peft.study.config import StudyConfig
 from moa_peft.study.estimates import Difference, Estimate

@@ -34,8 +34,8 @@ Pool = Callable[[Sequence[Order]], Iterator[tuple[Order, RunRow]]]
 """Does orders and gives each with its row as it ends."""
 
 
-class Pace:
-    """Counts runs and expects the time of the rest from those that this process has seen.
+class StudyProgress:
+    """Progress of a study: counts its runs and estimates the time left from those done so far.
 
     Args:
         planned: How many runs are to be trained ("train"), and how many only to be scored ("score").
@@ -50,13 +50,13 @@ class Pace:
         self._seconds: dict[str, list[float]] = {"train": [], "score": []}
 
     def begins(self, job: Job) -> str:
-        """Say which run begins."""
+        """The line for a run that begins."""
         self._begun += 1
         what = "learning rate tried" if job.stage == "tuning" else f"{len(job.tests)} tests"
         return f"[{self._begun}/{max(self._total, self._begun)}] {job.run.name} ({what}), {self._times()}"
 
     def done(self, row: RunRow, *, needs_training: bool) -> str:
-        """Say how a run ended.
+        """The line for a run that has ended.
 
         Args:
             row: Its row.
@@ -193,13 +193,13 @@ def run_study(
         rows = read_results(study.folder)
         study.check_folder(rows)  # another call may have worked here since the study was opened
         write_study(study.folder, study.config, study.shared, study.tests)
-        pace = Pace(planned(study, rows, retry_failed=retry_failed), at_once=at_once)
+        study_progress = StudyProgress(planned(study, rows, retry_failed=retry_failed), at_once=at_once)
         for stage, again in stages(study.config, retry_failed=retry_failed):
             jobs = study.jobs(stage, rows, retry_failed=again)
             orders = study.orders(jobs, rows, progress=progress)
-            for order, row in (pool or one_by_one(say, pace))(orders):
+            for order, row in (pool or one_by_one(say, study_progress))(orders):
                 append_row(study.folder, row)
-                say(pace.done(row, needs_training=needs_training(study.config, order.job)))
+                say(study_progress.done(row, needs_training=needs_training(study.config, order.job)))
             rows = read_results(study.folder)
         return rows
 
@@ -208,19 +208,19 @@ def stages(config: StudyConfig, *, retry_failed: bool) -> list[tuple[Stage, bool
     """The stages in their order, each with whether runs that failed are done again in it.
 
     Learning rates are tried once for the list, and once for each rate that may be added. The final stage comes twice:
-    for tests that a run had with other weights, before it was trained anew for a new test.
+    for tests that a run had with other weights, before it was retrained for a new test.
     """
     added = max(0, (config.most_rates or 0) - len(config.learning_rates))
     order: list[tuple[Stage, bool]] = [("tuning", place == 0 and retry_failed) for place in range(1 + added)]
     return [*order, ("final", retry_failed), ("final", False)]
 
 
-def one_by_one(say: Callable[[str], None], pace: Pace) -> Pool:
+def one_by_one(say: Callable[[str], None], study_progress: StudyProgress) -> Pool:
     """Do orders one after the other in this process."""
 
     def run(orders: Iterable[Order]) -> Iterator[tuple[Order, RunRow]]:
         for order in orders:
-            say(pace.begins(order.job))
+            say(study_progress.begins(order.job))
             yield order, execute(order)
 
     return run
@@ -260,14 +260,14 @@ def planned(study: Study, rows: Sequence[RunRow], *, retry_failed: bool = False)
 
 
 def duration(seconds: float) -> str:
-    """Write a time as a person says it."""
+    """A time in seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def run_text(row: RunRow) -> str:
-    """Say what a run gave."""
+    """The result of a run in one line."""
     rate = "" if row.learning_rate is None else f"-lr{rate_text(row.learning_rate)}-seed{row.seed}"
     if row.failure is not None:
         return f"{row.label}{rate} failed: {row.failure}"

@@ -1,1 +1,4 @@
-"""Fine-tuning a language model with a mixture: recipes, checkpoints that survive a kill, the run itself."""
+"""Fine-tuning: recipes, the trainer, checkpoints that survive a kill, and the files of a finished run.
+
+May import: data, mixture.
+"""

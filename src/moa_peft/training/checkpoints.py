@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are whole.
+"""Checkpoints: which of a run's are complete, and which one a resumed run continues from.
 
 A checkpoint is a folder of several files, and a run may be killed between any two of them. So a manifest of the
 folder's files and sizes is written last; a folder without one, or that differs from it, was cut off.
@@ -90,7 +90,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a folder holds every file of its manifest, each of the size stated there."""
+    """Whether a folder holds every file of its manifest, each of the size given there."""
     try:
         sizes = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["sizes"]
         return bool(sizes) and all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
@@ -115,7 +115,7 @@ def mark_complete(checkpoint: Path) -> None:
 
 
 def unmark(checkpoint: Path) -> None:
-    """Take the manifest away: the folder is about to be written anew, or deleted."""
+    """Remove the manifest, before the folder is rewritten or deleted."""
     (checkpoint / MANIFEST).unlink(missing_ok=True)
 
 
@@ -137,7 +137,7 @@ def prune(output_dir: Path, keep: int | None, spare: str | None = None) -> None:
 
 
 def choose(output_dir: Path, resume: bool | str) -> Path | None:
-    """Choose the checkpoint to go on from.
+    """Choose the checkpoint to resume from.
 
     Args:
         output_dir: The run's folder.
@@ -174,25 +174,25 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Name the keys that differ between the recipe of a run and the one it is resumed with.
 
     Args:
-        old: The recipe that the run wrote down.
-        new: The recipe given now, with the MD5 of its rows.
+        old: The recipe in the run's folder.
+        new: The new recipe, with the MD5 of its rows.
 
     Returns:
         Names of keys that would change the weights or the figures; rows that changed are called "data" or
         "validation".
     """
     new = json.loads(json.dumps(new))  # as the old one was written: keys as text, tuples as lists
-    old = {"validation_md5": new.get("validation_md5"), **old}  # runs of before it was written down
+    old = {"validation_md5": new.get("validation_md5"), **old}  # earlier runs did not record it
     free = FREE_ON_RESUME - (_CHOOSE_THE_BEST if new.get("load_best_model_at_end") else frozenset())
     differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key) and key not in free]
     return [key.removesuffix("_md5") for key in differing]
 
 
 def find_resumption(recipe: Recipe, folder: Path) -> tuple[Path | None, tuple[Path, ...]]:
-    """Find the checkpoint to go on from.
+    """Find the checkpoint that a recipe resumes from.
 
     Args:
-        recipe: The recipe given now, with the MD5 of its rows.
+        recipe: The new recipe, with the MD5 of its rows.
         folder: The run's folder.
 
     Returns:
@@ -213,7 +213,7 @@ def find_resumption(recipe: Recipe, folder: Path) -> tuple[Path | None, tuple[Pa
 
 
 def forget_later_checkpoints(folder: Path, resume_from: str | None) -> None:
-    """Take the mark off checkpoints after the one gone on from: they are about to be written anew."""
+    """Unmark checkpoints after the one resumed from: they will be rewritten."""
     for one in find_checkpoints(folder).complete:
         if resume_from is not None and step_of(one) > step_of(Path(resume_from)):
             unmark(one)

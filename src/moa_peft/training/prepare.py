@@ -1,4 +1,4 @@
-"""Getting a run ready: everything is checked, loaded and counted before its first step."""
+"""Preparing a run: everything is checked, loaded and counted before its first step."""
 
 import contextlib
 import copy
@@ -122,7 +122,7 @@ def prepare(recipe: Recipe) -> Preparation:
     """
     recipe = dataclasses.replace(recipe, output_dir=str(expanded(recipe.output_dir)))
     check_trainer(recipe)
-    build_peft_config(recipe)  # a wrong method is said before anything is loaded
+    build_peft_config(recipe)  # reports a wrong method before anything is loaded
     folder = Path(recipe.output_dir)
     is_new = not folder.exists()
     if not recipe.resume and is_main():

@@ -151,7 +151,7 @@ class Recipe:
         """Build a recipe from the flat mapping of a file or a command line.
 
         Args:
-            settings: Keys of the recipe and of the trainer side by side.
+            settings: Keys of the recipe and of the trainer in one flat mapping.
             trainer_fields: Names of the fields of `trl.SFTConfig`.
 
         Returns:
@@ -183,7 +183,7 @@ def own_fields() -> list[str]:
 
 
 def unknown_key(given: str, own: Collection[str], trainer_fields: Collection[str]) -> str:
-    """Say that a key of a recipe is not known, with the nearest one that is.
+    """The message for an unknown key of a recipe, with the nearest known one.
 
     Args:
         given: The key.
@@ -199,7 +199,7 @@ def unknown_key(given: str, own: Collection[str], trainer_fields: Collection[str
 
 
 def factor_problems(name: str, factor: object) -> list[str]:
-    """Say that a factor on a learning rate is neither None nor a number above 0."""
+    """Problems of a factor on a learning rate: it must be None or a number above 0."""
     if factor is None:
         return []
     if isinstance(factor, int | float) and not isinstance(factor, bool) and 0 < factor < math.inf:
@@ -232,13 +232,13 @@ def _number_problems(recipe: Recipe) -> list[str]:
 
 
 def merge(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay changes over settings: mappings are merged, everything else is replaced.
+    """Apply changes to settings: mappings are merged, everything else is replaced.
 
     A mapping with whole numbers as keys changes single entries of a list, as ``--mixture.experts.0.rank 16`` does.
 
     Args:
-        settings: What there is, as from a file.
-        changes: What goes over it, as from flags.
+        settings: The original, as from a file.
+        changes: What overrides it, as from flags.
 
     Returns:
         A new mapping; neither argument is changed.

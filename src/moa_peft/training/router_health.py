@@ -1,5 +1,5 @@
 # ruff: noqa: ARG002  # a callback of the trainer is given more than it needs
-"""What the routers do, as figures for the training log."""
+"""Router figures for the training log, and warnings of dead experts and saturated gates."""
 
 import math
 import sys
@@ -22,7 +22,7 @@ STUCK = 0.99
 
 
 FEWEST = 32
-"""Tokens, or instances, that must have been counted before anything is said."""
+"""Tokens, or instances, that must have been counted before a warning."""
 
 
 ADVICE = {
@@ -39,7 +39,7 @@ Where = tuple[int, str]
 
 
 class Gates(Protocol):
-    """What one router of a block said in one forward pass, as `moa_peft.GateRecord` holds it."""
+    """The gates of one router in one forward pass; see `moa_peft.GateRecord`."""
 
     router: str
     names: tuple[str, ...]
@@ -49,7 +49,7 @@ class Gates(Protocol):
 
 
 class Observed(Protocol):
-    """A mixture layer that tells its gates."""
+    """A mixture layer whose gates can be observed."""
 
     observer: Callable[[Any], None] | None
 
@@ -213,7 +213,7 @@ def _entropy(shares: Sequence[float]) -> float:
 
 
 def trouble_sums(gates: Tensor, real: Tensor) -> Tensor:
-    """Sum up what trouble is seen by.
+    """Sum up what dead experts and saturated gates are recognised by.
 
     Args:
         gates: Float32, [B, T, E].
@@ -262,7 +262,7 @@ class TroubleWatch:
     def look(
         self, sums: Mapping[Where, Sequence[float]], names: Mapping[Where, Sequence[str]], step: int
     ) -> None:
-        """Look at what was summed up until a step, and warn of what is new."""
+        """Warn of problems in the sums up to a step that were not reported before."""
         for kind, places in find_trouble(sums, names).items():
             if places and kind not in self._said:
                 self._said.add(kind)
@@ -270,7 +270,7 @@ class TroubleWatch:
 
 
 def warning(kind: str, places: Sequence[str], step: int) -> str:
-    """Write a warning in a line."""
+    """The text of a warning, in one line."""
     what = {
         "dead": f"never used: {_listed(places)} (mean gate below {DEAD})",
         "saturated": f"saturated: the gate of {_listed(places)} is above {STUCK} for most tokens, so it hardly learns",

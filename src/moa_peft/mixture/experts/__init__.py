@@ -1,4 +1,7 @@
-"""Kinds of experts: one file each, found through the registry."""
+"""Kinds of experts: one file each, found through the registry.
+
+May import: the other files of mixture.
+"""
 
 from moa_peft.mixture.experts.base import (
     AttentionExpert,

@@ -42,7 +42,7 @@ class Bottleneck(NamedTuple):
     down_bias: Tensor | None = None
     """[N * r] or [r]."""
     up_bias: Tensor | None = None
-    """[D_out * N], the N of an output side by side."""
+    """[D_out * N], the N of one output adjacent."""
     activation: Callable[[Tensor], Tensor] | None = None
 
     def gated(self, inner: Tensor, gate: Tensor | None) -> Tensor:

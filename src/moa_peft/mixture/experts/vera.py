@@ -105,7 +105,7 @@ _MATRICES: "WeakValueDictionary[tuple[object, ...], Tensor]" = WeakValueDictiona
 
 
 def shared_matrix(seed: int, rows: int, columns: int, like: Tensor) -> Tensor:
-    """Give the random matrix of a seed and a size, made where nobody holds it yet.
+    """Give the random matrix of a seed and a size, made on first use.
 
     Args:
         seed: Of torch's generator on the CPU.

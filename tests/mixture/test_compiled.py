@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from test_families import largest
-from tiny import CASES, FAMILIES, mixture_model, tokens
+from tiny import CASES, FAMILIES, largest, mixture_model, tokens
 
 COMPILED = [(family, "everything") for family in FAMILIES] + [
     (family, method) for family, method in CASES if family == "llama" and method != "everything"

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
+from golden import VERIFIED, golden
 from moa_peft import (
     LoraExpert,
     MoAConfig,
@@ -28,7 +29,6 @@ from moa_peft.cli import app, register_verbs
 from moa_peft.json_lines import read_rows
 from moa_peft.official.parity import base_model as reference_model
 from moa_peft.official.reference import read_file, read_reference, under
-from test_official import VERIFIED, golden
 from tiny import awaken, base_model
 from tiny_lm import choice_rows, write_rows
 

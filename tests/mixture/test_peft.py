@@ -375,7 +375,9 @@ def test_every_family_and_method_reloads_bit_equal_in_a_new_process(tmp_path: Pa
         model = mixture_model(family, method)
         expected[f"{family}__{method}"] = logits(model)
         model.save_pretrained(saved / f"{family}__{method}")
-    subprocess.run([sys.executable, "-c", NEW_PROCESS, str(saved), str(Path(__file__).parent)], check=True)
+    subprocess.run(
+        [sys.executable, "-c", NEW_PROCESS, str(saved), str(Path(__file__).parents[1])], check=True
+    )
     again = torch.load(f"{saved}.pt")
     assert again.keys() == expected.keys()
     assert not [name for name in expected if not torch.equal(again[name], expected[name])]

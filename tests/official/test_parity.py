@@ -1,7 +1,6 @@
 """The official code's reference files and layouts."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from golden import VERIFIED, golden
 from moa_peft import MoAConfig, UsageError
 from moa_peft.cli import app, register_verbs
 from moa_peft.mixture.balance_scaling import set_loss_scale
@@ -22,30 +22,6 @@ from moa_peft.official.names import destinations, half_split
 from moa_peft.official.parity import _forward, _gradients, _ours, _rebuild, compare
 from moa_peft.official.reference import read_reference
 from tiny import base_model
-
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
-METHODS_OF_OTHERS = (
-    "lora", "parallel-adapter", "prompt-tuning", "molora", "hydralora", "topk-moe-lora", "adamole", "unipeft",
-    "instance-moa", "soft-moa-hydra3",
-)  # fmt: skip
-VERIFIED = [
-    *(f"transformers-{family}-{kind}" for family in ("llama", "qwen3") for kind in ("soft", "soft-prompt")),
-    *(
-        f"transformers-{family}-{kind}"
-        for family in ("llama", "qwen3")
-        for kind in ("sparse", "sparse-prompt")
-    ),
-    *(f"llama3-soft-moa{variant}" for variant in ("", "-no-prompt", "-linear-router")),
-    *(f"llama3-sparse-moa{variant}" for variant in ("", "-prompt", "-const")),
-    *(f"llama3-{method}" for method in METHODS_OF_OTHERS),
-]
-
-
-def golden(name: str) -> Path:
-    path = GOLDEN / f"{name}.safetensors"
-    if not path.exists() and not os.environ.get("CI"):
-        pytest.skip("the reference files of the official code are not beside this checkout")
-    return path
 
 
 @pytest.mark.parametrize("name", VERIFIED)

@@ -1,4 +1,4 @@
-"""What is heard of a model is what its routers said and its experts added, for every method, whatever the padding."""
+"""What is observed of a model is what its routers said and its experts added, for every method, whatever the padding."""
 
 import subprocess
 import sys
@@ -15,20 +15,20 @@ from moa_peft import LoraExpert, MoAConfig, RouterConfig, mixture_layers
 from moa_peft.errors import UsageError
 from moa_peft.inspection.forward_pass import TokenText, check_texts, read
 from moa_peft.inspection.gate_statistics import gate_sums
-from moa_peft.inspection.observer import Listener, Where
+from moa_peft.inspection.observer import Observer, Where
 from tiny import METHODS, awaken, base_model, mixture_model
 from two_pass import cka, keep_everything, rank, texts
 
 CASES = [("llama", method) for method in METHODS] + [("phi3", "soft-moa"), ("gpt_neox", "everything")]
 
 
-def heard(model: Any, chosen: list[TokenText] | None = None, batch_size: int = 3) -> Listener:
-    listener = Listener(model)
-    read(model, listener, texts() if chosen is None else chosen, batch_size=batch_size)
-    return listener
+def observed(model: Any, chosen: list[TokenText] | None = None, batch_size: int = 3) -> Observer:
+    observer = Observer(model)
+    read(model, observer, texts() if chosen is None else chosen, batch_size=batch_size)
+    return observer
 
 
-def assert_same(one: Listener, other: Listener) -> None:
+def assert_same(one: Observer, other: Observer) -> None:
     """Equal up to the rounding that another shape of a product brings."""
     assert one.gates.keys() == other.gates.keys()
     assert one.groups.keys() == other.groups.keys()
@@ -53,11 +53,11 @@ def near(values: Any) -> Any:
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_one_pass_equals_the_definitions_over_all_tokens_kept(family: str, method: str) -> None:
     model = mixture_model(family, method)
-    listener, kept = heard(model), keep_everything(model, texts())
-    assert listener.gates.keys() == kept.gates.keys()
+    observer, kept = observed(model), keep_everything(model, texts())
+    assert observer.gates.keys() == kept.gates.keys()
     places = torch.cat([torch.arange(len(one.ids)) for one in texts()])
     classes = torch.cat([torch.tensor(one.classes) for one in texts()])
-    for where, sums in listener.gates.items():
+    for where, sums in observer.gates.items():
         gates = kept.gates[where]
         a_token = len(gates) == len(places)
         assert a_token or len(gates) == len(texts())  # the same for a whole instance
@@ -69,9 +69,9 @@ def test_one_pass_equals_the_definitions_over_all_tokens_kept(family: str, metho
         )
         for name in ("tokens", "gate", "square", "active", "entropy", "position", "token_class", "threshold"):
             torch.testing.assert_close(getattr(sums, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
-    labels = {(*where, name) for where, group in listener.groups.items() for name in group.outputs}
+    labels = {(*where, name) for where, group in observer.groups.items() for name in group.outputs}
     assert labels == kept.changes.keys()
-    for where, group in listener.groups.items():
+    for where, group in observer.groups.items():
         found = group.statistics()
         changes = [kept.changes[*where, name] for name in found.names]
         for (i, a), (j, b) in combinations(enumerate(changes), 2):
@@ -91,14 +91,14 @@ def test_one_pass_equals_the_definitions_over_all_tokens_kept(family: str, metho
 
 
 def test_cosines_are_taken_of_changes_to_the_same_output_alone() -> None:
-    group = heard(mixture_model("llama", "soft-moa")).groups[Where("default", 0, "")].statistics()
+    group = observed(mixture_model("llama", "soft-moa")).groups[Where("default", 0, "")].statistics()
     pairs = {
         (group.names[i], group.names[j])
         for i, j in combinations(range(7), 2)
         if group.cosine[i][j] is not None
     }
     assert pairs == {("lora_down_proj", "parallel_adapter")}  # both give the MLP's output
-    fused = heard(mixture_model("phi3", "soft-moa")).groups[Where("default", 0, "")].statistics()
+    fused = observed(mixture_model("phi3", "soft-moa")).groups[Where("default", 0, "")].statistics()
     assert fused.cosine == tuple(
         tuple(None if one is None else pytest.approx(one, abs=2) for one in row) for row in group.cosine
     )
@@ -107,13 +107,13 @@ def test_cosines_are_taken_of_changes_to_the_same_output_alone() -> None:
 @pytest.mark.parametrize("method", ["everything", "instance-moa", "unipeft", "topk-moe-lora", "copies"])
 def test_nothing_depends_on_padding_batch_size_order_or_checkpointing(method: str) -> None:
     model = mixture_model("llama", method)
-    expected = heard(model, batch_size=1)
-    assert_same(heard(model, batch_size=2), expected)
-    assert_same(heard(model, batch_size=5), expected)
-    assert_same(heard(model, texts()[::-1], batch_size=2), expected)
+    expected = observed(model, batch_size=1)
+    assert_same(observed(model, batch_size=2), expected)
+    assert_same(observed(model, batch_size=5), expected)
+    assert_same(observed(model, texts()[::-1], batch_size=2), expected)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert_same(heard(model.train()), expected)
+    assert_same(observed(model.train()), expected)
     assert model.training
 
 
@@ -121,18 +121,18 @@ def test_a_model_in_training_is_read_without_dropout() -> None:
     experts = [LoraExpert(targets=["q_proj", "v_proj"], dropout=0.5)]
     model = get_peft_model(base_model("llama"), MoAConfig(experts=experts, router=RouterConfig()))
     awaken(model)
-    expected = heard(model.eval())
-    assert_same(heard(model.train()), expected)
+    expected = observed(model.eval())
+    assert_same(observed(model.train()), expected)
 
 
 def test_two_adapters_on_one_model_are_heard_apart() -> None:
-    alone = heard(mixture_model("llama", "everything"))
+    alone = observed(mixture_model("llama", "everything"))
     model = mixture_model("llama", "everything")
     model.add_adapter("other", MoAConfig.preset("molora"))
-    found = heard(model)
+    found = observed(model)
     assert_same(found, alone)
     model.base_model.set_adapter(["default", "other"])
-    both = heard(model)
+    both = observed(model)
     assert {where.adapter for where in both.gates} == {"default", "other"}
     assert {where.router for where in both.gates if where.adapter == "default"} == {""}
 
@@ -145,7 +145,7 @@ def test_a_model_that_transformers_loaded_alone_is_heard_the_same(tmp_path: Path
     model.save_pretrained(str(tmp_path / "adapter"))
     native = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert not isinstance(native, PeftModel)
-    assert_same(heard(native), heard(model))
+    assert_same(observed(native), observed(model))
 
 
 def test_the_observers_that_were_there_are_there_again_also_after_an_error() -> None:
@@ -154,10 +154,10 @@ def test_the_observers_that_were_there_are_there_again_also_after_an_error() -> 
     layers = [layer for _, layer in mixture_layers(model)]
     for layer in layers:
         layer.observer = told.append
-    heard(model)
+    observed(model)
     broken = model.get_base_model().model.norm.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        heard(model)
+        observed(model)
     broken.remove()
     assert told == []
     assert all(layer.observer == told.append and layer.change_observer is None for layer in layers)
@@ -180,13 +180,13 @@ MEMORY = """
 import resource, sys
 from two_pass import texts
 from tiny import mixture_model
-from moa_peft.inspection.observer import Listener
+from moa_peft.inspection.observer import Observer
 from moa_peft.inspection.forward_pass import read
 model, count = mixture_model("llama", "everything"), int(sys.argv[1])
-listener = Listener(model)
-read(model, listener, texts((20,) * 60), batch_size=60)
+observer = Observer(model)
+read(model, observer, texts((20,) * 60), batch_size=60)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-read(model, listener, texts((20,) * count), batch_size=60)
+read(model, observer, texts((20,) * count), batch_size=60)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 

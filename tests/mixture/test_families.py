@@ -6,14 +6,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationConfig
 
-from tiny import CASES, FAMILIES, awaken, base_model, mixture_model, tokens
+from tiny import CASES, FAMILIES, awaken, base_model, largest, mixture_model, tokens
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_case = pytest.mark.parametrize(("family", "method"), CASES)
-
-
-def largest(a: Tensor, b: Tensor) -> float:
-    return (a.double() - b.double()).abs().max().item()
 
 
 @every_family

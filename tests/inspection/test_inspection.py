@@ -14,7 +14,7 @@ from moa_peft.inspection.agreement import AgreementSums
 from moa_peft.inspection.forward_pass import TokenText
 from moa_peft.inspection.gate_statistics import CLASSES
 from moa_peft.inspection.inspection import inspect_model
-from moa_peft.inspection.observer import Heard, Where
+from moa_peft.inspection.observer import Observed, Where
 from moa_peft.inspection.prompts import Prompt, as_prompt, tokenise
 from moa_peft.inspection.similarity import Change
 from moa_peft.inspection.token_view import ShownTokens, encode_gates
@@ -97,8 +97,10 @@ def test_agreement_equals_its_definitions_however_the_tokens_are_batched() -> No
     for part in torch.arange(40).split([1, 15, 24]):
         length = torch.ones(len(part))
         sums.add(
-            Heard(gates={one: a[part]}, changes={one: {"q": Change(coordinates=x[part], length=length)}}),
-            Heard(gates={other: b[part]}, changes={other: {"q": Change(coordinates=y[part], length=length)}}),
+            Observed(gates={one: a[part]}, changes={one: {"q": Change(coordinates=x[part], length=length)}}),
+            Observed(
+                gates={other: b[part]}, changes={other: {"q": Change(coordinates=y[part], length=length)}}
+            ),
             names,
         )
     (found,) = sums.statistics()
@@ -120,7 +122,7 @@ def test_only_as_many_gates_are_kept_as_there_is_room_for() -> None:
     lengths = [5, 11, 1, 8, 3]
     for places in ([1, 3], [0, 4, 2]):
         number = sum(lengths[place] for place in places)
-        shown.keep(places, Heard(gates={where: torch.arange(number * 10.0).view(number, 10)}))
+        shown.keep(places, Observed(gates={where: torch.arange(number * 10.0).view(number, 10)}))
     prompts = shown.prompts()
     assert [(one.number, len(one.text.ids), one.gates[where].shape[0]) for one in prompts] == [
         (1, 5, 5),

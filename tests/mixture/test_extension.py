@@ -238,4 +238,4 @@ def test_a_kind_inside_the_package_is_named_in_its_own_file_and_in_two_that_expo
     own = config_class.__module__.removeprefix("moa_peft.").replace(".", "/") + ".py"
     words = (config_class.__name__, f'"{kind}"', f"'{kind}'", config_class.__module__)
     naming = {path for path, text in SOURCES.items() if any(word in text for word in words)}
-    assert naming == {own, "experts/__init__.py", "__init__.py"}
+    assert naming == {own, "mixture/experts/__init__.py", "__init__.py"}
