@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
-from moa_peft.data.row import Row
+from moa_peft.data.loading import load_rows
+from moa_peft.data.row import Row, rows_md5
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.tasks import load_task
 from moa_peft.study.config import StudyConfig
-from moa_peft.study.data import draw, load_data, row_set
+from moa_peft.study.data import draw, load_data, row_set, source_of
 from tiny_lm import write_rows
 from tiny_study import named, write_forgetting, write_study
 
@@ -106,6 +107,27 @@ def test_a_test_of_the_validation_file_has_the_rows_that_chose_nothing(
         UsageError, match="the test mix is the file of the validation rows, and all of them are used"
     ):
         load_data(config_of(tasks="mix"))
+
+
+def test_rows_of_several_sources_come_in_turn_and_each_is_tested_by_what_chose_nothing(
+    config_of: Configs, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "other" / "train.json", named("other", 3))
+    write_rows(tmp_path / "other" / "validation.json", named("other held out", 6))
+    config = config_of(data="mix,other", tasks="mix,other,first", train_limit=8, validation_limit=9)
+    source = source_of(config, "mix,other")
+    rows = load_rows(source, limit=8)
+    begins = [" ".join(row.instruction.split()[:1]) for row in rows]
+    assert begins == ["train", "other", "train", "other", "train", "other", "train", "train"]
+    data = load_data(config)
+    assert (data.train.rows, data.train.md5) == (8, rows_md5(rows))
+    chosen = {one.row.instruction for one in data.validation.questions}
+    tested = [{one.row.instruction for one in task.questions} for task in data.tests[:2]]
+    assert len(chosen) == 9
+    assert [len(one) for one in tested] == [
+        12 - sum(one.startswith("held") for one in chosen), 6 - sum(one.startswith("other") for one in chosen)
+    ]  # fmt: skip
+    assert not chosen & (tested[0] | tested[1])
 
 
 def test_tasks_of_forgetting_are_drawn_and_must_hold_texts_under_a_name_of_their_own(

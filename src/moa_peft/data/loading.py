@@ -1,6 +1,7 @@
 """Rows of instruction data, from files, folders, the demo data and `datasets`."""
 
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +19,7 @@ def load_rows(source: str, *, split: str = "train", limit: int | None = None) ->
     Args:
         source: A .json, .json.gz, .jsonl or .jsonl.gz file; a folder that holds such a file for each split; "demo",
             the packaged demo data; or what `datasets.load_dataset` reads, a local folder or a name on the hub,
-            written NAME or NAME:CONFIG.
+            written NAME or NAME:CONFIG. Several with commas between give one row each in turn.
         split: Which split to read. A single file is its own split, so this does not matter for one.
         limit: Read only so many rows from the start; none reads all.
 
@@ -155,8 +156,11 @@ def _list(file: Path, text: TextIO) -> Iterator[tuple[str, Any]]:
 
 
 def _records(source: str, split: str) -> Iterable[tuple[str, Any]]:
-    """Find out what the source is and read it."""
+    """Find out what the source is and read it; several, with commas between, one record of each in turn."""
     path = expanded(source)
+    if "," in source and not path.exists():
+        turns = itertools.zip_longest(*(_records(one.strip(), split) for one in source.split(",")))
+        return (one for turn in turns for one in turn if one is not None)
     if source and path.is_dir():
         found = [one for one in sorted(path.iterdir()) if is_row_file(one.name) and one.is_file()]
         files = {split_name(one): one for one in found}

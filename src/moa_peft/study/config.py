@@ -82,7 +82,8 @@ class StudyConfig:
     """Folder of the study: results.jsonl, the report, and a folder for each run."""
 
     data: str
-    """Training rows: a folder under data_root, or what a recipe's data takes; its split "train"."""
+    """Training rows: a folder under data_root, or what a recipe's data takes; its split "train". Several, with commas
+    between, give one row each in turn."""
 
     methods: Sequence[Method]
     """The methods; each an entry with method, and where wanted label, mixture and trainer."""

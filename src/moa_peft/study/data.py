@@ -81,7 +81,11 @@ def load_data(config: StudyConfig) -> StudyData:
         text_questions(one)
     check_files([train, held_out, *whole, *kept], config)
     validation = draw(held_out, config.validation_limit, config.draw_seed)
-    whole = [rest_of(one, validation) if one.file_md5 == held_out.file_md5 else one for one in whole]
+    files = {
+        load_task(source_of(config, one), split=VALIDATION).file_md5
+        for one in (config.validation or config.data).split(",")
+    }
+    whole = [rest_of(one, validation) if one.file_md5 in files else one for one in whole]
     check_apart(train, validation, [*whole, *kept])
     return StudyData(
         train=row_set(train, config.data),
@@ -93,9 +97,14 @@ def load_data(config: StudyConfig) -> StudyData:
 
 
 def source_of(config: StudyConfig, name: str) -> str:
-    """The source that a name of data stands for: the folder of that name under the data root, or the name itself."""
+    """The source that a name of data stands for: the folder of that name under the data root, or the name itself.
+
+    Of several names, with commas between, that of each.
+    """
     folder = Path(config.data_root) / name
-    return str(folder) if name != "demo" and folder.exists() else name
+    if name == "demo" or folder.exists():
+        return name if name == "demo" else str(folder)
+    return ",".join(source_of(config, one.strip()) for one in name.split(",")) if "," in name else name
 
 
 def row_set(task: Task, source: str) -> RowSet:

@@ -83,7 +83,8 @@ class Recipe:
     """
 
     data: str
-    """Training rows: a .json, .jsonl or .json.gz file, a folder of them, a name on the hub, or "demo"."""
+    """Training rows: a .json, .jsonl or .json.gz file, a folder of them, a name on the hub, or "demo"; several, with
+    commas between, for one row of each in turn."""
 
     output_dir: str
     """Folder for the adapter, its model card and the checkpoints; must be new or empty, unless resume is given."""
