@@ -193,11 +193,11 @@ def api() -> str:
     import moa_peft
 
     beside = (
-        "experts.LinearExpert",
-        "experts.AttentionExpert",
-        "gates.register_gate",
-        "gates.Gate",
-        "gates.Weights",
+        "mixture.experts.LinearExpert",
+        "mixture.experts.AttentionExpert",
+        "mixture.gates.register_gate",
+        "mixture.gates.Gate",
+        "mixture.gates.Weights",
     )
     names = [*moa_peft.__all__, *(one for one in beside if one.split(".")[-1] not in moa_peft.__all__)]
     lines = []

@@ -254,7 +254,9 @@ def test_an_unknown_architecture_field_is_refused() -> None:
 
 
 def test_a_kind_that_is_taken_cannot_be_registered_again() -> None:
-    with pytest.raises(UsageError, match=r"expert 'lora' is already registered by moa_peft\.experts\.lora"):
+    with pytest.raises(
+        UsageError, match=r"expert 'lora' is already registered by moa_peft\.mixture\.experts\.lora"
+    ):
         register_expert(LoraExpert)
     assert expert_kinds()["lora"] is LoraExpert
 

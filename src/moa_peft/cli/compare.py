@@ -35,7 +35,7 @@ def compare_help() -> str:
         [
             "Compare methods on one base model: train, choose learning rates on validation rows, evaluate, report.",
             "The same call goes on where it was cut off, and does nothing twice.",
-            "Settings come from a YAML file, from flags, or from both; a flag goes before the file.",
+            "Settings come from a YAML file, from flags, or from both; a flag overrides the file.",
             EXAMPLES,
             "Keys of a study, each also a flag:",
             "\n".join(["\b", *_keys(StudyConfig)]),

@@ -112,7 +112,7 @@ def evaluate(
     config: Annotated[  # noqa: ARG001  # its callback has put what it says into the other options
         Path | None,
         typer.Option(
-            help="YAML file with any of these options; the command line goes before it.",
+            help="YAML file with any of these options; the command line overrides it.",
             callback=options_from_file,
             is_eager=True,
         ),

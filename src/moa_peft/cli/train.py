@@ -47,7 +47,7 @@ def train_help() -> str:
     return "\n\n".join(
         [
             "Fine-tune a model with a mixture of adapters.",
-            "Settings come from a YAML file, from flags, or from both; a flag goes before the file.",
+            "Settings come from a YAML file, from flags, or from both; a flag overrides the file.",
             EXAMPLES,
             "Keys of a recipe, each also a flag:",
             "\n".join(["\b", *keys]),

@@ -46,7 +46,7 @@ def load_records(source: str, *, split: str = "train", limit: int | None = None)
         limit: As for `load_rows`.
 
     Returns:
-        At least one record, in the order of the source, not yet looked at.
+        At least one record, in the order of the source, not validated yet.
 
     Raises:
         UsageError: If the source or the split does not exist, is empty, damaged or malformed.
@@ -92,7 +92,7 @@ def read_records(file: Path) -> Iterator[tuple[str, Any]]:
             value a line, where blank lines count for nothing.
 
     Yields:
-        Where the record stands, such as "data.jsonl, line 3", and the record, not yet looked at.
+        Where the record stands, such as "data.jsonl, line 3", and the record, not validated yet.
 
     Raises:
         UsageError: If the file is missing, empty, damaged or malformed; the message names the line.

@@ -79,7 +79,7 @@ def _text(record: Mapping[str, Any], name: str, where: str, *, optional: bool = 
 
 
 def _whole(text: str, name: str, where: str) -> str:
-    """See that a text holds no half of a character, as a JSON escape can make one."""
+    """Check that a text holds no half of a character, as a JSON escape can make one."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -28,7 +28,7 @@ def render_prompt(row: Row, template: Template, tokenizer: "PreTrainedTokenizerB
     """Write the text that the model sees before its reply.
 
     Args:
-        row: The question; its output and answer are not looked at.
+        row: The question; its output and answer are not used.
         template: "paper", or "chat" for the tokenizer's chat template with the opening of the assistant's turn. A
             chat prompt holds its special tokens as text, so it is tokenised without adding any.
         tokenizer: The base model's; "paper" does not need it.

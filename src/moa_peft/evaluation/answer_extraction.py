@@ -117,7 +117,7 @@ def stated_number(text: str, form: AnswerForm) -> str | None:  # noqa: ARG001  #
 
     Args:
         text: The reply.
-        form: Not looked at: a number has no choices.
+        form: Unused: a number has no choices.
 
     Returns:
         The number after the last "the answer is", "####" or "\boxed{"; where there is none of these, the last of the

@@ -127,7 +127,7 @@ class EvaluationOptions:
         return CODE_TOKENS if task.runs_code else CHOICE_TOKENS if task.has_choices else REPLY_TOKENS
 
     def check_needs(self, task: Task) -> None:
-        """See that what a task needs is there: texts of choices, a reader of numbers, leave to run programs and a place.
+        """Check that what a task needs is there: texts of choices, a reader of numbers, leave to run programs and a place.
 
         Raises:
             UsageError: As `text_questions`; if math-verify is not installed, programs may not be run, or cannot be

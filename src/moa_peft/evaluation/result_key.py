@@ -1,4 +1,4 @@
-"""Which model gave a result: names, and fingerprints of the weights themselves."""
+"""What identifies a result: the model by name and by its weights, and everything else that decides it."""
 
 import dataclasses
 import hashlib
@@ -250,7 +250,7 @@ def describe(
     options: EvaluationOptions,
     identity: ModelIdentity,
 ) -> dict[str, Any]:
-    """Say what is needed to repeat an evaluation.
+    """Everything needed to repeat an evaluation.
 
     Args:
         model: The model.

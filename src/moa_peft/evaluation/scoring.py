@@ -238,7 +238,7 @@ def select_rows(cache: Any, rows: Tensor) -> None:
 
 
 def check_lengths(model: Any, lengths: Sequence[int]) -> None:
-    """See that a model can read sequences of these lengths.
+    """Check that a model can read sequences of these lengths.
 
     Args:
         model: As for `score_batch`.

@@ -47,7 +47,7 @@ class AgreementSums:
         Args:
             one: What the first adapter said.
             other: What the second said.
-            names: What each router weighs.
+            names: What each router weights.
         """
         others = {(where.layer, where.router): where for where in other.gates}
         for where, gates in one.gates.items():

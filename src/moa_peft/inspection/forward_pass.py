@@ -32,7 +32,7 @@ class TokenText:
 
 
 def check_texts(model: Any, texts: Sequence[TokenText]) -> None:
-    """See that a model can read the texts.
+    """Check that a model can read the texts.
 
     Raises:
         UsageError: If there is none, or one has no tokens or more than the model reads.

@@ -1,6 +1,6 @@
 """Statistics of gates: pure functions of sums over tokens.
 
-Sizes: T tokens, E experts (or kinds, or copies: whatever one router weighs), P ranges of positions, S classes of tokens.
+Sizes: T tokens, E experts (or kinds, or copies: whatever one router weights), P ranges of positions, S classes of tokens.
 """
 
 from dataclasses import dataclass, fields
@@ -13,7 +13,7 @@ CLASSES = ("number", "word", "punctuation", "template", "special")
 
 
 def token_class(piece: str, *, special: bool, template: bool) -> int:
-    """Say what kind of token a piece of text is.
+    """Classify a token.
 
     Args:
         piece: The token's text.
@@ -122,7 +122,7 @@ def gate_sums(
 
 
 def token_entropy(gates: Tensor) -> Tensor:
-    """Say how evenly each token spreads its gates: ``-sum_e p_te log p_te / log E`` with ``p_te = g_te / sum_e g_te``.
+    """The normalised entropy of each token's gates: ``-sum_e p_te log p_te / log E`` with ``p_te = g_te / sum_e g_te``.
 
     Args:
         gates: Float64, [T, E], at least 0.
@@ -161,7 +161,7 @@ def load_share(gate: Tensor) -> Tensor:
 
 
 def load_variation(gate: Tensor) -> float | None:
-    """Say how unevenly the experts are used: the coefficient of variation ``std_e(l_e) / mean_e(l_e)`` of their load.
+    """How unevenly the experts are used: the coefficient of variation ``std_e(l_e) / mean_e(l_e)`` of their load.
 
     Args:
         gate: Float64, [E], the sums over tokens.

@@ -229,7 +229,7 @@ def rounded(value: Any, digits: int) -> Any:
 
 
 def check_outputs(out: Path, json_file: Path | None, png: Path | None) -> None:
-    """See that all files can be written; folders that are missing are made.
+    """Check that all files can be written; folders that are missing are made.
 
     Raises:
         UsageError: If a name is not that of such a file, a folder cannot be made or written to, or matplotlib is missing.

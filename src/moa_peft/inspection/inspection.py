@@ -132,7 +132,7 @@ def _finding(model: nn.Module, observer: Observer, adapter: str, about: Mapping[
 
 def _trained(gate: nn.Module) -> bool | None:
     """Whether a gate's learned threshold has moved: its bias starts at 0 and no optimiser leaves it there."""
-    bias = getattr(getattr(gate, "threshold", None), "bias", None)
+    bias = getattr(gate, "threshold_bias", None)
     return None if bias is None else bool((bias != 0).any())
 
 

@@ -19,7 +19,7 @@ from moa_peft.mixture.block_hooks import ChangeRecord, GateRecord, MoALayer, mix
 
 
 class Where(NamedTuple):
-    """One router of a model, or the group of experts that it weighs."""
+    """One router of a model, or the group of experts that it weights."""
 
     adapter: str
     layer: int
@@ -58,7 +58,7 @@ class Observer:
         changes: Whether to compute the experts' changes as well, which takes about half a forward pass.
 
     Attributes:
-        names: What each router weighs.
+        names: What each router weights.
         gates: Sums of gates by router.
         groups: Sums of changes: of the experts of each block under the router "", and of the copies of each expert.
         observed: Gates and changes of the latest batch.

@@ -43,7 +43,7 @@ class RouterStatistics:
     router: str
     """"" for the block's; an expert's name for that of its copies."""
     names: tuple[str, ...]
-    """What it weighs: experts, kinds of experts, or copies."""
+    """What it weights: experts, kinds of experts, or copies."""
     granularity: str
     """token or instance."""
     tokens: int
@@ -108,7 +108,7 @@ def router_statistics(
     Args:
         layer: The block.
         router: The router's name.
-        names: What it weighs.
+        names: What it weights.
         sums: Over at least one token.
         granularity: token or instance.
         trained: Whether a learned threshold has moved.
@@ -168,9 +168,9 @@ def _numbers(values: Tensor) -> Numbers:
 def routing_summary(
     model: Any, tokenizer: Any, texts: Sequence[str | Prompt], *, batch_size: int = 8
 ) -> dict[str, float | None]:
-    """Say how evenly and how differently a model's experts work, in one pass over texts.
+    """Measure how evenly and how differently a model's experts work, in one pass over texts.
 
-    Each number is a mean over the routers of all blocks: those of the blocks, and those that weigh the copies of an
+    Each number is a mean over the routers of all blocks: those of the blocks, and those that weight the copies of an
     expert at its site. A change is the gated one, what is really added. Padding does not count.
 
     Args:
@@ -181,7 +181,7 @@ def routing_summary(
 
     Returns:
         ``load_variation``, the coefficient of variation of the experts' load (`load_variation`);
-        ``mean_cka``, the mean linear CKA of the pairs of what a router weighs (`linear_cka`);
+        ``mean_cka``, the mean linear CKA of the pairs of what a router weights (`linear_cka`);
         ``active_experts``, the mean number of gates above 0 of a token. Each is None where no router has one: in a model
         without a mixture or a router, with one expert, where nothing is added.
 

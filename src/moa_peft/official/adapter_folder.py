@@ -11,7 +11,7 @@ from moa_peft.training.output_folder import ADAPTER_CONFIG, RECIPE_FILE, disk_er
 
 
 def check_folder(out: Path, *, overwrite: bool) -> None:
-    """See that an adapter may be written to a folder, before any work is done for it.
+    """Check that an adapter may be written to a folder, before any work is done for it.
 
     Args:
         out: The folder; it need not exist.
@@ -95,7 +95,7 @@ def single_file(out: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def check_file(out: Path, *, overwrite: bool) -> None:
-    """See that a file may be written, before any work is done for it.
+    """Check that a file may be written, before any work is done for it.
 
     Raises:
         UsageError: If ``out`` is a folder, or is there and may not be replaced.

@@ -448,7 +448,7 @@ def _base(base: str | None, layout: Layout) -> Any:
 
 
 def _refuse_missing(name: str, weights: Weights, model: Any, config: MoAConfig) -> None:
-    """See that the adapter holds every weight that its config makes on the base model."""
+    """Check that the adapter holds every weight that its config makes on the base model."""
     mixture = get_peft_model(model, copy.deepcopy(config))
     assert isinstance(mixture, PeftModel)
     missing = sorted(set(parameters_by_place(mixture)) - set(weights))

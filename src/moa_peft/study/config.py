@@ -421,12 +421,12 @@ def _is_list(values: object) -> bool:
 
 
 def wrong_text(name: str, value: object) -> list[str]:
-    """Say that a value is no text, or empty."""
+    """The problem of a value that is not text, or is empty; none where it is fine."""
     return [] if isinstance(value, str) and value else [f"{name} is {value!r}: give text"]
 
 
 def wrong_names(name: str, value: object) -> list[str]:
-    """Say that a value is neither a list of names nor text with commas between them."""
+    """The problem of a value that is neither a list of names nor text with commas between them."""
     listed = [value] if isinstance(value, str) else value
     if isinstance(listed, Sequence) and listed and not any(wrong_text(name, one) for one in listed):
         return []
@@ -434,14 +434,14 @@ def wrong_names(name: str, value: object) -> list[str]:
 
 
 def wrong_fields(name: str, value: object) -> list[str]:
-    """Say that a value is no mapping, or that one of its keys is no name."""
+    """The problems of a value that is no mapping, or has a key that is no name."""
     if not isinstance(value, Mapping):
         return [f"{name} is {value!r}: give fields, each as NAME: VALUE"]
     return [f"{name} has the key {key!r}: give a name" for key in value if not isinstance(key, str)]
 
 
 def wrong_entries(methods: object) -> list[str]:
-    """Say that a value is no list of methods, or which of its entries is neither a name nor a mapping."""
+    """The problems of a value that is no list of methods, or has an entry that is neither a name nor a mapping."""
     form = "each with method: NAME"
     if not isinstance(methods, Sequence) or isinstance(methods, str):
         return [f"methods is {methods!r}: give a list of entries, {form}"]

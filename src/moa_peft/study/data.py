@@ -154,7 +154,7 @@ def rest_of(test: Task, validation: Task) -> Task:
 
 
 def check_files(tasks: Sequence[Task], config: StudyConfig) -> None:
-    """See that the files are those of the config's ``data_md5``.
+    """Check that the files are those of the config's ``data_md5``.
 
     Raises:
         UsageError: If one is not, or the config names a task that the study does not have.
@@ -172,7 +172,7 @@ def check_files(tasks: Sequence[Task], config: StudyConfig) -> None:
 
 
 def check_apart(train: Task, validation: Task, tests: Sequence[Task]) -> None:
-    """See that no row trained or chosen on is in a test, and none trained on is chosen on.
+    """Check that no row trained or chosen on is in a test, and none trained on is chosen on.
 
     Rows are the same when their instructions and inputs are, apart from case, punctuation and spaces. Tests count
     whole, not only the rows drawn.

@@ -49,7 +49,7 @@ def check_same_study(
     tests: Mapping[str, str],
     rows: Sequence[RunRow],
 ) -> None:
-    """See that what a folder holds was made with the same settings; methods, seeds, rates and tasks may be added.
+    """Check that what a folder holds was made with the same settings; methods, seeds, rates and tasks may be added.
 
     Args:
         folder: The study's folder.
@@ -87,7 +87,7 @@ def check_same_study(
 
 
 def check_run_folders(config: StudyConfig, runs: Sequence[Run], data: StudyData) -> None:
-    """See that the folders of the runs hold what this config trains: rows and settings may be gone, weights not.
+    """Check that the folders of the runs hold what this config trains: rows and settings may be gone, weights not.
 
     Args:
         config: The study as it is given now.

@@ -12,7 +12,7 @@ from moa_peft.training.trainer_settings import build_settings, check_trainer
 
 
 def check_methods(config: StudyConfig) -> None:
-    """See that every method can be built, and its adapter put onto the base model, whose weights are not read.
+    """Check that every method can be built, and its adapter put onto the base model, whose weights are not read.
 
     Args:
         config: The study.

@@ -126,7 +126,7 @@ def execute(order: Order) -> RunRow:
 
 
 def check_base(order: Order, identity: ModelIdentity) -> None:
-    """See that the base model is that of the rows there are.
+    """Check that the base model is that of the rows there are.
 
     Raises:
         OtherBaseError: If it is not.

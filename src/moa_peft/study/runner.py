@@ -101,7 +101,7 @@ class Study:
         return {one.name: questions_md5(one) for one in (*self.data.tests, *self.data.forgetting)}
 
     def check_folder(self, rows: Sequence[RunRow]) -> None:
-        """See that the folder holds nothing that other settings have made.
+        """Check that the folder holds nothing that other settings have made.
 
         Raises:
             UsageError: If it does.

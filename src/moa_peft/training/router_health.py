@@ -66,7 +66,7 @@ class RouterFigures(TrainerCallback):
     ``router/threshold_mean``; without one ``router/above_half_rate/NAME`` and ``router/above_half_experts``, for a gate
     above 0.5.
 
-    Of the routers that weigh the copies of an expert, three figures an expert (eight copies on five projections would
+    Of the routers that weight the copies of an expert, three figures an expert (eight copies on five projections would
     be forty numbers): ``router/active_copies/NAME``, how many copies a token gives a weight above 0;
     ``router/largest_share/NAME``, the part of all weight that goes to the copy of a block that has most;
     ``router/load_entropy/NAME``, the entropy of the copies' parts over its maximum, 1 where all have the same and 0
@@ -234,7 +234,7 @@ def find_trouble(
 
     Args:
         sums: From `trouble_sums`, by router.
-        names: What each router weighs.
+        names: What each router weights.
 
     Returns:
         Experts in words, under "dead" and "saturated"; routers of one expert and those seen too little are left out.

@@ -58,7 +58,7 @@ def switch_names() -> set[str]:
 
 
 def check_trainer(recipe: Recipe) -> None:
-    """See that every value for the trainer is of the kind that its field takes, and in its range.
+    """Check that every value for the trainer is of the kind that its field takes, and in its range.
 
     Raises:
         UsageError: If one is not; the message lists all of them.
