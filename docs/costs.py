@@ -91,6 +91,7 @@ def _count(model: Any) -> Operations:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from moa_peft import packed_weights
     from moa_peft.bench.work import flop_counter
 
     def operations(tokens: int, seen: int, cache: Any) -> tuple[int, Any]:
@@ -106,7 +107,7 @@ def _count(model: Any) -> Operations:
             )
         return counter.get_total_flops(), output.past_key_values
 
-    with FakeTensorMode(), torch.no_grad():
+    with FakeTensorMode(), torch.no_grad(), packed_weights(model):  # as `generate` does
         for module in model.eval().modules():
             for held in (module._parameters, module._buffers):
                 held.update({name: _fake(one) for name, one in held.items() if one is not None})
