@@ -41,7 +41,7 @@ def test_a_demo_that_was_cut_off_goes_on_and_a_finished_one_is_left_alone(tmp_pa
 
 
 def test_the_recipe_file_of_the_demo_trains_what_the_demo_trains() -> None:
-    file = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+    file = Path(__file__).parents[2] / "recipes" / "demo.yaml"
     written = Recipe.from_mapping(load_yaml(file), trainer_fields())
     defaults = {name: one.default for name, one in inspect.signature(demo).parameters.items()}
     own = demo_recipe(defaults["method"], defaults["steps"], Path(written.output_dir))

@@ -86,7 +86,8 @@ def report(result: "DemoResult", moa: str) -> str:
         "\nNext:",
         f"  {moa} inspect --adapter {folder} --data demo --limit 20 --out report.html",
         f"  {moa} chat --adapter {folder}",
-        "      and then: Please choose the sentiment of this movie review: a joy from start to finish",
+        "      > Please choose the sentiment of this movie review: a joy from start to finish",
+        "      > /base, and the same again: the frozen model's answer",
         f"  {moa} train --data YOUR.jsonl --output_dir runs/mine",
     ]
     return "\n".join(lines)
