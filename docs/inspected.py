@@ -7,23 +7,27 @@ from typing import Any
 from writing import table
 
 FILE = Path(__file__).parent / "static" / "inspect" / "demo.json"
-SHOWN = "lora_down_proj"
-"""The expert whose gate varies most in this adapter."""
 
 
 def inspected() -> str:
     """How the numbers came about, what the page says first, and the figures of some layers."""
     found = json.loads(FILE.read_text(encoding="utf-8"))
     finding = found["adapters"]["default"]
-    rows = [_row(one, group) for one, group in zip(finding["routers"], finding["groups"], strict=True)]
+    most = max(finding["routers"], key=lambda one: max(one["deviation"]))
+    shown = most["names"][most["deviation"].index(max(most["deviation"]))]  # the gate that varies most
+    classes = [found["token_classes"].index(name) for name in ("word", "punctuation", "template")]
+    rows = [
+        _row(one, group, shown, classes)
+        for one, group in zip(finding["routers"], finding["groups"], strict=True)
+    ]
     step = max(len(rows) // 6, 1)
     chosen = [*rows[:-1:step], rows[-1]]
     heads = (
         "layer",
         "load variation",
-        f"gate of `{SHOWN}` at words",
-        "at numbers",
+        f"gate of `{shown}` at words",
         "at punctuation",
+        "at the template",
         "its standard deviation",
         "its share of the change",
         "mean CKA of two experts",
@@ -33,22 +37,19 @@ def inspected() -> str:
     return "\n\n".join([said, table(heads, chosen), made])
 
 
-def _row(router: dict[str, Any], group: dict[str, Any]) -> tuple[str, ...]:
-    place = router["names"].index(SHOWN)
-    classes = json.loads(FILE.read_text(encoding="utf-8"))["token_classes"]
-    changes = group["changes"]
+def _row(router: dict[str, Any], group: dict[str, Any], shown: str, classes: list[int]) -> tuple[str, ...]:
+    place, changes = router["names"].index(shown), group["changes"]
     pairs = [
         changes["cka"][a][b]
         for a in range(len(changes["names"]))
         for b in range(a)
         if changes["cka"][a][b] is not None
     ]
-    by_class = {name: router["by_class"][number][place] for number, name in enumerate(classes)}
     figures = [
         router["load_variation"],
-        *(by_class[name] for name in ("word", "number", "punctuation")),
+        *(router["by_class"][number][place] for number in classes),
         router["deviation"][place],
-        changes["norm_share"][changes["names"].index(SHOWN)],
+        changes["norm_share"][changes["names"].index(shown)],
         sum(pairs) / len(pairs),
     ]
     return (str(router["layer"]), *(f"{one:.3f}" for one in figures))
