@@ -150,7 +150,7 @@ def test_no_gate_survives_a_forward_or_a_recomputed_backward_pass(family: str, m
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()
-    assert not any(layer._now.passes for _, layer in mixture_layers(model))
+    assert not any(layer._state.passes for _, layer in mixture_layers(model))
 
 
 def test_awaken_really_changes_the_output() -> None:
