@@ -23,7 +23,9 @@ def provenance() -> dict[str, Any]:
 
     cuda = torch.cuda.is_available()
     commit = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain", "--untracked-files=no")
+    changes = _git(
+        "status", "--porcelain", "--untracked-files=no", "--", "src"
+    )  # rows of results are tracked too
     return {
         "versions": {"python": platform.python_version()} | {one: _version(one) for one in LIBRARIES},
         "commit": commit,
