@@ -127,15 +127,15 @@ def _listed(places: Iterable[Place], most: int = 3) -> str:
         layers.setdefault(name, []).append(layer)
     ranked = sorted(layers.items(), key=lambda one: -len(one[1]))
     words = [
-        f"{name} in {'layer' if len(found) == 1 else f'{len(found)} layers:'} {_ranges(found)}"
+        f"{name} in {'layer' if len(found) == 1 else f'{len(found)} layers:'} {ranges(found)}"
         for name, found in ranked[:most]
     ]
     rest = len(ranked) - most
     return ", ".join(words) + (f" and {rest} more experts" if rest > 0 else "")
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """Write layers as 0-3, 7."""
+def ranges(numbers: Sequence[int]) -> str:
+    """Write whole numbers, as of layers, with runs joined: 0-3, 7."""
     parts: list[list[int]] = []
     for one in sorted(numbers):
         if parts and one == parts[-1][-1] + 1:

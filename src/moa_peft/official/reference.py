@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moa_peft.errors import UsageError
-from moa_peft.official.checkpoint import idle_routers
+from moa_peft.errors import UsageError, first_line
 from moa_peft.official.conversion import DEFAULT_ORDER, OfficialSettings
+from moa_peft.official.names import idle_routers
 
 ARCHITECTURES = ("llama", "qwen3")
 """The models that reference files are about."""
@@ -53,6 +53,11 @@ class Reference:
     """The file's other tensors."""
 
     @property
+    def head_size(self) -> int:
+        """Size of a head of the model."""
+        return self.config["head_dim"]
+
+    @property
     def prompt(self) -> int:
         """Tokens of each row that the greedy continuation starts from."""
         greedy, ids = self.tensors["greedy"], self.tensors["input_ids"]
@@ -62,13 +67,7 @@ class Reference:
 
 
 def read_reference(path: Path) -> Reference:
-    """Read a reference file.
-
-    Args:
-        path: The safetensors file.
-
-    Returns:
-        What is in it.
+    """Read a reference file (*.safetensors).
 
     Raises:
         UsageError: If it is no reference file, or parts of it are missing, malformed or contradict each other; each of
@@ -81,16 +80,19 @@ def read_reference(path: Path) -> Reference:
     if wrong:
         raise UsageError(f"{path} is not a sound reference file: {'; '.join(wrong)}")
     adapter = under("adapter.", tensors)
-    idle = idle_routers(adapter)
+    idle, given = idle_routers(adapter), under("grad.", tensors)
     return Reference(
         path=path,
         architecture=metadata.get("architecture") or ARCHITECTURES[0],
-        config=_model_config(metadata),
+        # no token ends a text, for the reference goes on whatever the token
+        config={**metadata["config"], "head_dim": _head_size(metadata), "eos_token_id": None},
         settings=_settings(metadata, adapter),
         coefficient=_coefficient(metadata.get("grad_of") or "loss") or 0.0,
         base=under("base.", tensors),
         adapter={name: one for name, one in adapter.items() if name not in idle},
-        gradients=_gradients(adapter, tensors),
+        gradients={name: given.get(name, torch.zeros_like(one)) for name, one in adapter.items()}
+        if given
+        else {},
         tensors={name: one for name, one in tensors.items() if not name.startswith(_WEIGHTS)},
     )
 
@@ -112,7 +114,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
     except (SafetensorError, OSError) as error:
         raise UsageError(
-            f"{path} is not a reference file, or it is damaged or cut off: {str(error).partition(chr(10))[0]}"
+            f"{path} is not a reference file, or it is damaged or cut off: {first_line(error)}"
         ) from error
     lacking = {"input_ids", "labels", "logits", "loss"} - tensors.keys()
     if lacking or "config" not in stored:
@@ -134,17 +136,15 @@ def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) in (int, float)
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return type(value) is int and value > 0
 
 
-def _are_names(value: Any, known: Mapping[str, str] | None = None) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(one, str) and (known is None or one in known) for one in value
-    )
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 _FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
@@ -153,7 +153,10 @@ _FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "head_dim": (_is_count, "a whole number above 0"),
     "settings": (lambda value: isinstance(value, dict), "an object with the native code's arguments"),
     "lora_alpha": (lambda value: _is_number(value) and value > 0, "a number above 0"),
-    "expert_order": (lambda value: _are_names(value, _ORDER), f"a list of {', '.join(_ORDER)}"),
+    "expert_order": (
+        lambda value: _are_names(value) and set(value) <= set(_ORDER),
+        f"a list of {', '.join(_ORDER)}",
+    ),
     "max_threshold": (_is_number, "a number"),
     "constant_threshold": (_is_number, "a number"),
     "top_k": (_is_count, "a whole number above 0"),
@@ -177,12 +180,10 @@ def _setting_problems(metadata: Mapping[str, Any]) -> list[str]:
     if wrong:
         return wrong
     config = metadata["config"]
+    given = [one for one in ("num_key_value_heads", "head_dim") if config.get(one) is not None]
     wrong += [
         f"{key!r} of its metadata 'config' is {config.get(key)!r}: it has to be a whole number above 0"
-        for key in (
-            *_SIZES,
-            *(one for one in ("num_key_value_heads", "head_dim") if config.get(one) is not None),
-        )
+        for key in (*_SIZES, *given)
         if not _is_count(config.get(key))
     ]
     if wrong:
@@ -278,11 +279,6 @@ def _head_size(metadata: Mapping[str, Any]) -> int:
     return stated or config["hidden_size"] // config["num_attention_heads"]
 
 
-def _model_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's config; no token ends a text, for the reference goes on whatever the token."""
-    return {**metadata["config"], "head_dim": _head_size(metadata), "eos_token_id": None}
-
-
 def _alpha(metadata: Mapping[str, Any]) -> float | None:
     stated: Any = metadata.get("lora_alpha") or (metadata.get("settings") or {}).get("lora_alpha")
     return float(stated) if _is_number(stated) and stated > 0 else None
@@ -292,8 +288,7 @@ def _settings(metadata: Mapping[str, Any], adapter: Mapping[str, Tensor]) -> Off
     order = metadata.get("expert_order")
     has_top_k = any(".router.topkroute_linear." in name for name in adapter)
     return OfficialSettings(
-        alpha=_alpha(metadata) or 1.0,
-        head_size=_head_size(metadata),
+        alpha=_alpha(metadata),
         expert_order=DEFAULT_ORDER if order is None else tuple(_ORDER[one] for one in order),
         max_threshold=metadata.get("max_threshold"),
         constant_threshold=metadata.get("constant_threshold"),
@@ -307,17 +302,10 @@ def _settings(metadata: Mapping[str, Any], adapter: Mapping[str, Tensor]) -> Off
 def _coefficient(loss: str) -> float | None:
     """Read the balance loss's coefficient out of "loss + 0.001 * load_balancing_loss"; None if it is not of that form."""
     found = _LOSS.fullmatch(loss)
-    if found is None:
-        return None
-    if "load_balancing_loss" not in loss:
-        return 0.0
+    if found is None or "load_balancing_loss" not in loss:
+        return None if found is None else 0.0
     try:
         value = float(found[1] or 1.0)
     except ValueError:
         return None
     return value if 0 <= value < float("inf") else None
-
-
-def _gradients(adapter: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    given = under("grad.", tensors)
-    return {name: given.get(name, torch.zeros_like(one)) for name, one in adapter.items()} if given else {}
