@@ -77,11 +77,8 @@ class Section:
     texts: Sequence[str] = ()
     """Paragraphs of plain text."""
     items: Sequence[str] = ()
-    """A list."""
     table: Table | None = None
-    """A table."""
     pictures: Sequence[Picture] = ()
-    """Drawings."""
 
 
 def as_markdown(title: str, sections: Sequence[Section]) -> str:
