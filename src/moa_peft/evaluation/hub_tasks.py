@@ -48,14 +48,11 @@ Convert = Callable[[Mapping[str, Any]], tuple[str, str, str]]
 
 
 def official_row(record: Any, where: str) -> Row | None:
-    """Turn a record in the form of the hub into the official row.
+    """Turn a record in the form of the hub into the official row; None where it is of no form that is known here.
 
     Args:
         record: One record of `datasets`, or of a file in the same form.
         where: Its place, for errors.
-
-    Returns:
-        The row; None where the record is of no form that is known here.
 
     Raises:
         UsageError: If it has the fields of a known form, but not what belongs in them, as a split without answers.
@@ -76,7 +73,7 @@ def official_row(record: Any, where: str) -> Row | None:
 
 
 def _choice(
-    question: str, word: str, choices: Sequence[str], right: int, *, apart: str = " "
+    question: str, word: str, choices: Sequence[str], right: int, apart: str = " "
 ) -> tuple[str, str, str]:
     """The official form of a question with choices: these numbered, then the words that an answer may be."""
     if not 0 <= right < len(choices):
@@ -95,8 +92,7 @@ def _boolq(record: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def _piqa(record: Mapping[str, Any]) -> tuple[str, str, str]:
     question = f"Please choose the correct solution to the question: {record['goal']}"
-    choices = [record["sol1"], record["sol2"]]
-    return _choice(question, "solution", choices, int(record["label"]), apart="\n\n")
+    return _choice(question, "solution", [record["sol1"], record["sol2"]], int(record["label"]), apart="\n\n")
 
 
 def _social_i_qa(record: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -119,17 +115,9 @@ def _winogrande(record: Mapping[str, Any]) -> tuple[str, str, str]:
     return instruction.replace("\n\nAnswer format:", " Answer format:"), output, answer
 
 
-def _arc(record: Mapping[str, Any]) -> tuple[str, str, str]:
-    return _lettered(record["question"], record)
-
-
-def _openbookqa(record: Mapping[str, Any]) -> tuple[str, str, str]:
-    return _lettered(record["question_stem"], record)
-
-
-def _lettered(asked: str, record: Mapping[str, Any]) -> tuple[str, str, str]:
+def _lettered(record: Mapping[str, Any]) -> tuple[str, str, str]:
     """ARC and OpenBookQA, whose choices have letters, or figures in a few rows."""
-    choices = record["choices"]
+    asked, choices = record["question" if "question" in record else "question_stem"], record["choices"]
     right = list(choices["label"]).index(record["answerKey"])
     question = f"Please choose the correct answer to the question: {asked}"
     return _choice(question, "answer", choices["text"], right)
@@ -151,8 +139,8 @@ _FORMS: Mapping[tuple[str, ...], Convert] = {
     ("context", "question", "answerA", "answerB", "answerC", "label"): _social_i_qa,
     ("activity_label", "ctx", "endings", "label"): _hellaswag,
     ("sentence", "option1", "option2", "answer"): _winogrande,
-    ("question", "choices", "answerKey"): _arc,
-    ("question_stem", "choices", "answerKey"): _openbookqa,
+    ("question", "choices", "answerKey"): _lettered,
+    ("question_stem", "choices", "answerKey"): _lettered,
     ("question", "answer"): _gsm8k,
 }
 """The forms by their fields; the first that fits is taken. Rows of instruction data have none of these."""

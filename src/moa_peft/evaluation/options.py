@@ -77,18 +77,16 @@ class EvaluationOptions:
     """Show a bar on standard error for what takes over two seconds."""
 
     def __post_init__(self) -> None:
-        problems: list[str] = []
-        for name, given, known in (
-            ("mode", "likelihood" if self.mode is None else self.mode, get_args(Mode)),
-            (
-                "extraction rule",
-                "sum" if self.extraction is None else self.extraction,
-                {rule for rules in RULES_OF.values() for rule in rules},
-            ),
-            ("template", self.template, get_args(Template)),
-        ):
-            if given not in known:
-                problems.append(unknown(name, given, known))
+        rules = {rule for some in RULES_OF.values() for rule in some}
+        problems = [
+            unknown(name, given, known)
+            for name, given, known in (
+                ("mode", "likelihood" if self.mode is None else self.mode, get_args(Mode)),
+                ("extraction rule", "sum" if self.extraction is None else self.extraction, rules),
+                ("template", self.template, get_args(Template)),
+            )
+            if given not in known
+        ]
         for name, number in (("batch_size", self.batch_size), ("max_new_tokens", self.max_new_tokens)):
             if number is not None and number < 1:
                 problems.append(f"{name} is {number}: give at least 1")
@@ -134,9 +132,8 @@ class EvaluationOptions:
                 isolated here.
         """
         if self.mode_for(task) == "text":
-            from moa_peft.evaluation.text_choices import (
-                text_questions,
-            )  # its tokens need torch, which options do not
+            # its tokens need torch, which options do not
+            from moa_peft.evaluation.text_choices import text_questions
 
             text_questions(task)
         if self.mode_for(task) != "generation":

@@ -85,13 +85,6 @@ class Task:
 def question_of(record: Any, where: str) -> Question:
     """Read a record of any form that is known: rows of instruction data, the paper's tasks as the hub has them.
 
-    Args:
-        record: One record of a file or of `datasets`.
-        where: Its place, for errors.
-
-    Returns:
-        The question.
-
     Raises:
         UsageError: If a field is missing or wrong.
     """
@@ -107,8 +100,8 @@ def as_question(row: Row, where: str = "row") -> Question:
 
     Args:
         row: The row. An instruction with "Answer format: a/b/c" has the choices a, b and c, of up to three words each where a
-            line ends with them; one that lists
-            "(A) ... (B) ..." has letters, where the answer is one; otherwise the answer decides.
+            line ends with them; one that lists "(A) ... (B) ..." has letters, where the answer is one; otherwise the
+            answer decides.
         where: The place of the row, for errors.
 
     Returns:
@@ -128,11 +121,8 @@ def as_question(row: Row, where: str = "row") -> Question:
         gives_away = any(re.search(rf"\b{re.escape(one)}\b", lead) for one in choices)  # in a rationale
         if gives_away or not row.output.endswith(row.answer):
             lead = DEFAULT_LEAD
-        return Question(
-            row=row,
-            form=AnswerForm(kind="choice", choices=choices),
-            completions=tuple(lead + one for one in choices),
-        )
+        form = AnswerForm(kind="choice", choices=choices)
+        return Question(row=row, form=form, completions=tuple(lead + one for one in choices))
     letters = tuple(dict.fromkeys(_LETTERS.findall(row.instruction)))
     if row.answer in letters and len(letters) > 1:
         return Question(row=row, form=AnswerForm(kind="letter", choices=letters))
