@@ -2,44 +2,33 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from moa_peft.data.row import Row
 from moa_peft.errors import UsageError
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HubSource:
+class HubSource(NamedTuple):
     """Where a task is on the hub."""
 
-    name: str
-    """Of the data set."""
-
+    source: str
+    """Name of the data set, and which part of it, as `load_records` takes them."""
     split: str
     """The split that the paper tests on; the test split has no answers in several."""
 
-    config: str | None = None
-    """Which part of the data set; None where there is one only."""
-
-    @property
-    def source(self) -> str:
-        """As `load_records` takes it."""
-        return self.name if self.config is None else f"{self.name}:{self.config}"
-
 
 HUB: Mapping[str, HubSource] = {
-    "boolq": HubSource(name="google/boolq", split="validation"),
-    "piqa": HubSource(name="ybisk/piqa", split="validation"),
-    "social_i_qa": HubSource(name="allenai/social_i_qa", split="validation"),
-    "hellaswag": HubSource(name="Rowan/hellaswag", split="validation"),
-    "winogrande": HubSource(name="allenai/winogrande", config="winogrande_xl", split="validation"),
-    "ARC-Easy": HubSource(name="allenai/ai2_arc", config="ARC-Easy", split="test"),
-    "ARC-Challenge": HubSource(name="allenai/ai2_arc", config="ARC-Challenge", split="test"),
-    "openbookqa": HubSource(name="allenai/openbookqa", config="main", split="test"),
-    "gsm8k": HubSource(name="openai/gsm8k", config="main", split="test"),
-    "humaneval": HubSource(name="openai/openai_humaneval", split="test"),
-    "mbpp": HubSource(name="google-research-datasets/mbpp", config="full", split="test"),
+    "boolq": HubSource("google/boolq", "validation"),
+    "piqa": HubSource("ybisk/piqa", "validation"),
+    "social_i_qa": HubSource("allenai/social_i_qa", "validation"),
+    "hellaswag": HubSource("Rowan/hellaswag", "validation"),
+    "winogrande": HubSource("allenai/winogrande:winogrande_xl", "validation"),
+    "ARC-Easy": HubSource("allenai/ai2_arc:ARC-Easy", "test"),
+    "ARC-Challenge": HubSource("allenai/ai2_arc:ARC-Challenge", "test"),
+    "openbookqa": HubSource("allenai/openbookqa:main", "test"),
+    "gsm8k": HubSource("openai/gsm8k:main", "test"),
+    "humaneval": HubSource("openai/openai_humaneval", "test"),
+    "mbpp": HubSource("google-research-datasets/mbpp:full", "test"),
 }
 """The tasks that the hub has in a form that is known here, by the name they have here."""
 

@@ -132,7 +132,6 @@ class HarnessResult:
 
     samples: tuple[dict[str, Any], ...]
     """The harness's own record of each question."""
-
     examples_file: Path | None
     """Where these lie; None when everything stays in memory."""
 

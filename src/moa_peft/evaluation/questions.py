@@ -28,13 +28,10 @@ class Question:
 
     row: Row
     """The row it comes from."""
-
     form: AnswerForm
     """What kind of answer it wants."""
-
     completions: tuple[str, ...] = ()
     """The replies whose likelihoods are compared, one for each word of the form; empty for other kinds."""
-
     code: CodeCheck | None = None
     """How a program is tested; None for other kinds."""
 
@@ -50,19 +47,14 @@ class Task:
 
     name: str
     """The task's name in tables and results."""
-
     source: str
     """Where the rows come from, as it was given."""
-
     split: str
     """Which split of the source."""
-
     questions: tuple[Question, ...]
     """At least one."""
-
     limit: int | None = None
     """Only so many rows from the start of the source were taken; None for all."""
-
     file_md5: str | None = None
     """MD5 of the file of rows, unzipped; None where the rows are not in one file."""
 

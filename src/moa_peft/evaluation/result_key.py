@@ -46,19 +46,14 @@ class ModelIdentity:
 
     base_model: str
     """The base model, as it was named."""
-
     base_fingerprint: str
     """Hash of its weights."""
-
     adapter: str | None
     """The adapter's folder; None for the bare model or an adapter in memory only."""
-
     adapter_fingerprint: str | None
     """Hash of the adapter's settings and weights; None for the bare model."""
-
     method: str
     """The adapter's method; "frozen" for the bare model."""
-
     seed: int | None
     """Seed that the adapter was trained with, where it is known."""
 

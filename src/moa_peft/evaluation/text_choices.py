@@ -20,10 +20,8 @@ class TextQuestion:
 
     where: str
     """Its task and row, for errors."""
-
     prompt: str
     """What the model reads before each choice."""
-
     choices: tuple[str, ...]
     """The texts that are compared; a space stands between the prompt and each."""
 
@@ -54,19 +52,14 @@ class TextForm:
 
     lead: str
     """What a row says before the question."""
-
     word: str
     """What it calls a choice, before the choice's number."""
-
     apart: str = " "
     """What it has between two choices."""
-
     prompt: str = "Question: {question}\nAnswer:"
     """What the model reads."""
-
     question: Callable[[str], str] = str
     """Prepares the question."""
-
     choice: Callable[[str], str] = str
     """Prepares the text of a choice."""
 

@@ -9,7 +9,7 @@ Sizes: B rows, T tokens of a row, V words.
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def read_reference(path: Path) -> Reference:
     metadata, tensors = read_file(path)
     wrong = _setting_problems(metadata)
     if not wrong:
-        wrong = _weight_problems(metadata, tensors) + _batch_problems(metadata["config"], tensors)
+        wrong = [*_weight_problems(metadata, tensors), *_batch_problems(metadata["config"], tensors)]
     if wrong:
         raise UsageError(f"{path} is not a sound reference file: {'; '.join(wrong)}")
     adapter = under("adapter.", tensors)
@@ -200,77 +200,78 @@ def _setting_problems(metadata: Mapping[str, Any]) -> list[str]:
     return wrong
 
 
-def _weight_problems(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+def _weight_problems(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[str]:
     """What is wrong with weights, gradients, and what the settings say of them."""
-    adapter, gradients = under("adapter.", tensors), under("grad.", tensors)
+    adapter = under("adapter.", tensors)
     if not adapter:
-        return ["it has no weights 'adapter.*'"]
-    wrong = [
-        f"{name!r} holds values that are not finite floats"
-        for name, one in tensors.items()
-        if name.startswith(_WEIGHTS) and not _is_finite(one)
-    ]
+        yield "it has no weights 'adapter.*'"
+        return
+    for name, one in tensors.items():
+        if name.startswith(_WEIGHTS) and not _is_finite(one):
+            yield f"{name!r} holds values that are not finite floats"
     if any(name.endswith("lora_alpha") or ".lora_A" in name for name in adapter) and _alpha(metadata) is None:
-        wrong.append("its LoRA need 'lora_alpha' in the metadata, or in its 'settings', a number above 0")
-    if any(".router.topkroute_linear." in name for name in adapter) and metadata.get("top_k") is None:
-        wrong.append("its top-k routers need the metadata 'top_k', a whole number above 0")
-    without = metadata.get("no_gradient") or []
-    wrong += [
-        f"'no_gradient' names {name!r}, which is no weight in it" for name in without if name not in adapter
-    ]
-    wrong += [
-        f"'grad.{name}' is the gradient of no weight in it" for name in gradients if name not in adapter
-    ]
-    lacking = adapter.keys() - gradients.keys() - set(without) if gradients else set()
-    wrong += [
-        f"'grad.{name}' is missing, and 'no_gradient' does not name it"
-        for name in sorted(lacking - idle_routers(adapter))
-    ]
-    return wrong + [
-        f"'grad.{name}' is {list(one.shape)}, its weight {list(adapter[name].shape)}"
-        for name, one in gradients.items()
-        if name in adapter and one.shape != adapter[name].shape
-    ]
+        yield "its LoRA need 'lora_alpha' in the metadata, or in its 'settings', a number above 0"
+    if _has_top_k(adapter) and metadata.get("top_k") is None:
+        yield "its top-k routers need the metadata 'top_k', a whole number above 0"
+    yield from _gradient_problems(adapter, under("grad.", tensors), metadata.get("no_gradient") or [])
 
 
-def _batch_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+def _gradient_problems(
+    adapter: Mapping[str, Tensor], gradients: Mapping[str, Tensor], without: Sequence[str]
+) -> Iterator[str]:
+    for name in without:
+        if name not in adapter:
+            yield f"'no_gradient' names {name!r}, which is no weight in it"
+    for name, one in gradients.items():
+        if name not in adapter:
+            yield f"'grad.{name}' is the gradient of no weight in it"
+        elif one.shape != adapter[name].shape:
+            yield f"'grad.{name}' is {list(one.shape)}, its weight {list(adapter[name].shape)}"
+    lacking = adapter.keys() - gradients.keys() - set(without) - idle_routers(adapter) if gradients else set()
+    for name in sorted(lacking):
+        yield f"'grad.{name}' is missing, and 'no_gradient' does not name it"
+
+
+def _batch_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[str]:
     """What is wrong with the batch and with what came of it."""
     ids, words = tensors["input_ids"], config["vocab_size"]
-    if ids.dtype != torch.int64 or ids.dim() != 2 or not _within(ids, 0, words):
-        return [f"'input_ids' has to be int64 [B, T] within 0..{words - 1}"]
-    wrong: list[str] = []
+    if ids.dtype != torch.int64 or ids.dim() != 2 or not _within(ids, words):
+        yield f"'input_ids' has to be int64 [B, T] within 0..{words - 1}"
+        return
     labels = tensors["labels"]
-    counting = labels[labels != -100]
-    if labels.dtype != torch.int64 or labels.shape != ids.shape or not _within(counting, 0, words):
-        wrong.append(f"'labels' has to be int64 {list(ids.shape)} of -100 or 0..{words - 1}")
+    if labels.dtype != torch.int64 or labels.shape != ids.shape or not _within(labels[labels != -100], words):
+        yield f"'labels' has to be int64 {list(ids.shape)} of -100 or 0..{words - 1}"
     if tensors["logits"].shape != (*ids.shape, words):
-        wrong.append(f"'logits' is {list(tensors['logits'].shape)}: it has to be {[*ids.shape, words]}")
-    losses = [name for name in ("loss", "load_balancing_loss") if name in tensors]
-    wrong += [f"{name!r} has to be one number" for name in losses if tensors[name].numel() != 1]
-    wrong += [
-        f"{name!r} holds values that are not finite floats"
-        for name in ("logits", *losses)
-        if not _is_finite(tensors[name])
-    ]
-    greedy = tensors.get("greedy")
-    if greedy is None:
-        return wrong
+        yield f"'logits' is {list(tensors['logits'].shape)}: it has to be {[*ids.shape, words]}"
+    for name in tensors.keys() & {"logits", "loss", "load_balancing_loss"}:
+        if name != "logits" and tensors[name].numel() != 1:
+            yield f"{name!r} has to be one number"
+        if not _is_finite(tensors[name]):
+            yield f"{name!r} holds values that are not finite floats"
+    if "greedy" in tensors:
+        yield from _greedy_problems(tensors["greedy"], ids, words)
+
+
+def _greedy_problems(greedy: Tensor, ids: Tensor, words: int) -> Iterator[str]:
     rows = greedy.shape[0] if greedy.dim() == 2 else 0
-    if greedy.dtype != torch.int64 or rows != ids.shape[0] or not _within(greedy, 0, words):
-        wrong.append(f"'greedy' has to be int64 [{ids.shape[0]}, T] within 0..{words - 1}")
+    if greedy.dtype != torch.int64 or rows != ids.shape[0] or not _within(greedy, words):
+        yield f"'greedy' has to be int64 [{ids.shape[0]}, T] within 0..{words - 1}"
     elif not torch.equal(greedy[:, :1], ids[:, :1]):
-        wrong.append("'greedy' has to begin with tokens of 'input_ids', and does not")
+        yield "'greedy' has to begin with tokens of 'input_ids', and does not"
     elif greedy.shape[1] <= ids.shape[1] and torch.equal(greedy, ids[:, : greedy.shape[1]]):
-        wrong.append("'greedy' continues nothing: it has only tokens of 'input_ids'")
-    return wrong
+        yield "'greedy' continues nothing: it has only tokens of 'input_ids'"
+
+
+def _has_top_k(adapter: Mapping[str, Tensor]) -> bool:
+    return any(".router.topkroute_linear." in name for name in adapter)
 
 
 def _is_finite(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and bool(tensor.isfinite().all())
 
 
-def _within(tensor: Tensor, low: int, high: int) -> bool:
-    return tensor.numel() == 0 or bool(low <= tensor.min() and tensor.max() < high)
+def _within(tensor: Tensor, words: int) -> bool:
+    return tensor.numel() == 0 or bool(tensor.min() >= 0 and tensor.max() < words)
 
 
 def _head_size(metadata: Mapping[str, Any]) -> int:
@@ -286,13 +287,12 @@ def _alpha(metadata: Mapping[str, Any]) -> float | None:
 
 def _settings(metadata: Mapping[str, Any], adapter: Mapping[str, Tensor]) -> OfficialSettings:
     order = metadata.get("expert_order")
-    has_top_k = any(".router.topkroute_linear." in name for name in adapter)
     return OfficialSettings(
         alpha=_alpha(metadata),
         expert_order=DEFAULT_ORDER if order is None else tuple(_ORDER[one] for one in order),
         max_threshold=metadata.get("max_threshold"),
         constant_threshold=metadata.get("constant_threshold"),
-        keep=metadata.get("top_k") if has_top_k else None,
+        keep=metadata.get("top_k") if _has_top_k(adapter) else None,
         instance_level="instance" in (metadata.get("method") or ""),
         # computed and compared always; where it is not part of the loss, its gradient is left out in training
         balance=_coefficient(metadata.get("grad_of") or "loss") or 1.0,

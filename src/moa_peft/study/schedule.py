@@ -174,9 +174,8 @@ def _best_rate(
         rows = [done[one] for one in (run_hash(shared, run) for run in runs) if one in done]
         if len(rows) < len(runs):
             return None
-        figures = [
-            one for one in (validation_figure(row, config.choose_by) for row in rows) if one is not None
-        ]
+        scores = [row.validation for row in rows if row.failure is None and row.validation is not None]
+        figures = [one for score in scores if (one := getattr(score, config.choose_by)) is not None]
         if len(figures) == len(rows):
             mean = statistics.fmean(figures)
             costs.append((mean if config.choose_by == "answer_loss" else -mean, rate))
@@ -235,13 +234,6 @@ def choose_rates(
     done = {row.config_hash: row for row in rows if row.stage == "tuning"}
     tried = tried_rates(config, shared, rows)
     return {one.label: _best_rate(config, shared, one, tried[one.label], done) for one in config.methods}
-
-
-def validation_figure(row: RunRow, choose_by: str) -> float | None:
-    """The figure of a run that chooses its learning rate; None where it failed or has none."""
-    if row.failure is not None or row.validation is None:
-        return None
-    return row.validation.answer_loss if choose_by == "answer_loss" else row.validation.accuracy
 
 
 def pending(
