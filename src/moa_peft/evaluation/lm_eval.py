@@ -96,6 +96,8 @@ class HarnessRow:
     """Of the base model's weights."""
     base_model: str
     """The base model, as it was named."""
+    base_settings: Mapping[str, Any]
+    """How it was loaded: arguments of `from_pretrained`, and the commit of one from the hub."""
     base_fingerprint: str
     """Hash of its weights."""
     adapter: str | None
