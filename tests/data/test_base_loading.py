@@ -86,8 +86,10 @@ def test_arguments_that_transformers_refuses_are_one_line(base: Path) -> None:
     ):
         with pytest.raises(UsageError, match=r"the model '.*base' cannot be loaded: ."):
             load_base(find_base(str(base), given))
-    with pytest.raises(UsageError, match=r"holds a token, .* `hf auth login`"):
-        find_base(str(base), {"token": "hf_secret"})
+    with pytest.raises(
+        UsageError, match=r"kwargs\.token: .* `hf auth login`.*; .*\.torch_dtype: its name .* is dtype"
+    ):
+        find_base(str(base), {"token": "hf_secret", "torch_dtype": "float32"})
     with pytest.raises(UsageError, match="model_init_kwargs is 'v1': give a mapping"):
         told_init_kwargs({"model_init_kwargs": "v1"})
 
@@ -98,6 +100,7 @@ def test_what_a_recipe_says_of_its_base_model() -> None:
         "dtype": "bfloat16",
         "trust_remote_code": True,
     }
+    assert told_init_kwargs({"model_init_kwargs": {"torch_dtype": "float16"}}) == {"dtype": "float16"}
     own = {"dtype": "float16", "revision": "v1"}
     assert told_init_kwargs({"bf16": True, "model_init_kwargs": own}) == own
 

@@ -14,18 +14,22 @@ from moa_peft.errors import UsageError, first_line
 PLACE = ("revision", "subfolder", "variant", "gguf_file")
 """Arguments of `from_pretrained` that belong to one name: another base model has others."""
 
-TRUST = "it has code of its own: read that, and if you trust it add --model-init-kwargs '{\"trust_remote_code\": true}'"
-
 _FILES = (
     "revision",
-    "code_revision",
     "subfolder",
     "gguf_file",
+    "code_revision",
     "cache_dir",
     "local_files_only",
     "trust_remote_code",
 )
 """Arguments that a tokenizer and a config take as well."""
+
+_REFUSED = {
+    "token": "it would be written into recipes and results: log in with `hf auth login`, or set HF_TOKEN",
+    "torch_dtype": "its name in transformers is dtype now",
+}
+"""Arguments that have no meaning here, and what to do instead."""
 
 _FAILURES = (OSError, ValueError, RuntimeError, ImportError, TypeError, AttributeError, KeyError)
 """What transformers raises for arguments and files that it cannot use."""
@@ -75,13 +79,9 @@ def find_base(
         UsageError: As `resolve_model`; if an argument cannot be kept or is no argument of a call.
     """
     given = {key: value for key, value in (init_kwargs or {}).items() if value is not None}
-    if "token" in given:
-        raise UsageError(
-            "model_init_kwargs holds a token, which would be written into recipes and results: leave it out and log in "
-            "with `hf auth login`, or set HF_TOKEN"
-        )
-    if "torch_dtype" in given:  # transformers' older word
-        given.setdefault("dtype", given.pop("torch_dtype"))
+    wrong = [f"model_init_kwargs.{key}: {why}" for key, why in _REFUSED.items() if key in given]
+    if wrong:
+        raise UsageError("; ".join(wrong))
     file = Path(given.get("subfolder", ""), given.get("gguf_file", "config.json"))
     path = resolve_model(name, places, str(file))
     looked_in = () if Path(path).is_dir() else tuple(str(one.absolute()) for one in places or [Path(name)])
@@ -103,9 +103,9 @@ def told_init_kwargs(recipe: Mapping[str, Any]) -> dict[str, Any]:
     given = recipe.get("model_init_kwargs") or {}
     if not isinstance(given, Mapping):
         raise UsageError(f'model_init_kwargs is {given!r}: give a mapping, as in \'{{"revision": "v1"}}\'')
+    given = {"dtype" if key == "torch_dtype" else key: value for key, value in given.items()}
     trust = {"trust_remote_code": True} if recipe.get("trust_remote_code") is True else {}
-    dtype = {} if "torch_dtype" in given else {"dtype": "bfloat16" if recipe.get("bf16") is True else "auto"}
-    return {**trust, **dtype, **given}
+    return {"dtype": "bfloat16" if recipe.get("bf16") is True else "auto", **trust, **given}
 
 
 def load_tokenizer(base: BaseSettings, folder: Path | None = None) -> Any:
@@ -239,6 +239,9 @@ def _unreadable(what: str, base: BaseSettings, error: Exception) -> UsageError:
     if isinstance(error, UsageError):
         return error
     if "trust_remote_code" in str(error):
-        return UsageError(f"{what} cannot be loaded: {TRUST}")
+        return UsageError(
+            f"{what} cannot be loaded: it has code of its own: read that, and if you trust it add --model-init-kwargs "
+            "'{\"trust_remote_code\": true}'"
+        )
     nowhere = f"; there is no folder {' or '.join(base.looked_in)} either" if base.looked_in else ""
     return UsageError(f"{what} cannot be loaded: {first_line(error) or type(error).__name__}{nowhere}")

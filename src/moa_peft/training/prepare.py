@@ -189,9 +189,9 @@ def _with_checkpoints(recipe: Recipe, trainer: AdapterTrainer, steps: int) -> Re
 
 def _with_dtype(recipe: Recipe, model: Any) -> Recipe:
     """Write down which dtype the base model came in, for whoever loads it later."""
-    given = recipe.trainer.get("model_init_kwargs") or {}
-    dtype = {} if "torch_dtype" in given else {"dtype": str(model.dtype).removeprefix("torch.")}
-    return dataclasses.replace(recipe, trainer={**recipe.trainer, "model_init_kwargs": dtype | given})
+    found = {"dtype": str(model.dtype).removeprefix("torch.")}
+    told = found | (recipe.trainer.get("model_init_kwargs") or {})
+    return dataclasses.replace(recipe, trainer={**recipe.trainer, "model_init_kwargs": told})
 
 
 def _build_trainer(
