@@ -93,9 +93,9 @@ def _count(model: Any) -> Operations:
 
     from moa_peft import packed_weights
     from moa_peft.bench.work import flop_counter
-    from moa_peft.mixture.token_masks import cache_of
+    from moa_peft.mixture.gate_cache import cache_of
 
-    def operations(tokens: int, seen: int, cache: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    def operations(tokens: int, seen: int, past: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         mask = torch.zeros(
             1, 1, tokens, seen
         )  # four dimensions: what a token sees is not asked of its values
@@ -104,7 +104,7 @@ def _count(model: Any) -> Operations:
                 input_ids=torch.zeros(1, tokens, dtype=torch.long),
                 attention_mask=mask,
                 use_cache=True,
-                **cache,
+                **past,
             )
         return counter.get_total_flops(), dict([cache_of(output)])
 
@@ -112,8 +112,8 @@ def _count(model: Any) -> Operations:
         for module in model.eval().modules():
             for held in (module._parameters, module._buffers):
                 held.update({name: _fake(one) for name, one in held.items() if one is not None})
-        sequence, cache = operations(SEQUENCE, SEQUENCE, {})
-        decoding, _ = operations(1, SEQUENCE + 1, cache)
+        sequence, past = operations(SEQUENCE, SEQUENCE, {})
+        decoding, _ = operations(1, SEQUENCE + 1, past)
     return Operations(sequence=sequence / SEQUENCE, decoding=decoding)
 
 

@@ -19,7 +19,7 @@ from moa_peft.evaluation.result_key import ModelIdentity
 from moa_peft.evaluation.results import RESULTS_FILE
 from moa_peft.extras import require
 from moa_peft.json_lines import append_rows, drop_torn_line, replace_rows
-from moa_peft.mixture.token_masks import prompt_lengths
+from moa_peft.mixture.token_watch import prompt_lengths
 from moa_peft.provenance import provenance
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@
 # pyright: reportIncompatibleMethodOverride=false
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -25,7 +25,7 @@ from moa_peft.mixture.block_hooks import (
 from moa_peft.mixture.mixture import PlacedExpert
 from moa_peft.mixture.peft_config import BLOCKS_MARK, MoAConfig
 from moa_peft.mixture.registration import register
-from moa_peft.mixture.token_masks import TokenWatch
+from moa_peft.mixture.token_watch import TokenWatch
 
 
 class MoAModel(BaseTuner):
@@ -50,23 +50,8 @@ class MoAModel(BaseTuner):
             )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as the model does; instance gates keep to the prompt also where no cache remembers it.
-
-        Raises:
-            UsageError: If the prompt would be read in chunks, and the gates of the mixture are those of whole prompts.
-        """
-        if _reads_in_chunks(self.model, args, kwargs) and _has_instance_gates(self.model):
-            raise UsageError(
-                "prefill_chunk_size reads the prompt in several calls, but instance gates are made of the whole prompt "
-                "in one: leave it out, or use a mixture with gates for each token (RouterConfig(granularity='token'))"
-            )
-        given = [*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-        prompt = next((one for one in given if isinstance(one, Tensor)), None)
-        layers = mixture_layers(self.model)
-        with ExitStack() as stack:
-            stack.enter_context(packed_weights(self.model))
-            if prompt is not None and layers:
-                stack.enter_context(layers[0][1].watch.generating(prompt.shape[1]))
+        """Generate as the model does, with weights that are joined once for all its calls."""
+        with packed_weights(self.model):
             return self.model.generate(*args, **kwargs)
 
     @contextmanager
@@ -120,9 +105,11 @@ class MoAModel(BaseTuner):
             layer = MoALayer(self._blocks[current_key], self._watch)
             target.add_module(CHILD, layer)
         layer.add_mixture(adapter_name, self._plan[current_key], peft_config.parts().router)
+        routers = layer.mixtures()[adapter_name].routers().values()
         if needs_tokens(layer.mixtures()[adapter_name]):
-            layer.watch.attach(*self._watched)
-        if any(router.has_losses for router in layer.mixtures()[adapter_name].routers().values()):
+            pools = any(one.config.granularity == "instance" for one in routers)
+            layer.watch.attach(*self._watched, pools=pools)
+        if any(one.has_losses for one in routers):
             from moa_peft.mixture.balance_scaling import (
                 give_to_trainers,  # builds on this module, so not at the top
             )
@@ -205,28 +192,6 @@ def _check_placement(model: nn.Module) -> None:
                 "the meta device, where a prompt cannot be projected nor an expert placed. Give a device_map without 'disk' "
                 "and 'cpu' offload, a smaller or a quantised base model"
             )
-
-
-def _has_instance_gates(model: nn.Module) -> bool:
-    """Whether an adapter that is at work gates whole instances."""
-    return any(
-        router.config.granularity == "instance"
-        for _, layer in mixture_layers(model)
-        if not layer.disable_adapters
-        for adapter, mixture in layer.mixtures().items()
-        if adapter in layer.active_adapters
-        for router in mixture.routers().values()
-    )
-
-
-def _reads_in_chunks(model: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether the arguments of `generate`, or the model's own settings, split the prompt."""
-    configs = (*args[1:2], kwargs.get("generation_config"), getattr(model, "generation_config", None))
-    chunks = [
-        kwargs.get("prefill_chunk_size"),
-        *(getattr(one, "prefill_chunk_size", None) for one in configs),
-    ]
-    return any(one is not None for one in chunks)
 
 
 def _chosen_blocks(blocks: list[Block], config: MoAConfig) -> dict[str, Block]:
