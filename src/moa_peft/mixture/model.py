@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moa_peft.errors import UsageError
 from moa_peft.mixture.adapter_file import check_fit, check_values, is_saved_whole, split_frozen
-from moa_peft.mixture.architecture import Block, find_blocks
+from moa_peft.mixture.architecture import find_blocks
 from moa_peft.mixture.block_hooks import (
     CHILD,
     MERGE_REFUSAL,
@@ -22,9 +22,15 @@ from moa_peft.mixture.block_hooks import (
     needs_tokens,
     packed_weights,
 )
-from moa_peft.mixture.mixture import PlacedExpert
 from moa_peft.mixture.peft_config import BLOCKS_MARK, MoAConfig
+from moa_peft.mixture.placement import (
+    check_targets,
+    check_tokens,
+    chosen_blocks,
+    placed_experts,
+)
 from moa_peft.mixture.registration import register
+from moa_peft.mixture.sites import Block
 from moa_peft.mixture.token_watch import TokenWatch
 
 
@@ -65,8 +71,9 @@ class MoAModel(BaseTuner):
     def _prepare_model(self, peft_config: MoAConfig, model: nn.Module) -> None:
         """Plan the whole mixture before the first block is touched, so that an error leaves the model as it was."""
         self._check_architecture(peft_config)
-        self._blocks = _chosen_blocks(find_blocks(model, peft_config.parts().architecture), peft_config)
-        plan = {path: _placed_experts(block, peft_config) for path, block in self._blocks.items()}
+        self._blocks = chosen_blocks(find_blocks(model, peft_config.parts().architecture), peft_config)
+        check_targets(list(self._blocks.values()), peft_config)
+        plan = {path: placed_experts(block, peft_config) for path, block in self._blocks.items()}
         self._plan = {path: experts for path, experts in plan.items() if experts}
         if not self._plan:
             raise UsageError(
@@ -75,6 +82,7 @@ class MoAModel(BaseTuner):
             )
         for path in self._plan:
             _check_router_input(self._blocks[path], peft_config)
+            check_tokens(self._blocks[path], peft_config)
         layers = mixture_layers(model)
         self._watch = layers[0][1].watch if layers else TokenWatch()
         list_of_blocks = next(iter(self._plan)).rpartition(".")[0]
@@ -192,40 +200,6 @@ def _check_placement(model: nn.Module) -> None:
                 "the meta device, where a prompt cannot be projected nor an expert placed. Give a device_map without 'disk' "
                 "and 'cpu' offload, a smaller or a quantised base model"
             )
-
-
-def _chosen_blocks(blocks: list[Block], config: MoAConfig) -> dict[str, Block]:
-    """The blocks of ``layers_to_transform``, by path."""
-    wanted = range(len(blocks)) if config.layers_to_transform is None else config.layers_to_transform
-    indices = {wanted} if isinstance(wanted, int) else set(wanted)
-    layers = {index for expert in config.parts().experts for index in expert.layers or ()}
-    beyond = sorted(index for index in indices | layers if not 0 <= index < len(blocks))
-    if beyond:
-        raise UsageError(f"layers {beyond} do not exist: the model has blocks 0 to {len(blocks) - 1}")
-    return {block.path: block for block in blocks if block.index in indices}
-
-
-def _placed_experts(block: Block, config: MoAConfig) -> list[PlacedExpert]:
-    """The experts of one block with their sites, without those of other layers and of excluded modules."""
-    if _is_excluded(block.path, config):
-        return []
-    placed: list[PlacedExpert] = []
-    for expert in config.parts().experts:
-        if expert.layers is not None and block.index not in expert.layers:
-            continue
-        sites = [block.site(name, expert.kind) for name in expert.site_names()]
-        placed += [(expert, site) for site in sites if not _is_excluded(site.path, config)]
-    return placed
-
-
-def _is_excluded(path: str, config: MoAConfig) -> bool:
-    """Whether PEFT's rules keep adapters away from a module."""
-    if is_saved_whole(path, config.modules_to_save):
-        return True
-    excluded = config.exclude_modules or []
-    if isinstance(excluded, str):
-        return re.fullmatch(excluded, path) is not None
-    return any(path == one or path.endswith(f".{one}") for one in excluded)
 
 
 def _check_router_input(block: Block, config: MoAConfig) -> None:

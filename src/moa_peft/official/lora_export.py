@@ -36,9 +36,9 @@ from moa_peft.evaluation.scoring import (
     score_batch,
     token_question,
 )
-from moa_peft.mixture.architecture import LinearSite
 from moa_peft.mixture.block_hooks import GateRecord, MoALayer, mixture_layers
 from moa_peft.mixture.experts.lora import LowRankChange
+from moa_peft.mixture.sites import LinearSite
 from moa_peft.mixture.token_watch import prompt_lengths
 from moa_peft.official.adapter_folder import adapter_folder, check_folder
 from moa_peft.official.exporter import read_mixture_config
