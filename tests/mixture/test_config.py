@@ -230,13 +230,26 @@ def test_an_unknown_family_works_when_its_sites_are_named() -> None:
             ArchitectureConfig(blocks="model.layer"),
             "the model has no list of modules of that path; it has model.layers",
         ),
-        (ArchitectureConfig(attention="attn"), "no decoder blocks with a module 'attn' were found in llama"),
         (
-            ArchitectureConfig(mlp="ffn"),
-            "expert 'parallel_adapter' cannot work on llama: its block has no module 'ffn'",
+            ArchitectureConfig(attention="attn"),
+            "attention is 'attn': no block of model.layers has a module of that path; the first has self_attn, mlp",
         ),
-        (ArchitectureConfig(projections={"q_proj": "self_attn.nope"}), "has no q_proj, k_proj and v_proj"),
-        (ArchitectureConfig(norm="nope"), "router_input 'block' cannot be had on llama"),
+        (ArchitectureConfig(mlp="ffn"), "mlp is 'ffn': no block"),
+        (ArchitectureConfig(norm="nope"), "norm is 'nope': no block"),
+        (
+            ArchitectureConfig(projections={"q_proj": "self_attn.nope"}),
+            "q_proj is 'self_attn.nope': no block",
+        ),
+        (ArchitectureConfig(fused={"mlp.qkv": ["q_proj"]}), "mlp.qkv is 'mlp.qkv': no block"),
+        (
+            ArchitectureConfig(projections={"q_proj": "mlp.down_proj"}),
+            "q_proj is model.layers.0.mlp.down_proj, 44 to 32 features: q_proj of this model has 32 to 32",
+        ),
+        (ArchitectureConfig(projections={"q_proj": "mlp"}), "mlp is no linear layer, but LlamaMLP"),
+        (
+            ArchitectureConfig(fused={"mlp.gate_proj": ["q_proj", "k_proj", "v_proj"]}),
+            "q_proj is model.layers.0.mlp.gate_proj, 32 to ",
+        ),
     ],
 )
 def test_a_wrong_architecture_says_what_to_name(architecture: ArchitectureConfig, message: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from moa_peft.cli.overrides import Dtype, ModelInitKwargs, parse_mapping
 from moa_peft.errors import UsageError, unknown
 
 if TYPE_CHECKING:
@@ -56,12 +57,8 @@ def export(
         typer.Option(help="lora: paper or chat. Default: the one the adapter was trained with, else paper."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="lora: most rows in a forward pass.")] = 16,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="lora: of the base model: float32, bfloat16, float16. Default: float32 on a CPU, the model's own on a GPU."
-        ),
-    ] = None,
+    dtype: Dtype = None,
+    model_init_kwargs: ModelInitKwargs = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the file, or the adapter in the folder.")
     ] = False,
@@ -85,6 +82,7 @@ def export(
     from moa_peft.evaluation.loading import choose_template, read_adapter
     from moa_peft.quiet import quiet_libraries
 
+    init_kwargs = parse_mapping("--model-init-kwargs", model_init_kwargs)
     if format_ == "official":
         lora_only = {
             "--data": data, "--held-out": held_out, "--limit": limit, "--template": template, "--dtype": dtype,
@@ -94,10 +92,9 @@ def export(
             raise UsageError(f"{', '.join(given)} belongs to --format lora: leave it out")
         from moa_peft.official.exporter import export_official
 
+        base = {"base": model, "init_kwargs": init_kwargs}
         with quiet_libraries():
-            report = export_official(
-                read_adapter(adapter), out, layout=layout, base=model, overwrite=overwrite
-            )
+            report = export_official(read_adapter(adapter), out, layout=layout, overwrite=overwrite, **base)
         print(json.dumps(dataclasses.asdict(report))) if as_json else print_official(report)
         return
     if layout is not None:
@@ -111,7 +108,8 @@ def export(
 
     found = read_adapter(adapter)
     chosen = cast("Any", choose_template(template, found, "paper"))
-    options = LoraOptions(template=chosen, batch_size=batch_size, dtype=dtype, overwrite=overwrite)
+    how = {"batch_size": batch_size, "dtype": dtype, "init_kwargs": init_kwargs, "overwrite": overwrite}
+    options = LoraOptions(template=chosen, **how)
     with quiet_libraries():
         made = export_lora(
             found, out, data=data, held_out=held_out, limit=limit, model=model, options=options

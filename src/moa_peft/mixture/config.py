@@ -15,6 +15,7 @@ RouterInput = Literal["projection", "block"]
 Granularity = Literal["token", "instance"]
 Pooling = Literal["prompt", "official"]
 GateOf = Literal["expert", "kind"]
+FusedGroups = Literal["layer", "head", "key_value_head"]
 ThresholdGradient = Literal["straight-through", "none"]
 
 Config = TypeVar("Config")
@@ -360,3 +361,29 @@ class ArchitectureConfig:
 
     projections: Mapping[str, str] = field(default_factory=dict)
     """Paths of the linear layers that play q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj."""
+
+    fused: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Layers that hold several projections, by path: which, in the order of the output, as in ["q_proj", "k_proj", "v_proj"]."""
+
+    fused_groups: FusedGroups = "layer"
+    """How often that order repeats: once for the "layer", for each "head", or for each "key_value_head"."""
+
+    def __post_init__(self) -> None:
+        wrong = not_allowed("fused_groups", self.fused_groups, FusedGroups)
+        for name in ("blocks", "attention", "mlp", "norm"):
+            if not isinstance(getattr(self, name), str | None):
+                wrong.append(f"{name} is {getattr(self, name)!r}: give a path, as text")
+        for name, example in (
+            ("projections", "q_proj: attn.query"),
+            ("fused", "attn.qkv: [q_proj, k_proj, v_proj]"),
+        ):
+            given = getattr(self, name)
+            values = [*given, *given.values()] if isinstance(given, Mapping) else [None]
+            texts = [
+                one
+                for value in values
+                for one in (value if isinstance(value, list | tuple) and name == "fused" else [value])
+            ]
+            if not all(isinstance(one, str) for one in texts):
+                wrong.append(f"{name} is {given!r}: give a mapping such as {example}")
+        reject("ArchitectureConfig", wrong)

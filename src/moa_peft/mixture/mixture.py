@@ -17,22 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_peft.mixture.architecture import AttentionSite, LinearSite, Slot
 from moa_peft.mixture.config import ExpertConfig, RouterConfig
 from moa_peft.mixture.experts.base import AttentionExpert, Bottleneck, LinearExpert, ScaledPrompt
 from moa_peft.mixture.precision import in_float32
 from moa_peft.mixture.router import Router, Routing, joined_bias
+from moa_peft.mixture.sites import MIXER_INPUT, AttentionSite, LinearSite, Slot
 from moa_peft.mixture.token_masks import CallTokens
 
 PlacedExpert = tuple[ExpertConfig, LinearSite | AttentionSite]
 """The config of an expert and the site that it is built for."""
-
-PROJECTION_INPUT = "projections"
-"""Name of the input that q, k and v read. Other inputs have the name of the site that reads them."""
-_INPUTS = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "attention"), PROJECTION_INPUT),
-    **dict.fromkeys(("gate_proj", "up_proj", "mlp"), "mlp"),
-}
 
 Made = TypeVar("Made")
 Tell = Callable[[str, str, Routing], None]
@@ -51,7 +44,7 @@ class Place:
     @property
     def input_name(self) -> str:
         """Name of the input that its site reads, the same for sites that read the same tensor."""
-        return _INPUTS.get(self.site.name, self.site.name)
+        return self.site.reads
 
     @property
     def slot(self) -> Slot | None:
@@ -274,7 +267,7 @@ class Mixture(nn.Module):
     def _find_readers(self) -> None:
         """Sort the experts and routers by the inputs that they read and the modules that they change."""
         if self.router is not None and self.router.reads_projection_input:
-            self.readers[PROJECTION_INPUT] = Readers(routers=[""])
+            self.readers[MIXER_INPUT] = Readers(routers=[""])
         for place in self.places:
             changes = self.modules_changed.setdefault(place.site.path, AtModule(place.input_name))
             expert = self.experts[place.name]
@@ -363,14 +356,14 @@ class MixturePass:
         if router is not None and not router.reads_projection_input:
             routed = x if router.config.router_input == "projection" else block_input
             assert routed is not None, "the block's input is noted before its projections run"
-            earlier = (self._call.earlier or {}).get(self._key)
+            earlier = self._call.earlier.get(self._key)
             if router.config.granularity == "token":
                 self._note("", router(routed, self._call.real))
             elif earlier is not None:  # observers were told of these in the first call on the cache
                 self._gates[""] = earlier.to(x.device).split(self.mixture.gate_widths, dim=-1)
             else:
                 self._note("", self._instance_routing(router, routed))
-        self._multiply(PROJECTION_INPUT, x)
+        self._multiply(MIXER_INPUT, x)
 
     def add_changes(self, path: str, x: Tensor, frozen: Tensor, output: Tensor) -> Tensor:
         """Add the changes of a module's experts to its output.

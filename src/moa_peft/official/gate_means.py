@@ -18,7 +18,7 @@ from moa_peft.evaluation.scoring import TOKEN_BUDGET, TokenQuestion
 from moa_peft.mixture.block_hooks import GateRecord, MoALayer, mixture_layers
 from moa_peft.mixture.experts.lora import LowRankChange
 from moa_peft.mixture.mixture import Mixture, Place
-from moa_peft.mixture.token_masks import prompt_lengths
+from moa_peft.mixture.token_watch import prompt_lengths
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

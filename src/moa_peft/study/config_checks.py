@@ -16,10 +16,10 @@ ChooseBy = Literal["answer_loss", "accuracy"]
 EQUAL = (
     "num_train_epochs", "max_steps", "learning_rate", "train_sampling_strategy", "length_column_name", "data_seed",
     "shuffle_dataset", "packing", "packing_strategy", "dataloader_drop_last", "dataloader_in_order",
-    "ignore_data_skip", "accelerator_config",
+    "ignore_data_skip", "accelerator_config", "model_init_kwargs", "trust_remote_code",
 )  # fmt: skip
 """Fields of the trainer that no method may have for itself: they decide which rows it meets, in which order, in how many
-steps. The batch is compared as a product."""
+steps, and on which base model. The batch is compared as a product."""
 
 SAME_ORDER = ("random", "sequential")
 """Orders of the rows that follow from the seed alone; others draw on what the method's own weights have left."""

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback
 
-from moa_peft.data.base_model import load_model, resolve_model
-from moa_peft.errors import UsageError, expanded, first_line
+from moa_peft.data.base_loading import BaseSettings, find_base, load_base, load_tokenizer, told_init_kwargs
+from moa_peft.errors import expanded
 from moa_peft.mixture.block_hooks import mixture_layers
 from moa_peft.quiet import quiet_libraries
 from moa_peft.training.checkpoints import find_resumption
@@ -99,8 +99,8 @@ class Preparation:
     """The recipe, with the MD5 of its rows."""
     plan: Plan
     """What it will do."""
-    model_path: str
-    """Where the base model was found."""
+    base: BaseSettings
+    """The base model."""
     trainer: AdapterTrainer
     """What will do it."""
     clock: StepClock
@@ -153,13 +153,13 @@ def _prepare(recipe: Recipe, folder: Path) -> Preparation:
     rows = read_rows(recipe)
     recipe = rows.recipe
     resume_from, skipped = find_resumption(recipe, folder)
-    path = resolve_model(recipe.model)
-    tokenizer = _load_tokenizer(path, recipe)
+    base = find_base(recipe.model, told_init_kwargs(recipe.to_mapping()))
+    tokenizer = load_tokenizer(base)
     encoded = encode(rows, tokenizer)
-    model = _load_model(path, recipe)
+    model = load_base(base, tokenizer)
     trainer, clock = _build_trainer(recipe, model, tokenizer, encoded)
     steps = _count_steps(trainer)
-    recipe = _with_checkpoints(recipe, trainer, steps)
+    recipe = _with_dtype(_with_checkpoints(recipe, trainer, steps), model)
     trained = [one.numel() for one in trainer.wrapped.parameters() if one.requires_grad]
     plan = Plan(
         method=recipe.method,
@@ -176,7 +176,7 @@ def _prepare(recipe: Recipe, folder: Path) -> Preparation:
         resumed=bool(recipe.resume),
         skipped=tuple(one.name for one in skipped),
     )
-    return Preparation(recipe=recipe, plan=plan, model_path=path, trainer=trainer, clock=clock)
+    return Preparation(recipe=recipe, plan=plan, base=base, trainer=trainer, clock=clock)
 
 
 def _with_checkpoints(recipe: Recipe, trainer: AdapterTrainer, steps: int) -> Recipe:
@@ -187,19 +187,28 @@ def _with_checkpoints(recipe: Recipe, trainer: AdapterTrainer, steps: int) -> Re
     return dataclasses.replace(recipe, trainer={**recipe.trainer, "save_steps": trainer.args.save_steps})
 
 
+def _with_dtype(recipe: Recipe, model: Any) -> Recipe:
+    """Write down which dtype the base model came in, for whoever loads it later."""
+    found = {"dtype": str(model.dtype).removeprefix("torch.")}
+    told = found | (recipe.trainer.get("model_init_kwargs") or {})
+    return dataclasses.replace(recipe, trainer={**recipe.trainer, "model_init_kwargs": told})
+
+
 def _build_trainer(
     recipe: Recipe, model: Any, tokenizer: Any, encoded: TrainingRows
 ) -> tuple[AdapterTrainer, StepClock]:
     settings = build_settings(
         copy.deepcopy(recipe), has_validation=encoded.validation is not None, cuda=torch.cuda.is_available()
     )
+    peft_config = build_peft_config(recipe)
+    peft_config.revision = (recipe.trainer.get("model_init_kwargs") or {}).get("revision")
     trainer = AdapterTrainer(
         model=model,
         args=settings,
         train_dataset=encoded.train,
         eval_dataset=encoded.validation,
         processing_class=tokenizer,
-        peft_config=build_peft_config(recipe),
+        peft_config=peft_config,
     )
     given = {name: factor for name in FACTORS if (factor := getattr(recipe, name)) is not None}
     trainer.lr_factors = given or None
@@ -216,27 +225,6 @@ def _build_trainer(
         trainer.add_callback(figures)
         trainer.extra_figures = figures.collect
     return trainer, clock
-
-
-def _load_tokenizer(path: str, recipe: Recipe) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(path, **_loading(recipe))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"the tokenizer of {recipe.model!r} cannot be loaded: {first_line(error)}"
-        ) from error
-
-
-def _load_model(path: str, recipe: Recipe) -> Any:
-    settings = recipe.to_mapping()
-    options = {"dtype": torch.bfloat16 if settings["bf16"] else "auto"} | dict(
-        recipe.trainer.get("model_init_kwargs") or {}
-    )
-    return load_model(path, recipe.model, **options, **_loading(recipe))
-
-
-def _loading(recipe: Recipe) -> dict[str, Any]:
-    return {"trust_remote_code": bool(recipe.trainer.get("trust_remote_code", False))}
 
 
 def _count_steps(trainer: AdapterTrainer) -> int:

@@ -21,7 +21,7 @@ from moa_peft.errors import UsageError, unknown
 from moa_peft.mixture.config import ExpertConfig, from_mapping
 
 if TYPE_CHECKING:
-    from moa_peft.mixture.architecture import AttentionSite
+    from moa_peft.mixture.sites import AttentionSite
 
 Kind = TypeVar("Kind", bound=type[ExpertConfig])
 _KINDS: dict[str, type[ExpertConfig]] = {}
