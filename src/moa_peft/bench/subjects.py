@@ -68,12 +68,7 @@ def base_model(name: str, *, layers: int | None, dtype: torch.dtype, device: str
 
 
 def with_method(base: nn.Module, method: str, *, num_experts: int | None = None) -> nn.Module:
-    """Put a method on a copy of the base that shares its weights.
-
-    Args:
-        base: From `base_model`.
-        method: One of `method_names`.
-        num_experts: Copies of each expert, for methods that have copies.
+    """Put one of `method_names` on a copy of the base that shares its weights, with so many copies of each expert.
 
     Raises:
         UsageError: If the method is unknown or has no copies.

@@ -1,7 +1,6 @@
 """The pieces of work that are timed, and what is counted of them."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -135,14 +134,3 @@ def flops(work: Callable[[], None]) -> float:
     with flop_counter() as count:
         work()
     return float(count.get_total_flops())
-
-
-@contextlib.contextmanager
-def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Set a model's mode for a while."""
-    was = model.training
-    model.train(training)
-    try:
-        yield
-    finally:
-        model.train(was)

@@ -1,5 +1,7 @@
 """`moa inspect`: what the router does, on one page."""
 
+import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -74,6 +76,8 @@ def inspect(
 
     if batch_size < 1:
         raise UsageError(f"--batch-size is {batch_size}: give at least 1")
+    from tqdm import tqdm
+
     from moa_peft.inspection.html_report import write_outputs
     from moa_peft.inspection.inspection import SECOND, about_adapter, check_same_base, inspect_model
     from moa_peft.inspection.prompts import as_prompt, tokenise
@@ -87,27 +91,17 @@ def inspect(
         names = ["default", SECOND][: len(folders)]
         for name, folder in zip(names[1:], folders[1:], strict=True):
             add_adapter(loaded.model, folder, name)
-        texts = tokenise(
-            [
-                as_prompt(one, cast("Any", None if chosen == "none" else chosen), loaded.tokenizer)
-                for one in rows
-            ],
-            loaded.tokenizer,
-        )
+        shown_as = cast("Any", None if chosen == "none" else chosen)
+        texts = tokenise([as_prompt(one, shown_as, loaded.tokenizer) for one in rows], loaded.tokenizer)
         about = {
             name: about_adapter(loaded.model, name, folder, loaded.base_model)
             | {"base_settings": loaded.base_settings}
             | {"prompts": str(prompts or data), "template": chosen}
             for name, folder in zip(names, folders, strict=True)
         }
-        with _bar(len(texts)) as bar:
-            found = inspect_model(
-                loaded.model,
-                texts,
-                about,
-                batch_size=batch_size,
-                progress=lambda done: bar.update(done - bar.n),
-            )
+        with tqdm(total=len(texts), unit="prompt", file=sys.stderr) as bar:
+            progress = partial(_advance, bar)
+            found = inspect_model(loaded.model, texts, about, batch_size=batch_size, progress=progress)
     written = write_outputs(found, out, json_file, png)
     for name, finding in found.findings.items():
         prefix = f"{about[name]['adapter']}: " if len(names) > 1 else ""
@@ -134,9 +128,5 @@ def _rows(prompts: Path | None, data: str | None, split: str, limit: int | None)
     return [Row(instruction=one, input="", output="", answer="") for one in read_prompts(prompts)[:limit]]
 
 
-def _bar(total: int) -> Any:
-    import sys
-
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="prompt", file=sys.stderr)
+def _advance(bar: Any, done: int) -> None:
+    bar.update(done - bar.n)

@@ -47,22 +47,16 @@ class ModelIdentity:
 
     base_model: str
     """The base model, as it was named."""
-
     base_settings: Mapping[str, Any]
     """How it was loaded; empty for a model that was not loaded here."""
-
     base_fingerprint: str
     """Hash of its weights."""
-
     adapter: str | None
     """The adapter's folder; None for the bare model or an adapter in memory only."""
-
     adapter_fingerprint: str | None
     """Hash of the adapter's settings and weights; None for the bare model."""
-
     method: str
     """The adapter's method; "frozen" for the bare model."""
-
     seed: int | None
     """Seed that the adapter was trained with, where it is known."""
 
@@ -123,10 +117,7 @@ def identify_loaded(loaded: LoadedModel) -> ModelIdentity:
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Hash named tensors: name, dtype, shape, the sum over all bits, and a sample of the entries.
-
-    Args:
-        tensors: Names and tensors, in any order.
+    """Hash named tensors, in any order: name, dtype, shape, the sum over all bits, and a sample of the entries.
 
     Returns:
         16 hexadecimal digits. Any change of a single entry shows in the sum; an exchange of two in the sample, where
@@ -210,20 +201,10 @@ def evaluation_key(
     options: EvaluationOptions,
     identity: ModelIdentity,
 ) -> str:
-    """Hash everything that decides what a model makes of the examples of a task.
+    """Hash everything that decides what a model makes of the examples of a task, to 64 hexadecimal digits.
 
     The size of the batch and the device are left out, they change rounding alone; so is the extraction rule, as every
-    example is read by all of them.
-
-    Args:
-        model: The model, for the settings beside its weights.
-        tokenizer: Its tokenizer.
-        task: The task.
-        options: How it is evaluated.
-        identity: Which model it is.
-
-    Returns:
-        64 hexadecimal digits.
+    example is read by all of them. The model itself gives its settings beside its weights.
     """
     mode = options.mode_for(task)
     rows = [one.row for one in task.questions]
@@ -232,12 +213,11 @@ def evaluation_key(
         asked = [one.tokens(tokenizer) for one in text_questions(task)[:_TOKENISER_ROWS]]
         tokens = [[one.prompt, one.completions] for one in asked]
     else:
+        few, template = rows[:_TOKENISER_ROWS], options.template
+        prompts = [prompt_ids(render_prompt(row, template, tokenizer), tokenizer, template) for row in few]
         tokens = [
-            [
-                prompt_ids(render_prompt(row, options.template, tokenizer), tokenizer, options.template),
-                completion_ids(render_completion(row), tokenizer),
-            ]
-            for row in rows[:_TOKENISER_ROWS]
+            [ids, completion_ids(render_completion(row), tokenizer)]
+            for ids, row in zip(prompts, few, strict=True)
         ]
     decisive = {
         "version": METHOD_VERSION,
@@ -252,9 +232,7 @@ def evaluation_key(
         "ends": [end_token_id(tokenizer), *sorted(end_ids(model, tokenizer))],
     }
     if task.runs_code:
-        decisive["tests"] = [
-            None if one.code is None else dataclasses.asdict(one.code) for one in task.questions
-        ]
+        decisive["tests"] = [one.code and dataclasses.asdict(one.code) for one in task.questions]
         decisive["limits"] = dataclasses.asdict(Limits())
     return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -266,18 +244,7 @@ def describe(
     options: EvaluationOptions,
     identity: ModelIdentity,
 ) -> dict[str, Any]:
-    """Everything needed to repeat an evaluation.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        task: The task.
-        options: How it is evaluated.
-        identity: Which model it is.
-
-    Returns:
-        Fields of `ResultRow`.
-    """
+    """Everything needed to repeat an evaluation, as fields of `ResultRow`."""
     form = Row(instruction="{instruction}", input="", output="", answer="")
     mode = options.mode_for(task)
     return {

@@ -112,14 +112,7 @@ def mean_and_standard_error(values: Sequence[float]) -> tuple[float, float | Non
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float | None]:
-    """The mean of ``first - second``, question by question, and its standard error.
-
-    Args:
-        first: One value a question.
-        second: The same questions in the same order.
-
-    Returns:
-        As `mean_and_standard_error` of the differences.
+    """The mean of ``first - second``, question by question, and its standard error, as `mean_and_standard_error` has it.
 
     Raises:
         UsageError: If the two are not of one length, or empty.

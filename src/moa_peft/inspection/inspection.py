@@ -121,13 +121,12 @@ def _finding(model: nn.Module, observer: Observer, adapter: str, about: Mapping[
             )
         )
     groups = [
-        GroupStatistics(layer=where.layer, router=where.router, changes=sums.statistics())
-        for where, sums in sorted(observer.groups.items(), key=lambda one: one[0])
+        GroupStatistics(layer=where.layer, router=where.router, changes=observer.groups[where].statistics())
+        for where in sorted(observer.groups)
         if where.adapter == adapter
     ]
-    return Finding(
-        routers=tuple(routers), groups=tuple(groups), about=dict(about), sentences=sentences(routers, groups)
-    )
+    told = sentences(routers, groups)
+    return Finding(routers=tuple(routers), groups=tuple(groups), about=dict(about), sentences=told)
 
 
 def _trained(gate: nn.Module) -> bool | None:
@@ -161,13 +160,7 @@ def check_same_base(
 
 
 def about_adapter(model: Any, name: str, folder: AdapterFolder, base_model: str) -> dict[str, Any]:
-    """Describe an adapter.
-
-    Args:
-        model: With the adapter loaded.
-        name: The adapter's name in the model.
-        folder: Where it came from.
-        base_model: What it runs on.
+    """Describe an adapter by its name in the model, its folder and what it runs on.
 
     Returns:
         ``adapter``, ``method``, ``base_model``, ``seed``; ``parameters``, rows of part, number in one block, number in
@@ -179,9 +172,7 @@ def about_adapter(model: Any, name: str, folder: AdapterFolder, base_model: str)
         mixture = layer.mixtures().get(name)
         if mixture is None:
             continue
-        parts = [
-            ("router" if key == "" else f"router of {key}", one) for key, one in mixture.routers().items()
-        ]
+        parts = [(f"router of {key}" if key else "router", one) for key, one in mixture.routers().items()]
         for part, module in [*mixture.experts.items(), *parts]:
             number = sum(one.numel() for one in module.parameters())
             in_one.setdefault(part, number)

@@ -53,12 +53,7 @@ def read_prompts(file: Path) -> list[str]:
 
 
 def as_prompt(row: Row, template: Template | None, tokenizer: "PreTrainedTokenizerBase") -> Prompt:
-    """Write a row as the model sees it before its reply.
-
-    Args:
-        row: The question.
-        template: How it becomes text; None for the question's own words alone.
-        tokenizer: The base model's.
+    """Write a row as the model sees it before its reply; without a template, the question's own words alone.
 
     Raises:
         UsageError: As `render_prompt`.
@@ -84,16 +79,11 @@ def token_ids(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> tuple[int
 def tokenise(prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase") -> list[TokenText]:
     """Cut prompts into tokens, each with its piece of the text and its class.
 
-    Args:
-        prompts: The texts.
-        tokenizer: The base model's, a fast one, which knows where in the text its tokens stand.
-
-    Returns:
-        The pieces of a text, one after the other, are the text; those of special tokens that the tokenizer adds are
-        their names.
+    The pieces of a text, one after the other, are the text; those of special tokens that the tokenizer adds are their
+    names.
 
     Raises:
-        UsageError: If the tokenizer does not know where its tokens stand.
+        UsageError: If the tokenizer is not a fast one, which alone knows where in the text its tokens stand.
     """
     if not tokenizer.is_fast:
         raise UsageError(

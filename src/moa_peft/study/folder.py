@@ -89,11 +89,6 @@ def check_same_study(
 def check_run_folders(config: StudyConfig, runs: Sequence[Run], data: StudyData) -> None:
     """Check that the folders of the runs hold what this config trains: rows and settings may be gone, weights not.
 
-    Args:
-        config: The study as it is given now.
-        runs: Every run that it may come to.
-        data: Its rows.
-
     Raises:
         UsageError: If a run there was trained, or begun, with other settings.
     """
@@ -119,12 +114,8 @@ def write_study(
 ) -> None:
     """Write down what the runs have in common; methods and tests that an earlier call had are kept."""
     before = read_study(folder) or {"methods": {}, "tests": {}}
-    methods = {one.label: method_settings(one) for one in config.methods}
-    study = {
-        "settings": dict(shared),
-        "methods": {**before["methods"], **methods},
-        "tests": {**before["tests"], **tests},
-    }
+    methods = before["methods"] | {one.label: method_settings(one) for one in config.methods}
+    study = {"settings": dict(shared), "methods": methods, "tests": {**before["tests"], **tests}}
     if study != before:
         write_text(folder / STUDY_FILE, json.dumps(study, indent=1) + "\n")
 

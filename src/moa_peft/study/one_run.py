@@ -57,11 +57,8 @@ class Order:
     """All that a process needs to do one run."""
 
     config: StudyConfig
-    """The study."""
     data: StudyData
-    """Its rows."""
     job: Job
-    """The run, its stage and its tests."""
     config_hash: str
     """Hash of all that decides the run."""
     command: str
@@ -100,9 +97,6 @@ def reads_bf16(config: StudyConfig, method: Method | None) -> bool:
 
 def execute(order: Order) -> RunRow:
     """Do a run as far as its stage asks; what an earlier process had finished is not done again.
-
-    Args:
-        order: The run.
 
     Returns:
         Its row. An error ends in a row with the failure, so that a study goes on.
@@ -144,10 +138,7 @@ def check_base(order: Order, identity: ModelIdentity) -> None:
 
 
 def train_once(order: Order) -> dict[str, Any]:
-    """Train a run, or go on with it, or read what it gave.
-
-    Args:
-        order: A run with a method.
+    """Train a run with a method, or go on with it, or read what it gave.
 
     Returns:
         Fields of `RunRow` about the training. The adapter then lies in the run's folder, without checkpoints.
@@ -155,9 +146,7 @@ def train_once(order: Order) -> dict[str, Any]:
     folder = order.folder
     done = folder / TRAINING_FILE
     if not done.exists():
-        if (
-            order.base_fingerprint is not None
-        ):  # as scoring reads it, which may be another dtype than training does
+        if order.base_fingerprint is not None:  # as scoring reads it: training's dtype may be another
             check_base(order, identify(load(order.config.model, init_kwargs=order.init_kwargs).model))
             _free()
         recipe = run_recipe(order)
@@ -192,15 +181,9 @@ def run_recipe(order: Order) -> Recipe:
 
 
 def score(order: Order) -> dict[str, Any]:
-    """Score a run on the validation rows and on the tests that are missing.
+    """Score a run on the validation rows and on the tests that are missing, as fields of `RunRow`.
 
     The model is read from the disk, so that a run cut off after its training scores as one that was not.
-
-    Args:
-        order: The run.
-
-    Returns:
-        Fields of `RunRow` about the scores.
     """
     start, config, run = time.perf_counter(), order.config, order.job.run
     adapter = None if run.method is None else read_adapter(str(order.folder))
@@ -266,9 +249,8 @@ def describe(order: Order, found: Mapping[str, Any], failure: str | None) -> Run
     config, run = order.config, order.job.run
     trained = run.method is not None
     names = {one.name for one in dataclasses.fields(RunRow)}
-    empty = dict.fromkeys(
-        (*_TRAINED, "step_ms", "peak_mem_mib", "base_fingerprint", "adapter_fingerprint", "validation"),
-    ) | {"router": None, "evaluate_s": None, "tests": {}}
+    empty = dict.fromkeys((*_TRAINED, "step_ms", "peak_mem_mib", "base_fingerprint", "adapter_fingerprint"))
+    empty |= {"validation": None, "router": None, "evaluate_s": None, "tests": {}}
     values: dict[str, Any] = {
         "stage": order.job.stage,
         "label": run.label,
@@ -294,8 +276,9 @@ def describe(order: Order, found: Mapping[str, Any], failure: str | None) -> Run
 def mixture_config(recipe: Recipe) -> dict[str, Any]:
     """The parts of a recipe's method, with every field, as JSON holds them."""
     whole = build_peft_config(recipe).to_dict()
-    parts = {name: whole.get(name) for name in ("experts", "router", "layers_to_transform")}
-    return json.loads(json.dumps(parts))
+    return json.loads(
+        json.dumps({name: whole.get(name) for name in ("experts", "router", "layers_to_transform")})
+    )
 
 
 def _free() -> None:
@@ -308,29 +291,9 @@ def _free() -> None:
 def router_summary(
     model: Any, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row], template: Template
 ) -> dict[str, float | None] | None:
-    """Sum up what the routers of a model do.
-
-    Args:
-        model: The model with its adapter.
-        tokenizer: Its tokenizer.
-        rows: Questions whose prompts it reads.
-        template: How a row becomes text.
-
-    Returns:
-        Figures by name, as in `COLUMNS`; None without a router.
-    """
-    from moa_peft.mixture.block_hooks import mixture_layers
-
-    routers = [
-        one
-        for _, layer in mixture_layers(model)
-        for mixture in layer.mixtures().values()
-        for one in mixture.routers()
-    ]
-    if not routers:
-        return None
+    """Sum up what a model's routers do on the prompts of rows, by the names in `COLUMNS`; None without a router."""
     from moa_peft.inspection.prompts import as_prompt
     from moa_peft.inspection.results import routing_summary
 
-    prompts = [as_prompt(row, template, tokenizer) for row in rows]
-    return dict(routing_summary(model, tokenizer, prompts))
+    found = routing_summary(model, tokenizer, [as_prompt(row, template, tokenizer) for row in rows])
+    return None if found["active_experts"] is None else found

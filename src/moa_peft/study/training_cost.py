@@ -33,17 +33,8 @@ class StepLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write what is new."""
-        self._write(state.global_step)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Write what is left."""
-        self._write(state.global_step)
-
-    def _write(self, step: int) -> None:
         seconds = self._clock.seconds
-        first = step - len(seconds) + 1
+        first = state.global_step - len(seconds) + 1
         rows = [
             {"step": first + place, "seconds": seconds[place], "warm": place > 0}
             for place in range(self._written, len(seconds))
@@ -53,16 +44,11 @@ class StepLog(TrainerCallback):
             append_rows(self._file, rows)
         self._written = len(seconds)
 
+    on_train_end = on_save
+
 
 def step_time(file: Path) -> StepTime | None:
-    """Sum up the times of a run's steps.
-
-    Args:
-        file: What `StepLog` wrote; need not exist.
-
-    Returns:
-        The quartiles; None for fewer than two steps that were warm.
-    """
+    """Quartiles of the times in what `StepLog` wrote, which need not exist; None for fewer than two steps that were warm."""
     by_step = {row["step"]: row for row in read_rows(file)}  # a step done twice counts as it was done last
     times = [1000 * row["seconds"] for row in by_step.values() if row["warm"]]
     if len(times) < 2:
