@@ -36,8 +36,8 @@ def resolve_model(name: str) -> str:
         name: "smollm2", the embedded default; a folder with a `config.json`; or a name on the hub.
 
     Returns:
-        A folder for the embedded default, which is fetched and converted to float32 at its first use; any other name
-        as it is, for `from_pretrained`.
+        A folder for the embedded default, which is fetched and converted to float32 at its first use; the absolute path of any
+        other folder; a name on the hub as it is, for `from_pretrained`.
 
     Raises:
         UsageError: If the name is a path that holds no model, is neither path nor hub name, or the embedded default
@@ -51,7 +51,7 @@ def resolve_model(name: str) -> str:
     folder = expanded(name)
     if name and folder.is_dir():
         if (folder / "config.json").is_file():
-            return str(folder)
+            return absolute_name(name)
         adapter = (folder / "adapter_config.json").is_file()
         hint = "it is an adapter: give --adapter, and --model for its base" if adapter else "it is no model"
         raise UsageError(f"model folder {name} holds no config.json: {hint}")
@@ -61,6 +61,12 @@ def resolve_model(name: str) -> str:
             f"model {name!r} {what}: give a folder with a config.json, a name on the hub, or {DEFAULT_MODEL!r}"
         )
     return name
+
+
+def absolute_name(name: str) -> str:
+    """The name of a base model, a folder by its absolute path, so that it means the same from anywhere."""
+    folder = expanded(name)
+    return str(folder.absolute()) if name != DEFAULT_MODEL and folder.is_dir() else name
 
 
 def load_model(path: str, name: str, **options: Any) -> Any:

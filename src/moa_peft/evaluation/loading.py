@@ -210,7 +210,7 @@ def _from_hub(name: str) -> Path:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(
             f"{file} is not JSON: the adapter was not written whole; train or copy it again"
         ) from error
