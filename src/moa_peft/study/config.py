@@ -12,7 +12,16 @@ from moa_peft.data.templates import Template
 from moa_peft.errors import UsageError, expanded, unknown
 from moa_peft.evaluation.options import Mode
 from moa_peft.mixture.config import from_mapping
-from moa_peft.training.recipe import FACTORS, REFUSED, TRAINER_DEFAULTS, factor_problems, merge, own_fields
+from moa_peft.training.recipe import (
+    FACTORS,
+    MOST,
+    REFUSED,
+    TRAINER_DEFAULTS,
+    factor_problems,
+    merge,
+    own_fields,
+    whole_number_problems,
+)
 
 FROZEN = "frozen"
 """Label of the base model without an adapter, which every study evaluates."""
@@ -316,12 +325,11 @@ def _number_problems(config: StudyConfig) -> list[str]:
         value = getattr(config, name)
         if value is None and name in limits:
             continue
-        if type(value) is not int or value < low:
-            problems.append(f"{name} is {value!r}: give a whole number of at least {low}")
+        problems += whole_number_problems(name, value, low)
     for name in ("seeds", "tuning_seeds"):
         values = getattr(config, name)
-        if not _is_list(values) or any(type(one) is not int or one < 0 for one in values):
-            problems.append(f"{name} is {values!r}: give a list of whole numbers from 0")
+        if not _is_list(values) or any(whole_number_problems(name, one, 0) for one in values):
+            problems.append(f"{name} is {values!r}: give a list of whole numbers from 0, below {MOST + 1:,}")
         elif len(set(values)) < len(values):
             problems.append(f"{name} is {list(values)}: give each seed once")
     if _is_below(config.train_limit, config.tuning_limit):

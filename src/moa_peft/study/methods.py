@@ -2,6 +2,8 @@
 
 import copy
 
+import torch
+
 from moa_peft.data.base_model import empty_model, resolve_model
 from moa_peft.errors import UsageError
 from moa_peft.quiet import quiet_libraries
@@ -26,7 +28,7 @@ def check_methods(config: StudyConfig) -> None:
         check_trainer(recipe)
         build_peft_config(recipe)
         with quiet_libraries():
-            build_settings(copy.deepcopy(recipe), has_validation=False, cuda=False)
+            build_settings(copy.deepcopy(recipe), has_validation=False, cuda=torch.cuda.is_available())
     path = resolve_model(config.model)
     for label, recipe in recipes.items():
         with quiet_libraries():
