@@ -19,7 +19,7 @@ from moa_peft.cli import app, register_verbs
 from moa_peft.mixture.balance_scaling import set_loss_scale
 from moa_peft.official.conversion import OfficialSettings, load_weights, read_config
 from moa_peft.official.names import destinations, half_split
-from moa_peft.official.parity import _forward, _gradients, _ours, _rebuild, compare
+from moa_peft.official.parity import _compare, _forward, _gradients, _ours, _rebuild, compare
 from moa_peft.official.reference import read_reference
 from tiny import base_model
 
@@ -170,6 +170,24 @@ def test_what_is_left_of_a_gradient_that_cancels_is_no_error(tmp_path: Path, sha
     save_file(tensors, path, metadata)
     result = compare(path)
     assert result.ok is ok, result.line()
+
+
+@pytest.mark.parametrize(("ours", "ok"), [(0.0, True), (1e-3, False)])
+def test_a_gradient_that_float32_makes_zero_is_compared_in_float32(
+    ours: float, ok: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a saturated gate the reference is exactly 0, float64 is not, and a file that held was called FAIL."""
+    saturated, other = ("gradient", "saturated"), ("gradient", "other")
+    theirs = {saturated: torch.zeros(3), other: torch.ones(3)}
+    values = {
+        torch.float32: {saturated: torch.full((3,), ours), other: torch.full((3,), 1.001)},
+        torch.float64: {saturated: torch.full((3,), 1e-3), other: torch.ones(3)},
+    }
+    monkeypatch.setattr("moa_peft.official.parity._theirs", lambda _: theirs)
+    monkeypatch.setattr("moa_peft.official.parity._ours", lambda _, dtype, draw=0: values[dtype])
+    result = _compare(read_reference(golden(ILL)))
+    assert result.ok is ok, result.line()
+    assert result.rule == ("float64" if ok else "float32")
 
 
 def _rounding_of(name: str) -> float:

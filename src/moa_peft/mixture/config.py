@@ -17,6 +17,9 @@ Pooling = Literal["prompt", "official"]
 GateOf = Literal["expert", "kind"]
 ThresholdGradient = Literal["straight-through", "none"]
 
+_MOST = 2**16
+"""The largest size of anything in a mixture: more than a hidden size, little enough to be allocated and then refused."""
+
 Config = TypeVar("Config")
 
 
@@ -64,14 +67,20 @@ def wrong_types(config: Any) -> list[str]:
         lists = [one for one in (hint, *allowed) if get_origin(one) is Sequence]
         if value is None and type(None) in allowed:
             continue
-        if int in allowed and type(value) is not int:
-            wrong.append(f"{name} is {value!r}: give a whole number")
+        if int in allowed and not (type(value) is int and value <= _MOST):
+            wrong.append(f"{name} is {value!r}: give a whole number of at most {_MOST:,}")
         elif float in allowed and type(value) not in (int, float):
             wrong.append(f"{name} is {value!r}: give a number")
         elif bool in allowed and type(value) is not bool:
             wrong.append(f"{name} is {value!r}: give true or false")
         elif lists:
             wrong += _wrong_list(name, value, lists)
+        elif get_origin(hint) is Mapping:
+            words = [one for pair in value.items() for one in pair] if isinstance(value, Mapping) else [None]
+            if not all(type(one) is str for one in words):
+                wrong.append(f"{name} is {value!r}: give a mapping of names to names")
+        elif str in allowed and type(value) is not str:
+            wrong.append(f"{name} is {value!r}: give text")
     return wrong
 
 
@@ -360,3 +369,6 @@ class ArchitectureConfig:
 
     projections: Mapping[str, str] = field(default_factory=dict)
     """Paths of the linear layers that play q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj."""
+
+    def __post_init__(self) -> None:
+        reject("ArchitectureConfig", wrong_types(self))

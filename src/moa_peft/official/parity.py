@@ -126,6 +126,8 @@ def _compare(reference: Reference) -> Comparison:
         return _comparison(reference, errors, "float32", ok=True)
     double = _ours(reference, torch.float64)
     exact = _errors(double, theirs, scales)
+    # where float32 saturates, a gradient is exactly 0, and only float32 can say the same
+    exact |= {key: errors[key] for key, one in theirs.items() if key[0] == "gradient" and not one.any()}
     if all(error <= LIMIT for error in exact.values()):
         return _comparison(reference, exact, "float64", ok=True)
     draws = [single, *(_ours(reference, torch.float32, draw=draw) for draw in (1, 2, 3))]
