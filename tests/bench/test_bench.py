@@ -126,16 +126,19 @@ def test_operators_of_peft_lora_are_those_that_can_be_counted_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "most"),
+    ("kind", "dtype", "lora", "most"),
     [
-        ("train", {"soft-moa-no-prompt": 27, "soft-moa": 38, "sparse-moa": 42}),
-        ("decode", {"soft-moa-no-prompt": 30, "soft-moa": 37, "sparse-moa": 36}),
+        ("train", "float32", 20, {"soft-moa-no-prompt": 24, "soft-moa": 33, "sparse-moa": 39}),
+        ("train", "bfloat16", 30, {"soft-moa-no-prompt": 40, "soft-moa": 52, "sparse-moa": 55}),
+        ("decode", "float32", 20, {"soft-moa-no-prompt": 27, "soft-moa": 32, "sparse-moa": 33}),
     ],
 )
-def test_a_block_takes_no_more_kernels_than_it_did(kind: str, most: dict[str, int]) -> None:
-    """PEFT's LoRA takes 20. A number above these is a pass that has got longer: shorten it, or say why."""
-    rows = rows_of(kind, *most)
-    assert rows["peft-lora"].kernels == 20
+def test_a_block_takes_no_more_kernels_than_it_did(
+    kind: str, dtype: str, lora: int, most: dict[str, int]
+) -> None:
+    """PEFT's LoRA takes 20 or 30. A number above these is a pass that has got longer: shorten it, or say why."""
+    rows = rows_of(kind, *most, dtype=dtype)
+    assert rows["peft-lora"].kernels == lora
     assert {
         name: row.kernels for name, row in rows.items() if name in most and row.kernels > most[name]
     } == {}

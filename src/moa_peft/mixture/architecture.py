@@ -147,25 +147,19 @@ class AttentionSite:
     value: LinearSite
 
     def project(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Map vectors [L, hidden] to keys and values [H, L, D] with the frozen projections and the model's k-norm.
+        """Map vectors [L, hidden] to keys and values [L, G, D] with the frozen projections and the model's k-norm.
 
         The layers' own ``forward`` is called, past every hook, so that no adapter adds to them.
         """
         keys, values = _frozen(self.key, vectors), _frozen(self.value, vectors)
         keys = keys if self.key.slot is None else self.key.slot.take(keys)
         values = values if self.value.slot is None else self.value.slot.take(values)
+        heads = (self.num_key_value_heads, self.head_size)
         norm = getattr(self.module, "k_norm", None)
-        if norm is None:
-            return self._heads(keys), self._heads(values)
-        if norm.weight.numel() == self.head_size:  # Qwen3, Gemma 3: each head by itself
-            keys = norm(keys.unflatten(-1, (self.num_key_value_heads, self.head_size))).flatten(-2)
-        else:  # OLMo 2: all heads at once
-            keys = norm(keys)
-        return self._heads(keys), self._heads(values)
-
-    def _heads(self, flat: Tensor) -> Tensor:
-        heads = flat.unflatten(-1, (self.num_key_value_heads, self.head_size)).transpose(0, 1)  # [G, L, D]
-        return heads.repeat_interleave(self.num_heads // self.num_key_value_heads, dim=0)
+        if norm is not None and norm.weight.numel() != self.head_size:  # OLMo 2: all heads at once
+            return norm(keys).unflatten(-1, heads), values.unflatten(-1, heads)
+        keys = keys.unflatten(-1, heads)
+        return keys if norm is None else norm(keys), values.unflatten(-1, heads)
 
 
 def _frozen(site: LinearSite, vectors: Tensor) -> Tensor:

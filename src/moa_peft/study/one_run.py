@@ -27,7 +27,7 @@ from moa_peft.study.data import RowSet, StudyData, questions_md5, source_of
 from moa_peft.study.folder import TRAINING_FILE
 from moa_peft.study.rows import RunRow, Scores
 from moa_peft.study.schedule import Job, recipe_of
-from moa_peft.study.training_cost import StepLog, peak_memory_mib, start_peak_memory, step_time
+from moa_peft.study.training_cost import PeakMemory, StepLog, step_time
 from moa_peft.training.checkpoints import find_checkpoints, unmark
 from moa_peft.training.output_folder import RECIPE_FILE, write_text
 from moa_peft.training.prepare import prepare
@@ -163,10 +163,10 @@ def train_once(order: Order) -> dict[str, Any]:
             shutil.rmtree(folder, ignore_errors=True)  # cut off before its first step
         preparation = prepare(dataclasses.replace(recipe, resume=begun))
         preparation.trainer.add_callback(StepLog(preparation.clock, folder / STEPS_FILE))
-        start_peak_memory()
+        memory = PeakMemory()
         outcome = train(preparation)
         trained = {name: getattr(outcome, name) for name in _TRAINED}
-        write_text(done, json.dumps({**trained, "peak_mem_mib": peak_memory_mib()}) + "\n")
+        write_text(done, json.dumps({**trained, "peak_mem_mib": memory.mib()}) + "\n")
     for checkpoint in (*find_checkpoints(folder).complete, *find_checkpoints(folder).incomplete):
         unmark(checkpoint)
         shutil.rmtree(checkpoint)
