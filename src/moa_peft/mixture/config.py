@@ -18,7 +18,7 @@ GateOf = Literal["expert", "kind"]
 ThresholdGradient = Literal["straight-through", "none"]
 
 _MOST = 2**16
-"""The largest size of anything in a mixture: more than a hidden size, little enough to be allocated and then refused."""
+"""The largest size of anything in a mixture; no hidden size is larger."""
 
 Config = TypeVar("Config")
 

@@ -295,7 +295,7 @@ def _form_problems(config: StudyConfig) -> list[str]:
     if config.validation is not None:
         problems += wrong_text("validation", config.validation)
     problems += wrong_names("tasks", config.tasks)
-    problems += wrong_names("forgetting", config.forgetting) if config.forgetting else []
+    problems += [] if config.forgetting in ((), [], "") else wrong_names("forgetting", config.forgetting)
     problems += wrong_fields("data_md5", config.data_md5) or [
         one for name, md5 in config.data_md5.items() for one in wrong_text(f"data_md5.{name}", md5)
     ]

@@ -37,6 +37,9 @@ TRAINER_DEFAULTS: Mapping[str, Any] = {
 """What moa sets differently from `trl.SFTConfig`, or wants said; a recipe's own value goes before it."""
 
 TOKENISED_HERE = "the rows are tokenised by moa: use template and max_length"
+_HUB = (
+    "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"
+)  # fmt: skip
 REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
         (
@@ -54,20 +57,7 @@ REFUSED: Mapping[str, str] = {
     ),
     "resume_from_checkpoint": "use resume",
     "remove_unused_columns": "moa prepares the columns itself: leave it out",
-    **dict.fromkeys(
-        (
-            *(
-                "push_to_hub",
-                "hub_token",
-                "hub_private_repo",
-                "hub_model_id",
-                "hub_strategy",
-                "hub_always_push",
-            ),
-            "hub_revision",
-        ),
-        "moa writes to a folder: upload it afterwards with `hf upload NAME FOLDER`",
-    ),
+    **dict.fromkeys(_HUB, "moa writes to a folder: upload it afterwards with `hf upload NAME FOLDER`"),
     **dict.fromkeys(
         ("do_train", "do_eval", "do_predict", "label_names", "include_for_metrics", "batch_eval_metrics"),
         "moa trains, and measures the loss of held-out rows: use validation",

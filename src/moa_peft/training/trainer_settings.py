@@ -30,27 +30,22 @@ _ABOVE_0: _Range = (lambda value: 0 < value < math.inf, "a number above 0")
 _BELOW_1: _Range = (lambda value: 0 <= value < 1, "a number from 0 to below 1")
 _PROCESSES: _Range = (lambda value: 0 <= value <= 256, "a whole number from 0 to 256")
 
+_COUNTS = (
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "save_total_limit",
+    "eval_accumulation_steps", "dataloader_prefetch_factor", "pad_to_multiple_of", "ddp_bucket_cap_mb", "ddp_timeout",
+    "torch_empty_cache_steps",
+)  # fmt: skip
+_AMOUNTS = (
+    "learning_rate",
+    "weight_decay",
+    "adam_epsilon",
+    "warmup_steps",
+    "eval_delay",
+    "neftune_noise_alpha",
+)
 _RANGES: Mapping[str, _Range] = {
-    **dict.fromkeys(
-        (
-            *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-            *(
-                "save_total_limit",
-                "eval_accumulation_steps",
-                "dataloader_prefetch_factor",
-                "pad_to_multiple_of",
-            ),
-            *("ddp_bucket_cap_mb", "ddp_timeout", "torch_empty_cache_steps"),
-        ),
-        _COUNT,
-    ),
-    **dict.fromkeys(
-        (
-            *("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps"),
-            *("eval_delay", "neftune_noise_alpha"),
-        ),
-        _FROM_0,
-    ),
+    **dict.fromkeys(_COUNTS, _COUNT),
+    **dict.fromkeys(_AMOUNTS, _FROM_0),
     "max_grad_norm": (lambda value: value >= 0, "a number from 0"),
     "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1 for num_train_epochs"),
     "data_seed": (lambda value: 0 <= value < 2**32, "a whole number from 0, below 2**32"),
