@@ -706,7 +706,9 @@ def test_a_file_whose_name_says_another_kind_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "x.pth").exists()
 
 
-def test_an_adapter_without_all_of_its_weights_is_not_exported(tmp_path: Path) -> None:
+def test_an_adapter_that_lacks_weights_or_whose_weights_are_no_numbers_is_not_exported(
+    tmp_path: Path,
+) -> None:
     adapter = save_mixture(tmp_path, MoAConfig.preset("soft-moa"))
     file = adapter / "adapter_model.safetensors"
     weights = load_file(file)
@@ -714,6 +716,9 @@ def test_an_adapter_without_all_of_its_weights_is_not_exported(tmp_path: Path) -
     with pytest.raises(
         UsageError, match=r"lacks \d+ of its weights, as .* of block 1: it was not written whole"
     ):
+        call("export", adapter, "--format", "official", "--out", tmp_path / "x.safetensors")
+    save_file({name: one / 0 for name, one in weights.items()}, file)
+    with pytest.raises(UsageError, match="holds numbers that are not finite, in base_model"):
         call("export", adapter, "--format", "official", "--out", tmp_path / "x.safetensors")
 
 

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from moa_peft.errors import UsageError
+from moa_peft.evaluation.loading import load
+from moa_peft.evaluation.result_key import identify
 from moa_peft.json_lines import append_rows
 from moa_peft.study import training_cost
 from moa_peft.study.config import StudyConfig
@@ -19,6 +22,7 @@ from moa_peft.study.runner import Study, open_study, run_study
 from moa_peft.study.schedule import Job, Run
 from moa_peft.study.training_cost import PeakMemory, step_time
 from moa_peft.training.trainer import AdapterTrainer
+from tiny_lm import save_hub
 from tiny_study import write_forgetting, write_study
 
 
@@ -146,3 +150,22 @@ def test_forgetting_is_zero_for_the_frozen_model_and_its_tasks_are_scored_by_the
     assert change.mean == pytest.approx(sum(after) / 8 - sum(before) / 8)
     pairs = [one - other for one, other in zip(after, before, strict=True)]
     assert change.by_questions == pytest.approx(statistics.stdev(pairs) / 8**0.5)
+
+
+def test_frozen_and_tuned_runs_are_of_the_revision_that_the_study_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = write_study(tmp_path)
+    settings |= {"model": save_hub(tmp_path / "hub", monkeypatch), "seeds": [0], "learning_rates": [0.5]}
+    settings |= {"methods": settings["methods"][1:], "tasks": "first"}
+    settings["trainer"] |= {"model_init_kwargs": {"revision": "v1"}, "max_steps": 1}
+    rows = run_study(open_study(StudyConfig.from_mapping(settings)), progress=False)
+    assert [row.label for row in rows] == ["frozen", "lora"]
+    v1 = identify(load(str(tmp_path / "hub/models--org--tiny/snapshots" / ("1" * 40))).model)
+    assert {row.base_fingerprint for row in rows} == {v1.base_fingerprint}
+    assert all(
+        row.base_settings == {"revision": "v1", "dtype": "float32", "commit": "1" * 40} for row in rows
+    )
+    settings["methods"][0]["trainer"] = {"model_init_kwargs": {"revision": "v1"}}
+    with pytest.raises(UsageError, match=r"lora: trainer\.model_init_kwargs differs"):
+        StudyConfig.from_mapping(settings)

@@ -118,6 +118,8 @@ def test_what_chooses_the_best_checkpoint_is_free_only_where_none_is_chosen() ->
     run = {"eval_steps": 2, "save_steps": 2, "save_total_limit": 1}
     assert changed_keys(run, run | {"eval_steps": 3, "save_steps": 3, "save_total_limit": 2}) == []
     assert changed_keys(run, run | {"validation_md5": "abc"}) == [], "of before it was written down"
+    assert changed_keys(run | {"model_init_kwargs": {"dtype": "float32"}}, run) == [], "what the run found"
+    assert changed_keys(run | {"model_init_kwargs": {"revision": "v1"}}, run) == ["model_init_kwargs"]
     run |= {"load_best_model_at_end": True}
     changed = run | {"eval_steps": 3, "save_steps": 3, "save_total_limit": 2}
     assert changed_keys(run, changed) == ["eval_steps", "save_steps"]

@@ -274,18 +274,6 @@ def test_an_error_after_the_first_step_starts_on_a_line_of_its_own(
     assert said.endswith("\n")
 
 
-def test_an_adapter_trained_on_a_folder_named_from_elsewhere_knows_where_its_base_is(
-    recipe_of: Recipes, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From another folder the relative name was looked for on the hub."""
-    monkeypatch.chdir(tiny_model.parent)
-    train(recipe_of(model=tiny_model.name, max_steps=1))
-    for name, key in (("moa_recipe.json", "model"), ("adapter_config.json", "base_model_name_or_path")):
-        assert json.loads((tmp_path / "run" / name).read_text())[key] == str(tiny_model)
-    monkeypatch.chdir(tmp_path)
-    train(recipe_of(max_steps=1, resume=True))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

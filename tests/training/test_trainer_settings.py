@@ -27,10 +27,6 @@ BY_THE_LIBRARIES: tuple[tuple[dict[str, Any], str], ...] = (
     ({"optim_args": "nope"}, "not enough values"),
     ({"use_liger_kernel": True}, "liger"),
     ({"padding_free": True}, "padding_free"),
-    ({"model_init_kwargs": {"attn_implementation": "flash_attention_2"}}, "FlashAttention2"),
-    ({"model_init_kwargs": {"dtype": "bf16"}}, "bf16"),
-    ({"model_init_kwargs": {"nope": 1}}, "nope"),
-    ({"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}}, "bitsandbytes"),
     ({"torch_compile": True, "torch_compile_backend": "nope"}, "NOPE"),
     ({"torch_compile_mode": "nope"}, "mode=nope"),
     ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
@@ -48,6 +44,16 @@ BY_THE_LIBRARIES: tuple[tuple[dict[str, Any], str], ...] = (
 )
 
 BY_MOA: tuple[tuple[dict[str, Any], str], ...] = (
+    (
+        {"model_init_kwargs": {"attn_implementation": "flash_attention_2"}},
+        "cannot be loaded: FlashAttention2",
+    ),
+    ({"model_init_kwargs": {"dtype": "bf16"}}, "cannot be loaded: .*bf16"),
+    ({"model_init_kwargs": {"nope": 1}}, "cannot be loaded: .*nope"),
+    (
+        {"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}},
+        "cannot be loaded: .*bitsandbytes",
+    ),
     ({"train_sampling_strategy": "nope"}, "give random or sequential"),
     ({"packing_strategy": "nope"}, "give bfd"),
     ({"loss_type": "nope"}, "give nll"),

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop, baddbmm_flop
 
 from moa_peft.bench.subjects import trainable
+from moa_peft.mixture.token_watch import prompt_lengths
 
 
 def synchronise(model: nn.Module) -> None:
@@ -52,7 +53,7 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
     """The logits of a batch, in evaluation mode."""
     was_training = model.training
     model.eval()
-    found = model(input_ids=ids, use_cache=False).logits
+    found = model(input_ids=ids, use_cache=False, **prompt_lengths(model, [ids.shape[1]])).logits
     model.train(was_training)
     return found
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from moa_peft.cli.overrides import Dtype, ModelInitKwargs, parse_mapping
 from moa_peft.errors import UsageError, unknown
 
 if TYPE_CHECKING:
@@ -55,12 +56,8 @@ def export(
         typer.Option(help="lora: paper or chat. Default: the one the adapter was trained with, else paper."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="lora: most rows in a forward pass.")] = 16,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="lora: of the base model: float32, bfloat16, float16. Default: float32 on a CPU, the model's own on a GPU."
-        ),
-    ] = None,
+    dtype: Dtype = None,
+    model_init_kwargs: ModelInitKwargs = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the file, or the adapter in the folder.")
     ] = False,
@@ -81,6 +78,7 @@ def export(
     """  # noqa: D301  # the backspace keeps the lines of the examples apart
     if format_ not in FORMATS:
         raise UsageError(unknown("format", format_, FORMATS))
+    init_kwargs = parse_mapping("--model-init-kwargs", model_init_kwargs)
     lora_only = {
         "--data": data, "--held-out": held_out, "--limit": limit, "--template": template, "--dtype": dtype,
     }  # fmt: skip
@@ -88,7 +86,7 @@ def export(
         given = [flag for flag, value in lora_only.items() if value is not None]
         if given:
             raise UsageError(f"{', '.join(given)} belongs to --format lora: leave it out")
-        official = _official(adapter, out, layout, model, overwrite)
+        official = _official(adapter, out, layout, model, init_kwargs, overwrite)
         print(json.dumps(dataclasses.asdict(official))) if as_json else print_official(official)
         return
     if layout is not None:
@@ -98,20 +96,33 @@ def export(
             "--format lora needs --data: rows of the kind the adapter will be used on, whose tokens the mean gates are "
             "taken over, as in --data train.json"
         )
-    options = {"template": template, "batch_size": batch_size, "dtype": dtype, "overwrite": overwrite}
+    options = {"template": template, "batch_size": batch_size, "overwrite": overwrite}
+    options |= {"dtype": dtype, "init_kwargs": init_kwargs}
     lora = _lora(adapter, out, data, held_out, limit, model, options)
     print(json.dumps(dataclasses.asdict(lora))) if as_json else print_lora(lora)
 
 
 def _official(
-    adapter: str, out: Path, layout: str | None, model: str | None, overwrite: bool
+    adapter: str,
+    out: Path,
+    layout: str | None,
+    model: str | None,
+    init_kwargs: dict[str, Any],
+    overwrite: bool,
 ) -> "ExportReport":
     from moa_peft.evaluation.loading import read_adapter
     from moa_peft.official.exporter import export_official
     from moa_peft.quiet import quiet_libraries
 
     with quiet_libraries():
-        return export_official(read_adapter(adapter), out, layout=layout, base=model, overwrite=overwrite)
+        return export_official(
+            read_adapter(adapter),
+            out,
+            layout=layout,
+            base=model,
+            init_kwargs=init_kwargs,
+            overwrite=overwrite,
+        )
 
 
 def _lora(

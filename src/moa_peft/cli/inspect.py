@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from moa_peft.cli.overrides import Dtype, ModelInitKwargs, parse_mapping
 from moa_peft.errors import UsageError, unknown
 
 if TYPE_CHECKING:
@@ -47,12 +48,8 @@ def inspect(
     batch_size: Annotated[
         int, typer.Option(help="Most prompts in a forward pass; no number depends on it.")
     ] = 8,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the base model: float32, bfloat16, float16. Default: float32 on a CPU, the model's own on a GPU."
-        ),
-    ] = None,
+    dtype: Dtype = None,
+    model_init_kwargs: ModelInitKwargs = None,
 ) -> None:
     """Show what the router and the experts of an adapter do on real prompts.
 
@@ -65,7 +62,7 @@ def inspect(
       moa inspect --adapter runs/first --prompts questions.txt --out report.html --json stats.json
       moa inspect --adapter runs/seed0 --compare runs/seed1 --data demo --limit 20 --out both.html
     """  # noqa: D301  # the backspace keeps the lines of the examples apart
-    from moa_peft.evaluation.loading import choose_template, load, read_adapter
+    from moa_peft.evaluation.loading import add_adapter, choose_template, load, read_adapter
     from moa_peft.inspection.html_report import check_outputs
 
     check_outputs(out, json_file, png)
@@ -78,15 +75,18 @@ def inspect(
     if batch_size < 1:
         raise UsageError(f"--batch-size is {batch_size}: give at least 1")
     from moa_peft.inspection.html_report import write_outputs
-    from moa_peft.inspection.inspection import about_adapter, add_adapter, inspect_model
+    from moa_peft.inspection.inspection import SECOND, about_adapter, check_same_base, inspect_model
     from moa_peft.inspection.prompts import as_prompt, tokenise
     from moa_peft.quiet import quiet_libraries
 
+    init_kwargs = parse_mapping("--model-init-kwargs", model_init_kwargs)
     with quiet_libraries():
-        loaded = load(model, folders[0], dtype=dtype)
-        names = ["default"]
         if len(folders) > 1:
-            names.append(add_adapter(loaded.model, folders[1], loaded.base_model if model is None else None))
+            check_same_base(folders[0], folders[1], model, init_kwargs)
+        loaded = load(model, folders[0], dtype=dtype, init_kwargs=init_kwargs)
+        names = ["default", SECOND][: len(folders)]
+        for name, folder in zip(names[1:], folders[1:], strict=True):
+            add_adapter(loaded.model, folder, name)
         texts = tokenise(
             [
                 as_prompt(one, cast("Any", None if chosen == "none" else chosen), loaded.tokenizer)
@@ -96,6 +96,7 @@ def inspect(
         )
         about = {
             name: about_adapter(loaded.model, name, folder, loaded.base_model)
+            | {"base_settings": loaded.base_settings}
             | {"prompts": str(prompts or data), "template": chosen}
             for name, folder in zip(names, folders, strict=True)
         }

@@ -3,10 +3,11 @@
 YAML is read with the scalars of its version 1.2: ``1e-4`` is a number, and ``no``, ``off`` and ``yes`` are words.
 """
 
+import json
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -218,6 +219,39 @@ def _kind(value: object) -> str:
     return "a list" if isinstance(value, list) else f"a single value ({value!r})"
 
 
+ModelInitKwargs = Annotated[
+    str | None,
+    typer.Option(
+        "--model-init-kwargs",
+        "--model_init_kwargs",
+        help='How the base model is loaded, as moa train takes it: arguments of from_pretrained, as in \'{"revision": "v1"}\'. '
+        "They go before what the adapter was trained with; null leaves one out.",
+    ),
+]
+"""The option of every verb that loads a base model; `parse_mapping` reads it."""
+
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the base model: float32, bfloat16, float16. Default: the one that the adapter was trained with; of a bare "
+        "model float32 on a CPU, its own on a GPU."
+    ),
+]
+"""Likewise, of its dtype alone."""
+
+
+def parse_mapping(flag: str, text: str | None) -> dict[str, Any]:
+    """Read the value of a flag that takes a mapping.
+
+    Raises:
+        UsageError: If it is none.
+    """
+    value = {} if text is None else parse_value(flag, text)
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise UsageError(f'{flag} is {text!r}: give a mapping, as in \'{{"revision": "v1"}}\'')
+    return value
+
+
 FLAGS_ONLY = ("config", "help", "allow_code_execution")
 """What a file may not set: leave to run a model's programs is given by a person, for one call."""
 
@@ -228,7 +262,7 @@ def options_from_file(context: typer.Context, path: Path | None) -> Path | None:
     Args:
         context: The verb's, whose defaults become those of the file.
         path: The file; its keys are the options' names, with dashes or underscores. A list stands for its entries with
-            commas between.
+            commas between, a mapping for its JSON.
 
     Returns:
         The path.
@@ -252,4 +286,6 @@ def options_from_file(context: typer.Context, path: Path | None) -> Path | None:
 
 
 def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return json.dumps(value)
     return ",".join(str(one) for one in value) if isinstance(value, list) else value

@@ -10,7 +10,7 @@ from moa_peft.data.templates import Template
 from moa_peft.data.tokenization import end_token_id
 from moa_peft.evaluation.batching import pad_left, plan_batches, positions
 from moa_peft.evaluation.scoring import TOKEN_BUDGET, select_rows
-from moa_peft.mixture.token_masks import cache_of
+from moa_peft.mixture.gate_cache import cache_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -19,7 +19,7 @@ from moa_peft.evaluation.result_key import ModelIdentity
 from moa_peft.evaluation.results import RESULTS_FILE
 from moa_peft.extras import require
 from moa_peft.json_lines import append_rows, drop_torn_line, replace_rows
-from moa_peft.mixture.token_masks import prompt_lengths
+from moa_peft.mixture.token_watch import prompt_lengths
 from moa_peft.provenance import provenance
 
 if TYPE_CHECKING:
@@ -96,6 +96,8 @@ class HarnessRow:
     """Of the base model's weights."""
     base_model: str
     """The base model, as it was named."""
+    base_settings: Mapping[str, Any]
+    """How it was loaded: arguments of `from_pretrained`, and the commit of one from the hub."""
     base_fingerprint: str
     """Hash of its weights."""
     adapter: str | None

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from moa_peft.data.templates import render_completion, render_prompt
 from moa_peft.data.tokenization import completion_ids, end_token_id, prompt_ids
 from moa_peft.evaluation.code_execution import Limits
 from moa_peft.evaluation.generation import end_ids
+from moa_peft.evaluation.loading import LoadedModel
 from moa_peft.evaluation.options import EvaluationOptions
 from moa_peft.evaluation.questions import Task
 from moa_peft.evaluation.text_choices import text_form, text_questions
@@ -47,6 +48,9 @@ class ModelIdentity:
     base_model: str
     """The base model, as it was named."""
 
+    base_settings: Mapping[str, Any]
+    """How it was loaded; empty for a model that was not loaded here."""
+
     base_fingerprint: str
     """Hash of its weights."""
 
@@ -67,6 +71,7 @@ def identify(
     model: Any,
     *,
     base_model: str | None = None,
+    base_settings: Mapping[str, Any] | None = None,
     adapter: str | None = None,
     method: str | None = None,
     seed: int | None = None,
@@ -76,6 +81,7 @@ def identify(
     Args:
         model: A model of transformers, bare or in PEFT's wrapper.
         base_model: Name of the base model; None for the one its config holds.
+        base_settings: How it was loaded, of a `LoadedModel`.
         adapter: The adapter's folder, if it has one.
         method: The adapter's method; None for the kind PEFT knows it by.
         seed: Seed that the adapter was trained with, if known.
@@ -86,23 +92,33 @@ def identify(
     configs = dict(getattr(model, "peft_config", None) or {})
     base = fingerprint(_base_tensors(model, configs))
     name = base_model or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    shared: dict[str, Any] = {
+        "base_model": name,
+        "base_settings": dict(base_settings or {}),
+        "base_fingerprint": base,
+    }
     active = _active_adapters(model) if configs else []
     if not active:
-        return ModelIdentity(
-            base_model=name,
-            base_fingerprint=base,
-            adapter=None,
-            adapter_fingerprint=None,
-            method="frozen",
-            seed=None,
-        )
+        return ModelIdentity(**shared, adapter=None, adapter_fingerprint=None, method="frozen", seed=None)
     return ModelIdentity(
-        base_model=name,
-        base_fingerprint=base,
+        **shared,
         adapter=adapter,
         adapter_fingerprint=_adapter_fingerprint(model, active),
         method=method or "+".join(str(configs[one].peft_type.value).lower() for one in active),
         seed=seed,
+    )
+
+
+def identify_loaded(loaded: LoadedModel) -> ModelIdentity:
+    """Identify a model that was loaded here, under the names that it was given."""
+    adapter = loaded.adapter
+    return identify(
+        loaded.model,
+        base_model=loaded.base_model,
+        base_settings=loaded.base_settings,
+        adapter=None if adapter is None else adapter.name,
+        method=None if adapter is None else adapter.method,
+        seed=None if adapter is None else adapter.seed,
     )
 
 

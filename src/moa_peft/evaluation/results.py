@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from moa_peft.errors import UsageError
 
@@ -61,6 +61,8 @@ class ResultRow:
     """The prompt with {instruction} in the place of the row's instruction, or {question} in that of its question alone."""
     base_model: str
     """The base model, as it was named."""
+    base_settings: Mapping[str, Any]
+    """How it was loaded: arguments of `from_pretrained`, and the commit of one from the hub."""
     base_fingerprint: str
     """Hash of its weights."""
     adapter: str | None

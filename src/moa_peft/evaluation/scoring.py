@@ -19,7 +19,8 @@ from moa_peft.data.templates import Template, render_completion, render_prompt
 from moa_peft.data.tokenization import completion_ids, end_token_id, prompt_ids
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.batching import pad_left, plan_batches, positions, rows_at_once
-from moa_peft.mixture.token_masks import cache_of, prompt_lengths
+from moa_peft.mixture.gate_cache import cache_of
+from moa_peft.mixture.token_watch import prompt_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,6 +14,7 @@ from torch import Tensor
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.batching import pad_left, plan_batches, positions, rows_at_once
 from moa_peft.inspection.observer import Batch, Observed, Observer
+from moa_peft.mixture.token_watch import prompt_lengths
 
 TOKEN_BUDGET = 1024
 """Most tokens of a forward pass, padding included, unless one text alone is longer."""
@@ -93,7 +94,8 @@ def observe(model: Any, observer: Observer, texts: Sequence[TokenText]) -> Obser
         classes = torch.tensor([name for one in texts for name in one.classes], device=mask.device)
     batch = Batch(mask=real, positions=places[real], classes=classes)
     with torch.inference_mode(), evaluating(model), observer.observing(batch) as observed:
-        model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False, logits_to_keep=1)
+        call = {"input_ids": ids, "attention_mask": mask, "position_ids": places, "use_cache": False}
+        model(**call, logits_to_keep=1, **prompt_lengths(model, mask.sum(dim=1)))
     return observed
 
 

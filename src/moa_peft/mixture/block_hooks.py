@@ -25,7 +25,8 @@ from moa_peft.mixture.config import RouterConfig
 from moa_peft.mixture.mixture import Mixture, MixturePass, Place, PlacedExpert
 from moa_peft.mixture.prompt_attention import add_prompts, remove_prompts
 from moa_peft.mixture.router import Routing
-from moa_peft.mixture.token_masks import ARGUMENT, CallTokens, TokenWatch
+from moa_peft.mixture.token_masks import CallTokens
+from moa_peft.mixture.token_watch import ARGUMENT, TokenWatch
 
 MERGE_REFUSAL = (
     "a mixture cannot be merged into the base weights: its gates depend on the input, token by token. Serve it as an "

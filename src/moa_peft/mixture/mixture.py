@@ -363,7 +363,7 @@ class MixturePass:
         if router is not None and not router.reads_projection_input:
             routed = x if router.config.router_input == "projection" else block_input
             assert routed is not None, "the block's input is noted before its projections run"
-            earlier = (self._call.earlier or {}).get(self._key)
+            earlier = self._call.earlier.get(self._key)
             if router.config.granularity == "token":
                 self._note("", router(routed, self._call.real))
             elif earlier is not None:  # observers were told of these in the first call on the cache

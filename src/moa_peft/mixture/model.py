@@ -4,15 +4,15 @@
 # pyright: reportIncompatibleMethodOverride=false
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from moa_peft.errors import UsageError
+from moa_peft.mixture.adapter_file import check_fit, check_values, is_saved_whole, split_frozen
 from moa_peft.mixture.architecture import Block, find_blocks
 from moa_peft.mixture.block_hooks import (
     CHILD,
@@ -25,7 +25,7 @@ from moa_peft.mixture.block_hooks import (
 from moa_peft.mixture.mixture import PlacedExpert
 from moa_peft.mixture.peft_config import BLOCKS_MARK, MoAConfig
 from moa_peft.mixture.registration import register
-from moa_peft.mixture.token_masks import TokenWatch
+from moa_peft.mixture.token_watch import TokenWatch
 from moa_peft.time_limit import time_limit
 
 _PATTERN_S = 5.0
@@ -74,23 +74,8 @@ class MoAModel(BaseTuner):
             )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as the model does; instance gates keep to the prompt also where no cache remembers it.
-
-        Raises:
-            UsageError: If the prompt would be read in chunks, and the gates of the mixture are those of whole prompts.
-        """
-        if _reads_in_chunks(self.model, args, kwargs) and _has_instance_gates(self.model):
-            raise UsageError(
-                "prefill_chunk_size reads the prompt in several calls, but instance gates are made of the whole prompt "
-                "in one: leave it out, or use a mixture with gates for each token (RouterConfig(granularity='token'))"
-            )
-        given = [*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-        prompt = next((one for one in given if isinstance(one, Tensor)), None)
-        layers = mixture_layers(self.model)
-        with ExitStack() as stack:
-            stack.enter_context(packed_weights(self.model))
-            if prompt is not None and layers:
-                stack.enter_context(layers[0][1].watch.generating(prompt.shape[1]))
+        """Generate as the model does, with weights that are joined once for all its calls."""
+        with packed_weights(self.model):
             return self.model.generate(*args, **kwargs)
 
     @contextmanager
@@ -145,9 +130,11 @@ class MoAModel(BaseTuner):
             layer = MoALayer(self._blocks[current_key], self._watch)
             target.add_module(CHILD, layer)
         layer.add_mixture(adapter_name, self._plan[current_key], peft_config.parts().router)
+        routers = layer.mixtures()[adapter_name].routers().values()
         if needs_tokens(layer.mixtures()[adapter_name]):
-            layer.watch.attach(*self._watched)
-        if any(router.has_losses for router in layer.mixtures()[adapter_name].routers().values()):
+            pools = any(one.config.granularity == "instance" for one in routers)
+            layer.watch.attach(*self._watched, pools=pools)
+        if any(one.has_losses for one in routers):
             from moa_peft.mixture.balance_scaling import (
                 give_to_trainers,  # builds on this module, so not at the top
             )
@@ -191,7 +178,7 @@ class MoAModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return re.sub(rf"(\.moa_mixture)\.{re.escape(adapter_name)}(?=\.)", r"\1", key)
+        return re.sub(rf"(\.moa_mixture|\.modules_to_save)\.{re.escape(adapter_name)}(?=\.)", r"\1", key)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -204,17 +191,20 @@ class MoAModel(BaseTuner):
         """Map a checkpoint's keys to the model's, and refuse a checkpoint that does not fit it exactly.
 
         Raises:
-            UsageError: If weights are missing, unknown or of other sizes; PEFT itself would go on with random ones.
+            UsageError: If weights are missing, unknown, of other sizes, not finite or of the frozen model; PEFT itself would
+                go on with random or with changed ones.
         """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        expected = {
-            key: tensor.shape
-            for key, tensor in model.state_dict().items()
-            if f".{CHILD}.moa_mixture.{adapter_name}." in key
-        }
-        given = {key: tensor.shape for key, tensor in remapped.items() if f".{CHILD}.moa_mixture." in key}
-        _check_fit(expected, given, adapter_name)
-        return remapped
+        mine = re.compile(rf"\.(moa_mixture|modules_to_save)\.{re.escape(adapter_name)}\.")
+        check_values(remapped, f"adapter {adapter_name!r}")
+        own = {key: one for key, one in remapped.items() if mine.search(key)}
+        rest = {key: one for key, one in remapped.items() if key not in own}
+        others, added_rows = split_frozen(model, rest, config, f"adapter {adapter_name!r}")
+        # PEFT writes the copies in modules_to_save twice where tokens were added
+        unknown = {key: one for key, one in others.items() if ".modules_to_save." not in key}
+        expected = {key: one for key, one in model.state_dict().items() if mine.search(key)}
+        check_fit(expected, own | unknown, adapter_name)
+        return own | added_rows
 
 
 def _check_placement(model: nn.Module) -> None:
@@ -257,57 +247,6 @@ def _check_names(config: MoAConfig, modules: Sequence[str]) -> None:
                 re.fullmatch(config.exclude_modules, name)
 
 
-def _has_instance_gates(model: nn.Module) -> bool:
-    """Whether an adapter that is at work gates whole instances."""
-    return any(
-        router.config.granularity == "instance"
-        for _, layer in mixture_layers(model)
-        if not layer.disable_adapters
-        for adapter, mixture in layer.mixtures().items()
-        if adapter in layer.active_adapters
-        for router in mixture.routers().values()
-    )
-
-
-def _reads_in_chunks(model: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether the arguments of `generate`, or the model's own settings, split the prompt."""
-    configs = (*args[1:2], kwargs.get("generation_config"), getattr(model, "generation_config", None))
-    chunks = [
-        kwargs.get("prefill_chunk_size"),
-        *(getattr(one, "prefill_chunk_size", None) for one in configs),
-    ]
-    return any(one is not None for one in chunks)
-
-
-def _check_fit(
-    expected: Mapping[str, torch.Size], given: Mapping[str, torch.Size], adapter_name: str
-) -> None:
-    """Compare a checkpoint's weights with the model's, by name and size."""
-    missing, extra = expected.keys() - given.keys(), given.keys() - expected.keys()
-    if any(".router.gate.threshold_" in key for key in missing):
-        raise UsageError(
-            f"adapter {adapter_name!r} has no threshold but its config is Sparse MoA: the weights are Soft MoA's; load "
-            "them with their own config (RouterConfig(threshold=None))"
-        )
-    if any(".router.gate.threshold_" in key for key in extra):
-        raise UsageError(
-            f"adapter {adapter_name!r} has a learned threshold but its config has none: the weights are Sparse MoA's; "
-            "load them with their own config (RouterConfig(threshold=ThresholdConfig(maximum=...)))"
-        )
-    wrong = [f"{key} is missing" for key in sorted(missing)] + [f"{key} is unknown" for key in sorted(extra)]
-    wrong += [
-        f"{key} is {list(given[key])}, the model's is {list(expected[key])}"
-        for key in sorted(expected.keys() & given.keys())
-        if given[key] != expected[key]
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UsageError(
-            f"adapter {adapter_name!r} does not fit this model: {'; '.join(wrong[:3])}{more}. It belongs to another "
-            "base model or another config: see base_model_name_or_path in its adapter_config.json"
-        )
-
-
 def _chosen_blocks(blocks: list[Block], config: MoAConfig) -> dict[str, Block]:
     """The blocks of ``layers_to_transform``, by path."""
     wanted = range(len(blocks)) if config.layers_to_transform is None else config.layers_to_transform
@@ -334,19 +273,12 @@ def _placed_experts(block: Block, config: MoAConfig) -> list[PlacedExpert]:
 
 def _is_excluded(path: str, config: MoAConfig) -> bool:
     """Whether PEFT's rules keep adapters away from a module."""
-    if _is_saved_whole(path, config):
+    if is_saved_whole(path, config.modules_to_save):
         return True
     excluded = config.exclude_modules or []
     if isinstance(excluded, str):
         return re.fullmatch(excluded, path) is not None
     return any(path == one or path.endswith(f".{one}") for one in excluded)
-
-
-def _is_saved_whole(path: str, config: MoAConfig) -> bool:
-    """Whether a module or one around it is in ``modules_to_save``, which PEFT compares with the endings of names."""
-    parts = path.split(".")
-    around = [".".join(parts[: end + 1]) for end in range(len(parts))]
-    return any(name.endswith(saved) for saved in config.modules_to_save or [] for name in around)
 
 
 def _check_router_input(block: Block, config: MoAConfig) -> None:
@@ -359,7 +291,7 @@ def _check_router_input(block: Block, config: MoAConfig) -> None:
             "found; name it in ArchitectureConfig(norm=...) or use router_input 'projection'"
         )
     path = block.block_input_path if router_input == "block" else block.projection_input_path
-    if _is_saved_whole(path, config):
+    if is_saved_whole(path, config.modules_to_save):
         raise UsageError(
             f"modules_to_save {config.modules_to_save} covers {path}, which the router reads (router_input "
             f"{router_input!r}): leave it out, or choose the other router_input"

@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moa_peft.data.base_model import empty_model, resolve_model
+from moa_peft.data.base_loading import empty_model
 from moa_peft.errors import UsageError, unknown
-from moa_peft.evaluation.loading import AdapterFolder
+from moa_peft.evaluation.loading import AdapterFolder, choose_base
+from moa_peft.mixture.adapter_file import check_values
 from moa_peft.mixture.config import CopiedExpertConfig, ExpertConfig, RouterConfig
 from moa_peft.mixture.experts import LoraExpert, ParallelAdapterExpert, PromptExpert
 from moa_peft.mixture.peft_config import MoAConfig
@@ -74,6 +75,7 @@ def export_official(
     *,
     layout: str | None = None,
     base: str | None = None,
+    init_kwargs: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write an adapter as a checkpoint of the official code. The base model's weights are not read.
@@ -83,6 +85,7 @@ def export_official(
         out: The file: ``adapter.pth`` for the native layout, safetensors for the fork's.
         layout: "native" or "fork"; None for the one whose router reads what this adapter's does.
         base: The base model; None for the one that the adapter names.
+        init_kwargs: How it is loaded, as `choose_base` takes them.
         overwrite: Whether a file of that name may be replaced.
 
     Returns:
@@ -102,7 +105,7 @@ def export_official(
             f"out is {out}: the {chosen} layout, which fits this adapter's router, is another kind of file: give "
             f"{out.with_suffix(_OWN[chosen])}"
         )
-    model = _base(base or adapter.base_model, chosen)
+    model = _base(base, adapter, init_kwargs, chosen)
     weights, size_of_heads = read_mixture_weights(adapter), head_size(model.config)
     _refuse_missing(adapter.name, weights, model, config)
     named = official_weights(config, weights, chosen, size_of_heads)
@@ -156,6 +159,7 @@ def read_mixture_weights(adapter: AdapterFolder) -> Weights:
         stored = load_file(file)
     except SafetensorError as error:
         raise UsageError(f"{file} is damaged or cut off: {error}") from error
+    check_values(stored, adapter.name)
     weights: Weights = {}
     for key, tensor in stored.items():
         found = _KEY.fullmatch(key)
@@ -433,15 +437,18 @@ def _fork_problems(config: MoAConfig) -> list[str]:
     return wrong
 
 
-def _base(base: str | None, layout: Layout) -> Any:
+def _base(
+    name: str | None, adapter: AdapterFolder, init_kwargs: Mapping[str, Any] | None, layout: Layout
+) -> Any:
     """The base model without its weights, which must be of a family that the official code knows."""
-    if base is None:
+    if name is None and adapter.base_model is None:
         raise UsageError("the adapter names no base model: give --model")
-    model = empty_model(resolve_model(base), base)
+    base = choose_base(name, adapter, init_kwargs)
+    model = empty_model(base)
     family = model.config.get_text_config().model_type
     if family not in FAMILIES[layout]:
         raise UsageError(
-            f"the base model {base!r} is of the family {family}: the official code in the {layout} layout knows "
+            f"the base model {base.name!r} is of the family {family}: the official code in the {layout} layout knows "
             f"{', '.join(FAMILIES[layout])}"
         )
     return model

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
-from moa_peft.data.base_model import empty_model, resolve_model
+from moa_peft.data.base_loading import empty_model, find_base
 from moa_peft.errors import UsageError, unknown
 from moa_peft.mixture.block_hooks import mixture_layers
 from moa_peft.mixture.config import RouterConfig
@@ -110,8 +110,7 @@ def import_checkpoint(
     """
     check_folder(out, overwrite=overwrite)
     checkpoint_files(checkpoint)  # a wrong path is said before the base is looked for on the hub
-    path = resolve_model(base)
-    model = empty_model(path, base)
+    model = empty_model(find_base(base))
     found = read_checkpoint(checkpoint, frozenset(model.state_dict()))
     num_blocks = model.config.get_text_config().num_hidden_layers
     placed = placed_weights(found.weights, head_size(model.config))

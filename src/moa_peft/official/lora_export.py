@@ -39,7 +39,7 @@ from moa_peft.evaluation.scoring import (
 from moa_peft.mixture.architecture import LinearSite
 from moa_peft.mixture.block_hooks import GateRecord, MoALayer, mixture_layers
 from moa_peft.mixture.experts.lora import LowRankChange
-from moa_peft.mixture.token_masks import prompt_lengths
+from moa_peft.mixture.token_watch import prompt_lengths
 from moa_peft.official.adapter_folder import adapter_folder, check_folder
 from moa_peft.official.exporter import read_mixture_config
 
@@ -136,7 +136,9 @@ class LoraOptions:
     batch_size: int = 16
     """Most rows in a forward pass."""
     dtype: str | None = None
-    """Of the base model; None as in `moa_peft.evaluation.loading.load`."""
+    """Of the base model; None as in `moa_peft.evaluation.loading.choose_base`."""
+    init_kwargs: Mapping[str, Any] | None = None
+    """How the base model is loaded, likewise."""
     seed: int = 0
     """Of the draw of the held-out rows."""
     overwrite: bool = False
@@ -198,7 +200,7 @@ def export_lora(
             f"{adapter.name} has modules_to_save {config.modules_to_save}: a plain LoRA for servers cannot hold them"
         )
     measured, tested = _rows(data, held_out, limit, options.seed)
-    loaded = load(model, adapter, dtype=options.dtype)
+    loaded = load(model, adapter, dtype=options.dtype, init_kwargs=options.init_kwargs)
     questions = {
         name: [
             token_question(row, [render_completion(row)], loaded.tokenizer, options.template) for row in rows
@@ -216,7 +218,7 @@ def export_lora(
     lora = plain_lora(loaded.model, means)
     base = loaded.model.unload()
     with adapter_folder(out, overwrite=options.overwrite) as draft:
-        made, parameters = write_lora(draft, base, lora)
+        made, parameters = write_lora(draft, base, lora, revision=loaded.base_settings.get("revision"))
         again = PeftModel.from_pretrained(base, str(draft)).eval()
         export = _answer_loss(again, scored, options.batch_size, "export")
     return LoraReport(
@@ -354,7 +356,10 @@ def plain_lora(model: Any, means: Mapping[tuple[str, str], GateMeans]) -> dict[s
 
 
 def write_lora(
-    folder: Path, base: nn.Module, lora: Mapping[str, tuple[Tensor, Tensor]]
+    folder: Path,
+    base: nn.Module,
+    lora: Mapping[str, tuple[Tensor, Tensor]],
+    revision: str | None = None,
 ) -> tuple[LoraConfig, int]:
     """Write a LoRA as PEFT does, in a form that servers take: one rank, ``lora_alpha = r``, no patterns.
 
@@ -362,6 +367,7 @@ def write_lora(
         folder: An existing folder.
         base: The base model, whose modules are named; it is not changed.
         lora: From `plain_lora`.
+        revision: Of the base model, if it has one.
 
     Returns:
         The config, and the number of parameters written. Modules that the names in ``target_modules`` cover without
@@ -372,6 +378,7 @@ def write_lora(
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=getattr(base, "name_or_path", None) or None,
+        revision=revision,
         r=rank,
         lora_alpha=rank,
         target_modules=sorted(_targets(list(modules), lora)),

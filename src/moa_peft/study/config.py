@@ -40,9 +40,11 @@ EQUAL = (
     "dataloader_in_order",
     "ignore_data_skip",
     "accelerator_config",
+    "model_init_kwargs",
+    "trust_remote_code",
 )
 """Fields of the trainer that no method may have for itself: they decide which rows it meets, in which order, in how many
-steps. The batch is compared as a product."""
+steps, and on which base model. The batch is compared as a product."""
 
 ChooseBy = Literal["answer_loss", "accuracy"]
 

@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from moa_peft.data.base_model import empty_model, resolve_model
+from moa_peft.data.base_loading import BaseSettings, empty_model, find_base, told_init_kwargs
 from moa_peft.errors import UsageError
 from moa_peft.quiet import quiet_libraries
 from moa_peft.study.config import Method, StudyConfig
@@ -29,10 +29,10 @@ def check_methods(config: StudyConfig) -> None:
         build_peft_config(recipe)
         with quiet_libraries():
             build_settings(copy.deepcopy(recipe), has_validation=False, cuda=torch.cuda.is_available())
-    path = resolve_model(config.model)
+    base = find_base(config.model, told_init_kwargs(config.trainer))
     for label, recipe in recipes.items():
         with quiet_libraries():
-            _check_fit(label, recipe, path)
+            _check_fit(label, recipe, base)
 
 
 def _recipe(config: StudyConfig, method: Method) -> Recipe:
@@ -40,10 +40,10 @@ def _recipe(config: StudyConfig, method: Method) -> Recipe:
     return recipe_of(config, run, data=config.data, data_md5="", folder=config.out)
 
 
-def _check_fit(label: str, recipe: Recipe, path: str) -> None:
+def _check_fit(label: str, recipe: Recipe, base: BaseSettings) -> None:
     from peft import get_peft_model
 
-    model = empty_model(path, recipe.model)
+    model = empty_model(base)
     try:
         get_peft_model(model, build_peft_config(recipe))
     except ValueError as error:

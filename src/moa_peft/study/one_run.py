@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moa_peft.data.base_loading import told_init_kwargs
 from moa_peft.data.row import Row
 from moa_peft.data.templates import Template
 from moa_peft.errors import UsageError
-from moa_peft.evaluation.loading import load, read_adapter
+from moa_peft.evaluation.loading import default_dtype, load, read_adapter
 from moa_peft.evaluation.options import EvaluationOptions
 from moa_peft.evaluation.result_key import ModelIdentity, identify
 from moa_peft.evaluation.run import evaluate
@@ -81,9 +82,11 @@ class Order:
         return self.data.train if self.job.run.rows is None else self.data.short
 
     @property
-    def dtype(self) -> str | None:
-        """The dtype that the base model is scored in; None for the one that `load` chooses."""
-        return "bfloat16" if reads_bf16(self.config, self.job.run.method) else None
+    def init_kwargs(self) -> dict[str, Any]:
+        """How the base model is loaded for scoring: as for training, in `default_dtype` where the study gives none."""
+        method = self.job.run.method
+        told = told_init_kwargs(self.config.trainer if method is None else self.config.trainer_of(method))
+        return told | ({"dtype": default_dtype()} if told.get("dtype") == "auto" else {})
 
 
 class OtherBaseError(UsageError):
@@ -155,7 +158,7 @@ def train_once(order: Order) -> dict[str, Any]:
         if (
             order.base_fingerprint is not None
         ):  # as scoring reads it, which may be another dtype than training does
-            check_base(order, identify(load(order.config.model, dtype=order.dtype).model))
+            check_base(order, identify(load(order.config.model, init_kwargs=order.init_kwargs).model))
             _free()
         recipe = run_recipe(order)
         begun = (folder / RECIPE_FILE).exists()
@@ -201,7 +204,7 @@ def score(order: Order) -> dict[str, Any]:
     """
     start, config, run = time.perf_counter(), order.config, order.job.run
     adapter = None if run.method is None else read_adapter(str(order.folder))
-    loaded = load(config.model, adapter, dtype=order.dtype)
+    loaded = load(config.model, adapter, init_kwargs=order.init_kwargs)
     identity = identify(
         loaded.model,
         base_model=config.model,
@@ -230,6 +233,7 @@ def score(order: Order) -> dict[str, Any]:
         prompts = [one.row for one in order.data.validation.questions[: config.router_prompts]]
         router = router_summary(loaded.model, loaded.tokenizer, prompts, config.template)
     return {
+        "base_settings": loaded.base_settings,
         "base_fingerprint": identity.base_fingerprint,
         "adapter_fingerprint": identity.adapter_fingerprint,
         "validation": validation,

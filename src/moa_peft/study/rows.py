@@ -86,6 +86,8 @@ class RunRow:
     """The fields of `trl.SFTConfig` that were set."""
     model: str
     """The base model, as it was named."""
+    base_settings: Mapping[str, Any] | None = None
+    """How it was loaded for scoring; none in older rows."""
     base_fingerprint: str | None
     """Hash of its weights."""
     adapter_fingerprint: str | None

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moa_peft.data.base_model import absolute_name
 from moa_peft.errors import UsageError
 from moa_peft.training.output_folder import read_recipe
 from moa_peft.training.recipe import Recipe
@@ -199,9 +198,11 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """
     new = json.loads(json.dumps(new))  # as the old one was written: keys as text, tuples as lists
     old = {"validation_md5": new.get("validation_md5"), **old}  # earlier runs did not record it
-    for one in (old, new):
-        if isinstance(one.get("model"), str):
-            one["model"] = absolute_name(one["model"])  # a study names it as its file does
+    before, init_kwargs = (one.get("model_init_kwargs") or {} for one in (old, new))
+    found = {
+        key: before[key] for key in ("dtype",) if key in before
+    }  # a run writes down the dtype that it found
+    old, new = old | {"model_init_kwargs": before}, new | {"model_init_kwargs": found | init_kwargs}
     free = FREE_ON_RESUME - (_CHOOSE_THE_BEST if new.get("load_best_model_at_end") else frozenset())
     differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key) and key not in free]
     return [key.removesuffix("_md5") for key in differing]

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback
 
-from moa_peft.data.base_model import absolute_name, load_model, resolve_model
-from moa_peft.errors import UsageError, expanded, first_line, library_errors
+from moa_peft.data.base_loading import BaseSettings, find_base, load_base, load_tokenizer, told_init_kwargs
+from moa_peft.errors import UsageError, expanded, library_errors
 from moa_peft.folder_lock import claimed
 from moa_peft.mixture.block_hooks import mixture_layers
 from moa_peft.quiet import quiet_libraries
@@ -100,8 +100,8 @@ class Preparation:
     """The recipe, with the MD5 of its rows."""
     plan: Plan
     """What it will do."""
-    model_path: str
-    """Where the base model was found."""
+    base: BaseSettings
+    """The base model."""
     trainer: AdapterTrainer
     """What will do it."""
     clock: StepClock
@@ -126,9 +126,7 @@ def prepare(recipe: Recipe) -> Preparation:
         UsageError: If the recipe cannot be followed, or another process works in ``output_dir``.
         OSError: If ``output_dir`` cannot be written to.
     """
-    recipe = dataclasses.replace(
-        recipe, output_dir=str(expanded(recipe.output_dir)), model=absolute_name(recipe.model)
-    )
+    recipe = dataclasses.replace(recipe, output_dir=str(expanded(recipe.output_dir)))
     check_trainer(recipe)
     build_peft_config(recipe)  # reports a wrong method before anything is loaded
     folder = Path(recipe.output_dir)
@@ -157,15 +155,15 @@ def _prepare(recipe: Recipe, folder: Path) -> Preparation:
     rows = read_rows(recipe)
     recipe = rows.recipe
     resume_from, skipped = find_resumption(recipe, folder)
-    path = resolve_model(recipe.model)
-    tokenizer = _load_tokenizer(path, recipe)
+    base = find_base(recipe.model, told_init_kwargs(recipe.to_mapping()))
+    tokenizer = load_tokenizer(base)
     encoded = encode(rows, tokenizer)
-    model = _load_model(path, recipe)
+    model = _load_model(base, tokenizer, recipe)
     trainer, clock, progress = _build_trainer(recipe, model, tokenizer, encoded)
     steps = _count_steps(trainer)
     if resume_from is not None and step_of(resume_from) < steps:
         check_state(resume_from)
-    recipe = _with_checkpoints(recipe, trainer, steps)
+    recipe = _with_dtype(_with_checkpoints(recipe, trainer, steps), model)
     trained = [one.numel() for one in trainer.wrapped.parameters() if one.requires_grad]
     plan = Plan(
         method=recipe.method,
@@ -185,7 +183,7 @@ def _prepare(recipe: Recipe, folder: Path) -> Preparation:
     return Preparation(
         recipe=recipe,
         plan=plan,
-        model_path=path,
+        base=base,
         trainer=trainer,
         clock=clock,
         progress=progress,
@@ -201,19 +199,28 @@ def _with_checkpoints(recipe: Recipe, trainer: AdapterTrainer, steps: int) -> Re
     return dataclasses.replace(recipe, trainer={**recipe.trainer, "save_steps": trainer.args.save_steps})
 
 
+def _with_dtype(recipe: Recipe, model: Any) -> Recipe:
+    """Write down which dtype the base model came in, for whoever loads it later."""
+    found = {"dtype": str(model.dtype).removeprefix("torch.")}
+    told = found | (recipe.trainer.get("model_init_kwargs") or {})
+    return dataclasses.replace(recipe, trainer={**recipe.trainer, "model_init_kwargs": told})
+
+
 def _build_trainer(
     recipe: Recipe, model: Any, tokenizer: Any, encoded: TrainingRows
 ) -> tuple[AdapterTrainer, StepClock, ProgressLines]:
     settings = build_settings(
         copy.deepcopy(recipe), has_validation=encoded.validation is not None, cuda=torch.cuda.is_available()
     )
+    peft_config = build_peft_config(recipe)
+    peft_config.revision = (recipe.trainer.get("model_init_kwargs") or {}).get("revision")
     trainer = AdapterTrainer(
         model=model,
         args=settings,
         train_dataset=encoded.train,
         eval_dataset=encoded.validation,
         processing_class=tokenizer,
-        peft_config=build_peft_config(recipe),
+        peft_config=peft_config,
     )
     given = {name: factor for name in FACTORS if (factor := getattr(recipe, name)) is not None}
     trainer.lr_factors = given or None
@@ -232,33 +239,17 @@ def _build_trainer(
     return trainer, clock, progress
 
 
-def _load_tokenizer(path: str, recipe: Recipe) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(path, **_loading(recipe))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"the tokenizer of {recipe.model!r} cannot be loaded: {first_line(error)}"
-        ) from error
-
-
-def _load_model(path: str, recipe: Recipe) -> Any:
+def _load_model(base: BaseSettings, tokenizer: Any, recipe: Recipe) -> Any:
     """Load the base model, a float16 one in float32 unless fp16 scales the loss: small gradients would become 0."""
-    settings = recipe.to_mapping()
-    given = dict(recipe.trainer.get("model_init_kwargs") or {})
-    options = {"dtype": torch.bfloat16 if settings["bf16"] else "auto"} | given
-    model = load_model(path, recipe.model, **options, **_loading(recipe))
-    if settings.get("fp16") or all(one.dtype != torch.float16 for one in model.parameters()):
+    model = load_base(base, tokenizer)
+    if recipe.trainer.get("fp16") or all(one.dtype != torch.float16 for one in model.parameters()):
         return model
-    if "dtype" in given or getattr(model, "is_quantized", False):
+    if base.init_kwargs["dtype"] != "auto" or getattr(model, "is_quantized", False):
         raise UsageError(
             f"the model {recipe.model!r} is in float16, whose small gradients become 0 where nothing scales the loss: give "
             "model_init_kwargs dtype float32 or bfloat16, or fp16 on a GPU"
         )
     return model.float()
-
-
-def _loading(recipe: Recipe) -> dict[str, Any]:
-    return {"trust_remote_code": bool(recipe.trainer.get("trust_remote_code", False))}
 
 
 def _count_steps(trainer: AdapterTrainer) -> int:

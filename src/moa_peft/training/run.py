@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moa_peft.data.base_model import model_fingerprint
+from moa_peft.data.base_loading import model_fingerprint
 from moa_peft.errors import UsageError, library_errors
 from moa_peft.provenance import provenance
 from moa_peft.quiet import quiet_libraries
@@ -126,7 +126,7 @@ def _result_row(preparation: Preparation, outcome: TrainingOutcome, recipe: dict
         "kind": "train",
         **{name: recipe[name] for name in ("method", "seed", "data", "data_md5")},
         "base_model": recipe["model"],
-        "base_file_sha256": model_fingerprint(preparation.model_path),
+        "base_file_sha256": model_fingerprint(preparation.base),
         "base_dtype": str(next(one.dtype for one in parameters if not one.requires_grad)),
         "adapter_dtype": str(next(one.dtype for one in parameters if one.requires_grad)),
         **asdict(outcome),
