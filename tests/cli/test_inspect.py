@@ -221,6 +221,7 @@ def test_prompts_that_cannot_be_read_are_refused_and_nothing_is_written(
         (["--prompts", "p", "--data", "demo"], "give either --prompts FILE"),
         (["--prompts", "missing.txt"], "--prompts missing.txt does not exist: give a text file"),
         (["--prompts", "."], "--prompts . is a folder"),
+        (["--prompts", "/dev/zero"], "--prompts /dev/zero is no file"),
         (["--prompts", "p", "--limit", 0], "--limit is 0: give at least 1"),
         (["--prompts", "p", "--template", "papr"], "unknown template 'papr': did you mean 'paper'"),
         (["--prompts", "p", "--out", "report"], "--out is report: give a file whose name ends in .html"),

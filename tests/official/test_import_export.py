@@ -403,6 +403,9 @@ def damages(weights: dict[str, Tensor]) -> dict[str, Callable[[Path], Path]]:
         "a list": saved([torch.zeros(1)]),
         "base only": saved({"tok_embeddings.weight": torch.zeros(3, 2)}),
         "damaged": written("bad.pth", b"PK\x03\x04 and no more"),
+        "text": written("bad.pth", b"weights: none\n"),
+        "mutated": written("bad.pth", b"\x80\x02h\x00."),
+        "holds itself": saved(cyclic(weights)),
         "cut off": cut_off(weights),
         "damaged shard": written("bad.safetensors", b"\x10\x00"),
         "shard": lambda folder: (
@@ -413,6 +416,13 @@ def damages(weights: dict[str, Tensor]) -> dict[str, Callable[[Path], Path]]:
         "kind of file": written("x.txt", b"x"),
         "absent": lambda folder: folder / "absent",
     }
+
+
+def cyclic(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """Weights beside a "model" that is the whole mapping again: looking for what is inside never ended."""
+    whole: dict[str, Any] = dict(weights)
+    whole["model"] = whole
+    return whole
 
 
 def without_key(weights: dict[str, Tensor], key: str) -> dict[str, Tensor]:
@@ -438,6 +448,9 @@ def without_key(weights: dict[str, Tensor], key: str) -> dict[str, Tensor]:
         ("no weights", "holds 'epoch', which is no weight"),
         ("a list", "holds no weights by name"),
         ("damaged", r"bad\.pth is damaged or cut off"),
+        ("text", r"bad\.pth holds more than tensors, or is damaged"),
+        ("mutated", r"bad\.pth is damaged or cut off"),
+        ("holds itself", "holds 'model', which is no weight"),
         ("damaged shard", r"bad\.safetensors is damaged or cut off"),
         ("base only", "holds no adapter: all of its 1 weights are those of a base model"),
         ("shard", r"lacks gone\.safetensors, which model\.safetensors\.index\.json names"),

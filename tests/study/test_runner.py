@@ -201,7 +201,7 @@ def test_a_second_process_in_the_same_folder_is_refused(study_of: Studies, tmp_p
     (tmp_path / "out").mkdir()
     with (
         FileLock(tmp_path / "out" / ".lock"),
-        pytest.raises(UsageError, match="another process works on the study"),
+        pytest.raises(UsageError, match="another process works in"),
     ):
         run_study(study)
 

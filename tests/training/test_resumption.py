@@ -195,6 +195,21 @@ def test_a_checkpoint_that_is_not_the_runs_is_refused(recipe_of: Recipes, tmp_pa
         train(dataclasses.replace(recipe, resume=str(tmp_path / "run" / "checkpoint-3")))
 
 
+def test_a_checkpoint_without_the_optimizers_state_is_only_good_for_what_has_reached_its_end(
+    recipe_of: Recipes,
+) -> None:
+    """With save_only_model, optimizer and schedule started over, without a word."""
+    recipe = recipe_of(save_steps=1, save_only_model=True)
+    train(recipe)
+    again = dataclasses.replace(recipe, resume=True)
+    assert train(again).step_s is None
+    checkpoints.unmark(checkpoints.find_checkpoints(Path(recipe.output_dir)).complete[-1])
+    with pytest.raises(
+        UsageError, match="checkpoint-3 holds no state of the optimizer, as save_only_model leaves it out"
+    ):
+        train(again)
+
+
 def test_resuming_where_there_is_no_run_is_refused(recipe_of: Recipes, tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match=r"run holds no readable moa_recipe.json, so there is no run to resume"

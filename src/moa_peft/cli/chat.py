@@ -3,7 +3,7 @@
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -73,7 +73,7 @@ class Conversation:
         sampling: dict[str, Any] = {"do_sample": False}
         if self.temperature > 0:
             sampling = {"do_sample": True, "temperature": self.temperature, "top_p": 1.0, "top_k": 0}
-        ends = sorted(end_ids(model, tokenizer))
+        ends = sorted(end_ids(model, tokenizer, cast("Any", self.template)))
         settings = GenerationConfig(max_new_tokens=room, eos_token_id=ends, pad_token_id=ends[0], **sampling)
         off = not self.use_adapter and self.loaded.adapter is not None
         streamer = _streamer(tokenizer)
@@ -96,9 +96,9 @@ class Conversation:
 
         tokenizer = self.loaded.tokenizer
         if self.template == "paper":
-            asked = turns[-1]["content"]
-            text = f"{self.system}\n\n{asked}" if self.system else asked
-            row = Row(instruction=text, input="", output="", answer="")
+            row = Row(
+                instruction=turns[-1]["content"], input="", output="", answer="", system=self.system or ""
+            )
             return prompt_ids(render_prompt(row, "paper", tokenizer), tokenizer, "paper")
         told = [{"role": "system", "content": self.system}] if self.system else []
         return prompt_ids(render_chat([*told, *turns], tokenizer), tokenizer, "chat")

@@ -156,6 +156,7 @@ def evaluate(
     from moa_peft.evaluation.tasks import load_tasks
 
     found = None if adapter is None else read_adapter(adapter)
+    out = default_out(model, found) if out is None else expanded(out)
     options = EvaluationOptions(
         mode=cast("Any", mode),
         extraction=extraction,
@@ -163,7 +164,7 @@ def evaluate(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         allow_code_execution=allow_code_execution,
-        out=default_out(model, found) if out is None else expanded(out),
+        out=out,
     )
     chosen = load_tasks(tasks or "demo", data_root=data_root, split=split, limit=limit)
     for task in chosen:
@@ -172,9 +173,10 @@ def evaluate(
 
     from moa_peft.evaluation.result_key import identify_loaded
     from moa_peft.evaluation.run import evaluate as evaluate_task
+    from moa_peft.folder_lock import claimed
     from moa_peft.quiet import quiet_libraries
 
-    with quiet_libraries():
+    with quiet_libraries(), claimed(out):
         loaded = load(model, found, dtype=dtype, init_kwargs=init_kwargs)
         identity = identify_loaded(loaded)
         results = [

@@ -108,8 +108,9 @@ def export(
 
     found = read_adapter(adapter)
     chosen = cast("Any", choose_template(template, found, "paper"))
-    how = {"batch_size": batch_size, "dtype": dtype, "init_kwargs": init_kwargs, "overwrite": overwrite}
-    options = LoraOptions(template=chosen, **how)
+    options = LoraOptions(
+        template=chosen, batch_size=batch_size, dtype=dtype, init_kwargs=init_kwargs, overwrite=overwrite
+    )
     with quiet_libraries():
         made = export_lora(
             found, out, data=data, held_out=held_out, limit=limit, model=model, options=options

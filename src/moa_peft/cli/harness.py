@@ -50,6 +50,7 @@ def evaluate_on_harness(
     from moa_peft.evaluation.loading import load, read_adapter
     from moa_peft.evaluation.options import default_out
     from moa_peft.evaluation.result_key import identify_loaded
+    from moa_peft.folder_lock import claimed
     from moa_peft.quiet import quiet_libraries
 
     if template not in (None, "chat"):
@@ -59,6 +60,7 @@ def evaluate_on_harness(
             "through the chat template"
         )
     found = None if adapter is None else read_adapter(adapter)
+    out = out or default_out(model, found)
     options = HarnessOptions(
         tasks=tuple(one.strip() for one in tasks.split(",") if one.strip()),
         task_folder=task_folder,
@@ -66,9 +68,9 @@ def evaluate_on_harness(
         num_fewshot=num_fewshot,
         batch_size=batch_size,
         chat=template == "chat",
-        out=out or default_out(model, found),
+        out=out,
     )
-    with quiet_libraries():
+    with quiet_libraries(), claimed(out):
         manager = check_harness_tasks(options)
         loaded = load(model, found, dtype=dtype, init_kwargs=init_kwargs)
         identity = identify_loaded(loaded)

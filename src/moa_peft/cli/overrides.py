@@ -20,6 +20,17 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  # PyYAML's own shape
 
+    def construct_scalar(self, node: Any) -> Any:
+        """Read a scalar; half of a character, as an escape can make one, is an error with its line."""
+        text = super().construct_scalar(node)
+        try:
+            str(text).encode()
+        except UnicodeEncodeError as error:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{text!r} holds half of a character: write it whole", node.start_mark
+            ) from error
+        return text
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping; a key given twice is an error with its line."""
         seen: set[Any] = set()
@@ -53,6 +64,27 @@ for _tag, _pattern, _first in (
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What PyYAML lets through of values with a wrong tag, too many digits or too deep a nesting."""
 
+_MOST_BYTES, _MOST_VALUES = 2**20, 100_000
+"""The largest file of settings, and the most values in it, each alias counted with all that it stands for."""
+
+
+def _load(text: str) -> Any:
+    """Read YAML, its aliases bounded: a few lines of them can stand for more values than fit into the memory.
+
+    Raises:
+        yaml.YAMLError: If it is no YAML, or stands for too much. Also one of `_UNREADABLE`.
+    """
+    value = yaml.load(text, Loader=_Loader)  # a SafeLoader
+    left, count = [value], 0
+    while left:
+        one = left.pop()
+        count += 1
+        if count > _MOST_VALUES:
+            problem = f"more than {_MOST_VALUES:,} values, or one that holds itself: write it without aliases"
+            raise yaml.MarkedYAMLError(problem=problem)
+        left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+    return value
+
 
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML (or JSON) file whose top level is a mapping.
@@ -67,16 +99,18 @@ def load_yaml(path: Path) -> dict[str, Any]:
         UsageError: If there is no such file, or it is not YAML, gives a key twice or holds no mapping; the message
             names the file and the line.
     """
+    if not path.is_file():  # nor a device or a pipe, which have no end
+        raise UsageError(f"no configuration file at {path}: give the path of a YAML file with --config")
+    if path.stat().st_size > _MOST_BYTES:
+        raise UsageError(
+            f"{path} is larger than {_MOST_BYTES:,} bytes: give a YAML file of settings with --config"
+        )
     try:
         text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UsageError(
-            f"no configuration file at {path}: give the path of a YAML file with --config"
-        ) from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not a text file in UTF-8: give a YAML file with --config") from error
     try:
-        settings = yaml.load(text, Loader=_Loader)  # a SafeLoader
+        settings = _load(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
@@ -146,7 +180,7 @@ def parse_value(flag: str, text: str) -> Any:
     """
     try:
         if text.startswith(("[", "{", "'", '"')):
-            return yaml.load(text, Loader=_Loader)  # a SafeLoader
+            return _load(text)
         loader = _Loader("")
         tag = loader.resolve(yaml.ScalarNode, text.strip(), (True, False))
         return text if tag.endswith(":str") else loader.construct_object(yaml.ScalarNode(tag, text.strip()))

@@ -186,7 +186,7 @@ class GenerationExaminer:
         check_lengths(model, [len(one) + max_new_tokens for one in self._prompts])
         bare = [dataclasses.replace(one, completions=()) for one in questions]
         self._losses = LikelihoodExaminer(model, tokenizer, bare, template=template, batch_size=batch_size)
-        self._ends = end_ids(model, tokenizer)
+        self._ends = end_ids(model, tokenizer, template)
 
     def batches(self) -> list[list[int]]:
         """See `Examiner`."""

@@ -229,7 +229,10 @@ def evaluation_key(
         "adapter": identity.adapter_fingerprint,
         "settings": {name: value for name, value in model.config.to_dict().items() if name not in _ELSEWHERE},
         "tokens": tokens,
-        "ends": [end_token_id(tokenizer), *sorted(end_ids(model, tokenizer))],
+        "ends": [
+            end_token_id(tokenizer, "paper" if mode == "text" else options.template),
+            *sorted(end_ids(model, tokenizer)),
+        ],
     }
     if task.runs_code:
         decisive["tests"] = [one.code and dataclasses.asdict(one.code) for one in task.questions]

@@ -109,7 +109,7 @@ def token_question(
     Raises:
         UsageError: If the template cannot be used with the tokenizer, or the tokenizer names no end token.
     """
-    end = end_token_id(tokenizer)
+    end = end_token_id(tokenizer, template)
     return TokenQuestion(
         prompt=tuple(prompt_ids(render_prompt(row, template, tokenizer), tokenizer, template)),
         completions=tuple((*completion_ids(one, tokenizer), end) for one in completions),

@@ -33,15 +33,15 @@ def read_prompts(file: Path) -> list[str]:
     Raises:
         UsageError: If the file is missing, is not text in UTF-8 or holds no prompt.
     """
+    if not file.is_file():  # nor a pipe or a device, which may have no end
+        what = "is a folder" if file.is_dir() else "is no file" if file.exists() else "does not exist"
+        raise UsageError(f"--prompts {file} {what}: give a text file with a prompt a line")
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(
             f"--prompts {file} is not text in UTF-8: {error.reason} at byte {error.start}; give a file with a prompt a line"
         ) from error
-    except (FileNotFoundError, IsADirectoryError) as error:
-        what = "is a folder" if file.is_dir() else "does not exist"
-        raise UsageError(f"--prompts {file} {what}: give a text file with a prompt a line") from error
     if "\0" in text:
         raise UsageError(
             f"--prompts {file} is not text: it holds zero bytes; give a file with a prompt a line"

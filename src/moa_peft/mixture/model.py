@@ -4,7 +4,7 @@
 # pyright: reportIncompatibleMethodOverride=false
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,10 @@ from moa_peft.mixture.placement import (
 from moa_peft.mixture.registration import register
 from moa_peft.mixture.sites import Block
 from moa_peft.mixture.token_watch import TokenWatch
+from moa_peft.time_limit import time_limit
+
+_PATTERN_S = 5.0
+"""Seconds that the pattern of modules to exclude may take for all names of a model; microseconds are usual."""
 
 
 class MoAModel(BaseTuner):
@@ -44,12 +48,32 @@ class MoAModel(BaseTuner):
     tuner_layer_cls = MoALayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # PEFT's name; targets are the blocks
 
+    def __init__(
+        self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Put an adapter onto a model; one that is refused leaves no trace in it, of PEFT or transformers either."""
+        host: Any = model
+        before = dict(getattr(model, "peft_config", {}))
+        try:
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        except UsageError:
+            if before:
+                host.peft_config = before
+            elif getattr(model, "_hf_peft_config_loaded", False):  # set before `add_adapter` has called us
+                host._hf_peft_config_loaded = False
+            raise
+
     def _prepare_adapter_config(self, peft_config: MoAConfig, model_config: dict[str, Any]) -> MoAConfig:  # noqa: ARG002
         return peft_config
 
     def _pre_injection_hook(self, model: nn.Module, config: MoAConfig, adapter_name: str) -> None:  # noqa: ARG002
         """Refuse what cannot work before anything is touched: such weights, and names that torch cannot keep a module under."""
         _check_placement(model)
+        if not getattr(model, "can_generate", lambda: True)():
+            raise UsageError(
+                f"{type(model).__name__} is no causal language model: a mixture would train without its head, and is not supported "
+                "there; give a model of AutoModelForCausalLM"
+            )
         if "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
             raise UsageError(
                 f"adapter name {adapter_name!r} cannot be used: give one without dots, such as 'default'"
@@ -70,6 +94,7 @@ class MoAModel(BaseTuner):
 
     def _prepare_model(self, peft_config: MoAConfig, model: nn.Module) -> None:
         """Plan the whole mixture before the first block is touched, so that an error leaves the model as it was."""
+        _check_names(peft_config, [name for name, _ in model.named_modules()])
         self._check_architecture(peft_config)
         self._blocks = chosen_blocks(find_blocks(model, peft_config.parts().architecture), peft_config)
         check_targets(list(self._blocks.values()), peft_config)
@@ -133,6 +158,17 @@ class MoAModel(BaseTuner):
             _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
             if adapter_name in layer.moa_mixture and dtype is not None and dtype.is_floating_point:
                 layer.moa_mixture[adapter_name].to(dtype)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Refuse to combine adapters into one.
+
+        Raises:
+            UsageError: Always, with the reason.
+        """
+        raise UsageError(
+            "add_weighted_adapter: mixtures cannot be combined into one, for their gates depend on the input; activate several "
+            "at once (set_adapter with a list), or put the experts into one MoAConfig"
+        )
 
     def _check_merge_allowed(self) -> None:
         raise UsageError(MERGE_REFUSAL)
@@ -200,6 +236,23 @@ def _check_placement(model: nn.Module) -> None:
                 "the meta device, where a prompt cannot be projected nor an expert placed. Give a device_map without 'disk' "
                 "and 'cpu' offload, a smaller or a quantised base model"
             )
+
+
+def _check_names(config: MoAConfig, modules: Sequence[str]) -> None:
+    """Check what names modules: every one to save is there, and the pattern of those to exclude ends.
+
+    Raises:
+        UsageError: If not.
+    """
+    for saved in config.modules_to_save or []:
+        if not saved or not any(name.endswith(saved) for name in modules):
+            raise UsageError(
+                f"modules_to_save has {saved!r}: no module's name ends so; give names such as lm_head or embed_tokens"
+            )
+    if isinstance(config.exclude_modules, str):
+        with time_limit(_PATTERN_S, f"the regular expression exclude_modules {config.exclude_modules!r}"):
+            for name in modules:
+                re.fullmatch(config.exclude_modules, name)
 
 
 def _check_router_input(block: Block, config: MoAConfig) -> None:

@@ -161,9 +161,8 @@ def _prompt_of_generation(model: Any, args: tuple[Any, ...], kwargs: Mapping[str
     _, past = cache_of(kwargs)
     record = record_of(past)
     if record is not None and any(getattr(one, "is_assistant", False) for one in configs[:-1]):
-        remember(
-            past, replace(record, is_cut=False)
-        )  # a draft reads the token before its new ones a second time
+        # a draft reads the last token before its new ones again, which may be the prompt's
+        remember(past, replace(record, is_cut=False))
     elif record is not None and not (record.is_told and record.ends_within(int(past.get_seq_length()) - 1)):
         return PROMPT_IS_OPEN
     given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))

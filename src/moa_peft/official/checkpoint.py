@@ -136,14 +136,14 @@ def checkpoint_files(path: Path) -> list[Path]:
 def _is_peft_mixture(file: Path) -> bool:
     try:
         return json.loads(file.read_text(encoding="utf-8")).get("peft_type") == "MOA"
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 
 def _shards_of(index: Path) -> set[str]:
     try:
         return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UsageError(f"{index} is not an index of shards: copy the checkpoint again") from error
 
 
@@ -160,13 +160,14 @@ def _read_pickled(file: Path, path: Path) -> dict[str, Tensor]:
             f"{file} holds more than tensors, or is damaged, and is not loaded: save its weights alone where they come "
             "from, as in torch.save(checkpoint['model'], 'adapter.pth')"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # whatever torch's reader makes of bytes that are not its own
         raise UsageError(f"{file} is damaged or cut off: {first_line(error)}") from error
-    while isinstance(content, Mapping):
-        inner = [key for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
-        if not inner:
-            break
-        content = content[inner[0]]
+    for _ in _WRAPPERS:  # not for ever: a mapping may hold itself
+        inner = [
+            key for key in _WRAPPERS if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
+        ]
+        if inner:
+            content = content[inner[0]]
     if not isinstance(content, Mapping) or not content:
         raise UsageError(f"{path} holds no weights by name: give the official adapter.pth")
     odd = [key for key, one in content.items() if not (isinstance(key, str) and isinstance(one, Tensor))]

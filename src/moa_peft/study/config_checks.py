@@ -9,7 +9,15 @@ from typing import Any, Literal, get_args
 from moa_peft.data.templates import Template
 from moa_peft.errors import unknown
 from moa_peft.evaluation.options import Mode
-from moa_peft.training.recipe import FACTORS, REFUSED, TRAINER_DEFAULTS, factor_problems, own_fields
+from moa_peft.training.recipe import (
+    FACTORS,
+    MOST,
+    REFUSED,
+    TRAINER_DEFAULTS,
+    factor_problems,
+    own_fields,
+    whole_number_problems,
+)
 
 ChooseBy = Literal["answer_loss", "accuracy"]
 
@@ -55,7 +63,9 @@ def _form_problems(study: Any) -> list[str]:
     values += [("validation", study.data if study.validation is None else study.validation, *text)]
     values += [("tasks", study.tasks, *names)]
     values += [
-        (name, given, *names) for name in ("forgetting", "finalists") if (given := getattr(study, name))
+        (name, given, *names)
+        for name in ("forgetting", "finalists")
+        if (given := getattr(study, name)) not in ((), [], "", None)
     ]
     values += [("trainer", study.trainer, *fields), ("data_md5", study.data_md5, *fields)]
     if _are_fields(study.data_md5):
@@ -70,15 +80,16 @@ def _number_problems(study: Any) -> list[str]:
     limits = dict.fromkeys(_LIMITS, 1)
     least = {**limits, "draw_seed": 0, "max_length": 2, "batch_size": 1, "router_prompts": 0}
     problems = [
-        f"{name} is {value!r}: give a whole number of at least {low}"
+        problem
         for name, low in least.items()
         for value in [getattr(study, name)]
-        if (type(value) is not int or value < low) and not (value is None and name in limits)
+        if not (value is None and name in limits)
+        for problem in whole_number_problems(name, value, low)
     ]
     rates = study.learning_rates
     lists: tuple[tuple[str, Any, Callable[[Any], bool], str, str], ...] = (
-        ("seeds", study.seeds, _is_seed, "whole numbers from 0", "seed"),
-        ("tuning_seeds", study.tuning_seeds, _is_seed, "whole numbers from 0", "seed"),
+        ("seeds", study.seeds, _is_seed, f"whole numbers from 0, below {MOST + 1:,}", "seed"),
+        ("tuning_seeds", study.tuning_seeds, _is_seed, f"whole numbers from 0, below {MOST + 1:,}", "seed"),
         ("learning_rates", rates, _is_rate, "numbers above 0", "rate"),
     )
     for name, values, fits, wanted, each in lists:
@@ -177,7 +188,7 @@ def _are_fields(value: object) -> bool:
 
 
 def _is_seed(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return not whole_number_problems("seed", value, 0)
 
 
 def _is_rate(value: Any) -> bool:

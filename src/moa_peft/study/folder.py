@@ -1,13 +1,10 @@
-"""The folder of a study: one process at a time, and nothing in it that another config has made."""
+"""The folder of a study: nothing in it that another config has made."""
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from moa_peft.errors import UsageError
 from moa_peft.json_lines import append_rows, drop_torn_line
@@ -23,23 +20,6 @@ STUDY_FILE = "study.json"
 
 TRAINING_FILE = "training.json"
 """Written last of a training run, in its folder: what it gave."""
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Hold a study's folder, so that no second process works in it; a kill gives it back.
-
-    Raises:
-        UsageError: If another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise UsageError(
-            f"another process works on the study in {folder}: wait for it, or give another --out"
-        ) from error
 
 
 def check_same_study(
@@ -132,7 +112,7 @@ def read_study(folder: Path) -> dict[str, Any] | None:
     try:
         study = json.loads(file.read_text(encoding="utf-8"))
         return {name: dict(study[name]) for name in ("settings", "methods", "tests")}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
             f"{file} is damaged: get the file of this study again, or give another --out"
         ) from error

@@ -2,6 +2,8 @@
 
 import copy
 
+import torch
+
 from moa_peft.data.base_loading import BaseSettings, empty_model, find_base, told_init_kwargs
 from moa_peft.errors import UsageError
 from moa_peft.quiet import quiet_libraries
@@ -26,7 +28,7 @@ def check_methods(config: StudyConfig) -> None:
         check_trainer(recipe)
         build_peft_config(recipe)
         with quiet_libraries():
-            build_settings(copy.deepcopy(recipe), has_validation=False, cuda=False)
+            build_settings(copy.deepcopy(recipe), has_validation=False, cuda=torch.cuda.is_available())
     base = find_base(config.model, told_init_kwargs(config.trainer))
     for label, recipe in recipes.items():
         with quiet_libraries():

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moa_peft.folder_lock import claimed
 from moa_peft.study.config import StudyConfig
 from moa_peft.study.data import StudyData, load_data, questions_md5
-from moa_peft.study.folder import append_row, check_run_folders, check_same_study, claimed, write_study
+from moa_peft.study.folder import append_row, check_run_folders, check_same_study, write_study
 from moa_peft.study.methods import check_methods
 from moa_peft.study.one_run import Order, execute, reads_bf16
 from moa_peft.study.rows import RunRow, Stage, read_results

@@ -19,6 +19,8 @@ from moa_peft.training.recipe import Recipe
 
 MANIFEST = "complete.json"
 _NAME = re.compile(r"checkpoint-([0-9]+)")
+_OPTIMIZER_FILES = ("optimizer*", "global_step*")
+"""Where the trainer keeps the optimizer's state: its own file or FSDP's, and DeepSpeed's folder."""
 
 
 FREE_ON_RESUME = frozenset(
@@ -94,7 +96,7 @@ def is_complete(checkpoint: Path) -> bool:
     try:
         sizes = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["sizes"]
         return bool(sizes) and all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 
@@ -158,6 +160,19 @@ def choose(output_dir: Path, resume: bool | str) -> Path | None:
             raise UsageError(f"{resume} is not a complete checkpoint of the run in {output_dir}: {known}")
         return wanted[0]
     return complete[-1] if complete else None
+
+
+def check_state(checkpoint: Path) -> None:
+    """Check that training can go on from a checkpoint as if it had never stopped.
+
+    Raises:
+        UsageError: If it holds weights alone (``save_only_model``): optimizer and schedule would start over.
+    """
+    if not any(any(checkpoint.glob(pattern)) for pattern in _OPTIMIZER_FILES):
+        raise UsageError(
+            f"{checkpoint} holds no state of the optimizer, as save_only_model leaves it out: optimizer and schedule would "
+            "start over; start a new run in another output_dir"
+        )
 
 
 def names(checkpoints: Sequence[Path]) -> str:
