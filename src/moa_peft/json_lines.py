@@ -76,10 +76,20 @@ def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def replace_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Replace a file of JSON lines: whole, or not at all."""
+    with written_whole(file) as draft:
+        append_rows(draft, rows)
+
+
+@contextmanager
+def written_whole(file: Path) -> Iterator[Path]:
+    """Give a path that becomes ``file`` when it is written; after an error it is gone and ``file`` as before."""
     draft = file.with_name(f".{file.name}.tmp")
     draft.unlink(missing_ok=True)
-    append_rows(draft, rows)
-    draft.replace(file)
+    try:
+        yield draft
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 @contextmanager

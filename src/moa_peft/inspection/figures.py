@@ -6,6 +6,7 @@ from typing import Any
 
 from moa_peft.inspection.inspection import Inspection
 from moa_peft.inspection.results import Finding, Numbers
+from moa_peft.json_lines import written_whole
 
 DPI = 200
 """Dots an inch: a figure of seven inches has 1,400."""
@@ -75,10 +76,6 @@ def _curves(curves: Sequence[tuple[str, Sequence[tuple[int, float | None]]]]) ->
 
 
 def _save(figure: Any, file: Path) -> Path:
-    draft = file.with_name(f".{file.name}.tmp")
-    try:
+    with written_whole(file) as draft:
         figure.savefig(draft, dpi=DPI, format="png")
-        draft.replace(file)
-    finally:
-        draft.unlink(missing_ok=True)
     return file

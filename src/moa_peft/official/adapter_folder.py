@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moa_peft.errors import UsageError
+from moa_peft.json_lines import written_whole
 from moa_peft.training.output_folder import ADAPTER_CONFIG, RECIPE_FILE, disk_errors_named, replacing
 
 
@@ -70,13 +71,8 @@ def single_file(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     check_file(out, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f".{out.name}.tmp")
-    try:
-        with disk_errors_named(out.parent):
-            yield draft
-        draft.replace(out)
-    finally:
-        draft.unlink(missing_ok=True)
+    with written_whole(out) as draft, disk_errors_named(out.parent):
+        yield draft
 
 
 def check_file(out: Path, *, overwrite: bool) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from moa_peft.errors import UsageError
 from moa_peft.folder_lock import LOCK_FILE
-from moa_peft.json_lines import append_rows, drop_torn_line
+from moa_peft.json_lines import append_rows, drop_torn_line, written_whole
 
 RECIPE_FILE = "moa_recipe.json"
 RESULTS_FILE = "results.jsonl"
@@ -47,13 +47,8 @@ def sweep(output_dir: Path) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    draft = file.with_name(f".{file.name}.tmp")
-    try:
+    with written_whole(file) as draft:
         draft.write_text(text, encoding="utf-8")
-        draft.replace(file)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise
 
 
 def write_recipe(output_dir: Path, recipe: Mapping[str, Any]) -> None:
