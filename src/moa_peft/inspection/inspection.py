@@ -47,7 +47,7 @@ def inspect_model(
     batch_size: int = 8,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Inspection:
-    """Collect statistics of a model's mixtures on texts, in one pass.
+    """Collect statistics of a model's mixtures on texts, in one pass; their memory does not depend on the number of texts.
 
     Args:
         model: A causal language model of transformers with a mixture, in PEFT's wrapper or loaded by transformers alone.
@@ -55,9 +55,6 @@ def inspect_model(
         about: The adapters to inspect, by their names in the model, with what is known of each; None for the active one.
         batch_size: Most texts in a forward pass; no number depends on it beyond rounding.
         progress: Called with the number of texts read so far.
-
-    Returns:
-        The statistics. The memory they take does not depend on the number of texts.
 
     Raises:
         UsageError: If the model has no mixture, or a text cannot be read.
@@ -71,11 +68,9 @@ def inspect_model(
     check_texts(model, texts)
     active = layers[0].active_adapters[0]
     about = {active: {}} if about is None else about
-    for name, known in about.items():
-        if not any(name in layer.mixtures() for layer in layers):
-            raise UsageError(
-                f"the adapter {known.get('adapter', name)} is no mixture of adapters: give one that is"
-            )
+    there = {name for layer in layers for name in layer.mixtures()}
+    if others := [known.get("adapter", name) for name, known in about.items() if name not in there]:
+        raise UsageError(f"the adapter {others[0]} is no mixture of adapters: give one that is")
     observer, agreement = Observer(model), AgreementSums()
     shown: ShownTokens | None = None
     done = 0

@@ -120,32 +120,28 @@ def summarise(
         return None if row is None else dataclasses.replace(row, label=run.label)  # it may have had another
 
     chosen = choose_rates(config, shared, rows)
+    tried = [(run, done("tuning", run)) for run in tuning_runs(config, tried_rates(config, shared, rows))]
+    finals = [(run, done("final", run)) for run in final_runs(config, chosen)]
     tuning: dict[tuple[str, float], tuple[RunRow | None, ...]] = {}
-    missing: list[str] = []
-    used: list[RunRow] = []
-    tasks = [*tests, *forgetting]
-    tried = tuning_runs(config, tried_rates(config, shared, rows))
-    for run in tried:
+    for run, row in tried:
         assert run.learning_rate is not None, "only methods are tuned"
-        row = done("tuning", run)
         key = (run.label, run.learning_rate)
         tuning[key] = (*tuning.get(key, ()), row)
-        used += [row] if row is not None else []
-        missing += [] if row is not None else [f"{run.name}, tried on validation rows"]
-    finalists = [one.label for one in config.methods if is_finalist(config, one)]
     found: dict[str, list[RunRow]] = {label: [] for label in (FROZEN, *config.labels())}
-    for run in final_runs(config, chosen):
-        row = done("final", run)
-        used += [row] if row is not None else []
-        missing += _missing(run, row, tasks)
+    for run, row in finals:
         if row is not None and (row.failure is None or row.tests):
             found[run.label].append(row)
+    tasks = [*tests, *forgetting]
+    finalists = [one.label for one in config.methods if is_finalist(config, one)]
+    missing = [f"{run.name}, tried on validation rows" for run, row in tried if row is None]
+    missing += [one for run, row in finals for one in _missing(run, row, tasks)]
     missing += [
         f"{label}, seed {seed}: no learning rate is chosen"
         for label in config.labels()
         for seed in config.seeds
         if chosen[label] is None and label in finalists
     ]
+    used = tuple(row for _, row in (*tried, *finals) if row is not None)
     return StudySummary(
         config=config,
         tests=tuple(tests),
@@ -158,7 +154,7 @@ def summarise(
         choices=_choices(config.baseline, chosen, tuning),
         failures=tuple(row for row in used if row.failed(tasks)),
         missing=tuple(missing),
-        rows=tuple(used),
+        rows=used,
         planned=len(tried) + 1 + len(finalists) * len(config.seeds),
     )
 
