@@ -31,17 +31,16 @@ _MOST_PARSED = 400_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodeCheck:
-    """What a program is put together with, and what it must pass."""
+    """What a program must pass."""
 
-    head: str
-    """What comes before the answer: code of the question that the answer goes on from, or that it needs."""
+    entry_point: str = ""
+    """The function that the tests call."""
 
-    tests: str
-    """What comes after it; raises where the answer is wrong."""
+    head: str = ""
+    """The question's own code: what the answer goes on from, or needs. The tests have its functions as well."""
 
-    def program(self, code: str) -> str:
-        """The program that decides whether an answer is right."""
-        return f"{self.head}{code}\n{self.tests}"
+    tests: str = ""
+    """Code that raises where the answer is wrong."""
 
 
 def stated_code(text: str, form: AnswerForm) -> str | None:
