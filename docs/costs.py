@@ -93,8 +93,9 @@ def _count(model: Any) -> Operations:
 
     from moa_peft import packed_weights
     from moa_peft.bench.work import flop_counter
+    from moa_peft.mixture.gate_cache import cache_of
 
-    def operations(tokens: int, seen: int, cache: Any) -> tuple[int, Any]:
+    def operations(tokens: int, seen: int, past: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         mask = torch.zeros(
             1, 1, tokens, seen
         )  # four dimensions: what a token sees is not asked of its values
@@ -102,17 +103,17 @@ def _count(model: Any) -> Operations:
             output = model(
                 input_ids=torch.zeros(1, tokens, dtype=torch.long),
                 attention_mask=mask,
-                past_key_values=cache,
                 use_cache=True,
+                **past,
             )
-        return counter.get_total_flops(), output.past_key_values
+        return counter.get_total_flops(), dict([cache_of(output)])
 
     with FakeTensorMode(), torch.no_grad(), packed_weights(model):  # as `generate` does
         for module in model.eval().modules():
             for held in (module._parameters, module._buffers):
                 held.update({name: _fake(one) for name, one in held.items() if one is not None})
-        sequence, cache = operations(SEQUENCE, SEQUENCE, None)
-        decoding, _ = operations(1, SEQUENCE + 1, cache)
+        sequence, past = operations(SEQUENCE, SEQUENCE, {})
+        decoding, _ = operations(1, SEQUENCE + 1, past)
     return Operations(sequence=sequence / SEQUENCE, decoding=decoding)
 
 

@@ -9,7 +9,7 @@ from writing import table
 from moa_peft.cli.overrides import load_yaml
 from moa_peft.evaluation.results import mean_and_standard_error
 from moa_peft.study.config import FROZEN, StudyConfig
-from moa_peft.study.formatting import NONE, claim, count, difference_cells, percent
+from moa_peft.study.formatting import NONE, count, difference_cells, percent
 from moa_peft.study.one_run import COLUMNS
 from moa_peft.study.report import read_summary
 from moa_peft.study.rows import RunRow
@@ -31,7 +31,7 @@ def accuracies() -> str:
     summary = found()
     rows = []
     for one in summary.methods:
-        difference, _, _, _, detectable, _ = difference_cells(one.versus)
+        difference, _, _, _, detectable, _, claim = difference_cells(one.versus)
         rows.append(
             (
                 f"`{one.label}`",
@@ -39,7 +39,7 @@ def accuracies() -> str:
                 percent(one.mean),
                 difference,
                 detectable,
-                NONE if one.versus is None else claim(one.versus),
+                NONE if one.versus is None else claim,
             )
         )
     head = (

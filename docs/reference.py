@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks import benchmarks
 from command_reference import commands
+from families import counts, shapes, structures
 from found import accuracies, losses, routers
 from inspected import inspected
 from method_reference import costs, method_table, methods, routing
@@ -224,6 +225,8 @@ GENERATED: Mapping[str, Any] = {
     "api": api,
     "inspected": inspected,
     "benchmarks": benchmarks,
+    "families": structures,
+    "shapes": shapes,
     "found_accuracies": accuracies,
     "found_losses": losses,
     "found_routers": routers,
@@ -233,7 +236,7 @@ GENERATED: Mapping[str, Any] = {
 
 def main() -> None:
     """Print one reference: ``python docs/reference.py methods`` prints the README's table of methods."""
-    known = {"methods": method_table, "found": accuracies}
+    known = {"methods": method_table, "found": accuracies, "families": counts}
     if len(sys.argv) != 2 or sys.argv[1] not in known:
         sys.exit(f"usage: python docs/reference.py {'|'.join(known)}")
     print(known[sys.argv[1]]())

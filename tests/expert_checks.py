@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from moa_peft import ExpertConfig, MoAConfig, RouterConfig, mixture_layers
-from moa_peft.mixture.architecture import LinearSite, Slot
+from moa_peft.mixture.sites import LinearSite, Slot
 from tiny import awaken, base_model, tokens
 
 LAYERS = ("linear", "unbiased", "conv1d")

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from moa_peft import MoAConfig, RouterConfig, mixture_layers
-from moa_peft.mixture.architecture import Block
+from moa_peft.mixture.sites import Block
 from tiny import FAMILIES, TinyFamily, base_model
 
 

@@ -24,7 +24,6 @@ from moa_peft.mixture.presets import PRESETS
 from moa_peft.study.config import studies_of
 from moa_peft.training.recipe import Recipe, build_peft_config, merge
 from moa_peft.training.trainer_settings import check_trainer, switch_names, trainer_fields
-from tiny import FAMILIES
 from tiny_lm import save_base
 
 ROOT = Path(__file__).parent.parent
@@ -201,23 +200,10 @@ def test_the_yaml_of_a_page_is_a_recipe(page: Path, tmp_path: Path) -> None:
         recipe_of({"data": "rows.json", "output_dir": "run", **load_yaml(tmp_path / "recipe.yaml")})
 
 
-def test_the_readmes_tables_of_methods_and_of_the_study_are_generated() -> None:
+def test_the_readmes_tables_are_generated() -> None:
     assert between("README.md", "methods", "end of methods") == REFERENCE.method_table()
     assert between("README.md", "found", "end of found") == REFERENCE.accuracies()
-
-
-def test_the_readmes_table_of_families_holds_every_tested_family_and_what_it_fuses() -> None:
-    rows = between("README.md", "families", "end of families").splitlines()[2:]
-    said = {kind.strip(" `"): fused.strip() for _, _, kind, fused, _ in (row.split("|") for row in rows)}
-    known = {
-        family.model_type: "; ".join(
-            ", ".join(name.removesuffix("_proj") for name in names) + " in one"
-            for names in family.fused.values()
-        )
-        + (", head by head" if family.per_head else "")
-        for family in FAMILIES.values()
-    }
-    assert said == {kind: fused or "-" for kind, fused in known.items()}
+    assert between("README.md", "families", "end of families") == REFERENCE.counts()
 
 
 def test_every_method_has_its_equations_in_the_documentation() -> None:

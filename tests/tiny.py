@@ -15,7 +15,7 @@ from transformers import (
 
 from moa_peft import LoraExpert, MoAConfig, ParallelAdapterExpert, PromptExpert, RouterConfig, ThresholdConfig
 from moa_peft.mixture.experts import DoraExpert, IA3Expert, SequentialAdapterExpert, VeraExpert
-from moa_peft.mixture.token_masks import cache_of
+from moa_peft.mixture.gate_cache import cache_of
 
 VOCABULARY = 97
 GATED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

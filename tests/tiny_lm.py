@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -74,6 +76,18 @@ def save_base(folder: Path, *, chat: bool = False, **changes: Any) -> Path:
     tiny_llama(**changes).save_pretrained(folder)
     byte_tokenizer(chat=chat).save_pretrained(folder)
     return folder
+
+
+def save_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Write a cache of the hub with a model whose main has moved on since v1, go offline, and give the model's name."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for seed, (revision, commit) in enumerate((("v1", "1" * 40), ("main", "2" * 40))):
+        save_base(folder / "models--org--tiny" / "snapshots" / commit, seed=seed)
+        ref = folder / "models--org--tiny" / "refs" / revision
+        ref.parent.mkdir(exist_ok=True)
+        ref.write_text(commit)
+    return "org/tiny"
 
 
 def save_adapter(folder: Path, base: Path, **recipe: Any) -> Path:

@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import json
-import subprocess
 import sys
 import weakref
 from functools import partial
@@ -14,9 +13,11 @@ import pytest
 import torch
 from torch import nn
 
+from moa_peft.bench import measure as measuring
 from moa_peft.bench import subjects, work
 from moa_peft.bench.measure import BenchOptions, as_dict, measure, quartiles, ratios, take_turns
 from moa_peft.bench.rows import BenchRow
+from moa_peft.cli import main
 from moa_peft.errors import UsageError
 from moa_peft.mixture.block_hooks import MoALayer
 from moa_peft.mixture.mixture import Mixture
@@ -52,6 +53,7 @@ def test_a_row_has_the_ratios_to_baseline_and_frozen_model_and_an_error_that_is_
     assert all(largest < 1e-3 and (mean is not None and mean < 1e-5) for largest, mean in errors)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_what_is_timed_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
@@ -88,7 +90,10 @@ def test_an_error_in_how_experts_are_joined_shows_and_is_an_objection(
     assert any("against the experts one by one" in one for one in row.objections())
 
 
-def test_memory_rows_count_what_autograd_keeps_beyond_the_frozen_model() -> None:
+def test_memory_rows_count_what_autograd_keeps_beyond_the_frozen_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measuring, "_peaks", lambda *_: (1.0, None))  # each takes a process of its own
     rows = rows_of("memory", "soft-moa-no-prompt", "lora")
     assert rows["frozen"].saved_mib == 0
     lora, soft = rows["peft-lora"].saved_mib, rows["soft-moa-no-prompt"].saved_mib
@@ -98,6 +103,7 @@ def test_memory_rows_count_what_autograd_keeps_beyond_the_frozen_model() -> None
     assert soft > 0
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_process_is_not_its_parents() -> None:
     held = torch.ones(2**28)  # 1 GiB
     row = rows_of("memory")["frozen"]
@@ -126,16 +132,19 @@ def test_operators_of_peft_lora_are_those_that_can_be_counted_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "most"),
+    ("kind", "dtype", "lora", "most"),
     [
-        ("train", {"soft-moa-no-prompt": 27, "soft-moa": 38, "sparse-moa": 42}),
-        ("decode", {"soft-moa-no-prompt": 30, "soft-moa": 37, "sparse-moa": 36}),
+        ("train", "float32", 20, {"soft-moa-no-prompt": 24, "soft-moa": 33, "sparse-moa": 39}),
+        ("train", "bfloat16", 30, {"soft-moa-no-prompt": 40, "soft-moa": 52, "sparse-moa": 55}),
+        ("decode", "float32", 20, {"soft-moa-no-prompt": 27, "soft-moa": 32, "sparse-moa": 33}),
     ],
 )
-def test_a_block_takes_no_more_kernels_than_it_did(kind: str, most: dict[str, int]) -> None:
-    """PEFT's LoRA takes 20. A number above these is a pass that has got longer: shorten it, or say why."""
-    rows = rows_of(kind, *most)
-    assert rows["peft-lora"].kernels == 20
+def test_a_block_takes_no_more_kernels_than_it_did(
+    kind: str, dtype: str, lora: int, most: dict[str, int]
+) -> None:
+    """PEFT's LoRA takes 20 or 30. A number above these is a pass that has got longer: shorten it, or say why."""
+    rows = rows_of(kind, *most, dtype=dtype)
+    assert rows["peft-lora"].kernels == lora
     assert {
         name: row.kernels for name, row in rows.items() if name in most and row.kernels > most[name]
     } == {}
@@ -250,19 +259,18 @@ def test_experts_asked_one_by_one_make_the_same_logits_as_joined_ones(method: st
     assert torch.equal(again, joined)
 
 
-def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from moa_peft.cli import main; main()", "bench", *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
-
-
-def test_the_command_prints_one_object_and_appends_rows(tmp_path: Path) -> None:
+def test_the_command_prints_one_object_and_appends_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.jsonl"
     few = ("--layers", "1", "--pairs", "1", "--batch-size", "1", "--length", "4", "--methods", "sparse-moa")
-    done = run("train", *few, "--json", "--out", "rows.jsonl", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    printed = json.loads(done.stdout)["rows"]
+    monkeypatch.setattr(sys, "argv", ["moa", "bench", "train", *few, "--json", "--out", str(file)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    printed = json.loads(capsys.readouterr().out)["rows"]
     assert [row["method"] for row in printed] == ["frozen", "peft-lora", "sparse-moa"]
-    written = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert written == printed
+    assert [json.loads(line) for line in file.read_text().splitlines()] == printed
 
 
 @pytest.mark.parametrize(
@@ -273,9 +281,12 @@ def test_the_command_prints_one_object_and_appends_rows(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(
-    words: tuple[str, ...], said: str, tmp_path: Path
+    words: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = run(*words, cwd=tmp_path)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    monkeypatch.setattr(sys, "argv", ["moa", "bench", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert len(told.strip().splitlines()) == 1

@@ -18,7 +18,9 @@ from moa_peft.study.config import Method, StudyConfig, studies_of
 from tiny_study import write_study
 
 Invoke = Callable[..., Any]
-SMALL = ["--learning_rates", "[0.01]", "--seeds", "[0]", "--tasks", "first"]
+SMALL = [
+    "--learning_rates", "[0.01]", "--seeds", "[0]", "--tasks", "first", "--train_limit", "32", "--test_limit", "4",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +54,9 @@ def test_a_study_says_what_it_will_do_how_far_it_is_and_what_it_found(finished: 
     rows = {row["label"]: row for row in read_rows(folder / "out" / "results.jsonl")}
     wanted = [
         "methods     soft-moa, lora, and the frozen model; baseline lora",
-        "training    64 rows, epochs 1",
+        "training    32 rows, epochs 1",
         "rates       0.01, the only one\n",
-        "tests       1, 16 questions in all",
+        "tests       1, 4 questions in all",
         "left        2 runs to train, 1 more to score only",
         "[2/3] soft-moa-lr0.01-seed0 (1 tests)",
         f"validation loss {rows['lora']['validation']['answer_loss']:.4f}",

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from filelock import FileLock
 from typer.testing import CliRunner, Result
 
 from moa_peft.cli.evaluate import evaluate
@@ -145,6 +146,19 @@ def test_a_users_mistake_is_one_clear_error(words: list[str], message: str, base
     given = dict(zip(words[::2], words[1::2], strict=True))
     with pytest.raises(UsageError, match=message):
         call(*(word for pair in (defaults | given).items() for word in pair))
+
+
+def test_a_second_process_in_the_same_folder_is_refused_before_the_model_is_loaded(
+    base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four at once wrote a row twice, and shared the name of a draft."""
+    monkeypatch.setattr("moa_peft.evaluation.loading.load", None)
+    (tmp_path / "out").mkdir()
+    with (
+        FileLock(tmp_path / "out" / ".lock"),
+        pytest.raises(UsageError, match=r"another process works in .*out: wait for it"),
+    ):
+        call("--model", base, "--tasks", rows, "--out", tmp_path / "out")
 
 
 def test_help_explains_and_shows_examples() -> None:

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,13 @@ def test_flags_that_cannot_be_meant_are_refused(flags: list[str], message: str) 
         parse_flags(flags, switches=["packing"])
 
 
+def test_an_alias_stands_for_what_it_names(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("a: &experts [1, 2]\nb: *experts\n")
+    assert load_yaml(tmp_path / "a.yaml") == {"a": [1, 2], "b": [1, 2]}
+    with pytest.raises(UsageError, match=r"--a is .*: more than 100,000 values, or one that holds itself"):
+        parse_flags(["--a", "[&a [*a]]"])
+
+
 def test_a_yaml_file_is_read_with_the_same_scalars(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("learning_rate: 1e-4\nsave_strategy: no\nmixture:\n  router: {kind: linear}\n")
@@ -114,6 +122,14 @@ def test_a_yaml_file_is_read_with_the_same_scalars(tmp_path: Path) -> None:
         ("a: " + "[" * 5000, "recipe.yaml is not YAML: "),
         ("a: !!python/object/apply:os.getcwd []\n", "recipe.yaml, line 1: could not determine a constructor"),
         ("a: \x01\n", "recipe.yaml is not YAML: "),
+        ('a: 1\nb: "\\uD800"\n', r"recipe.yaml, line 2: .*holds half of a character: write it whole"),
+        ("a: &a [1, *a]\n", "recipe.yaml: more than 100,000 values, or one that holds itself"),
+        (
+            "a0: &a0 [1]\n"
+            + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9)),
+            "recipe.yaml: more than 100,000 values",
+        ),
+        (f"# {'x' * 2**20}", "recipe.yaml is larger than 1,048,576 bytes"),
     ],
 )
 def test_a_damaged_yaml_file_is_named_with_its_line(text: str, message: str, tmp_path: Path) -> None:
@@ -126,8 +142,10 @@ def test_a_damaged_yaml_file_is_named_with_its_line(text: str, message: str, tmp
 def test_a_yaml_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no configuration file at .*absent\.yaml"):
         load_yaml(tmp_path / "absent.yaml")
-    with pytest.raises(UsageError, match="no configuration file at"):
-        load_yaml(tmp_path)
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for endless in (tmp_path, tmp_path / "pipe.yaml", Path("/dev/zero")):
+        with pytest.raises(UsageError, match="no configuration file at"):
+            load_yaml(endless)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match=r"binary.yaml is not a text file in UTF-8"):
         load_yaml(tmp_path / "binary.yaml")

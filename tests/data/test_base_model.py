@@ -11,8 +11,9 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from moa_peft.data import base_model
-from moa_peft.data.base_model import convert_gguf, mark_as_plain, model_fingerprint, resolve_model
+from moa_peft.data import base_loading, base_model
+from moa_peft.data.base_loading import find_base, model_fingerprint
+from moa_peft.data.base_model import convert_gguf, mark_as_plain, resolve_model
 from moa_peft.data.cache import cache_root
 from moa_peft.errors import RunError, UsageError
 
@@ -137,9 +138,9 @@ def test_the_embedded_default_is_made_once_and_again_when_damaged(
     weights = (folder / "model.safetensors").read_bytes()
     with monkeypatch.context() as reading:
         reading.setattr(
-            base_model, "sha256_of", None
+            base_loading, "sha256_of", None
         )  # the manifest states it: half a gigabyte is not read again
-        assert model_fingerprint(str(folder)) == hashlib.sha256(weights).hexdigest()
+        assert model_fingerprint(find_base("smollm2")) == hashlib.sha256(weights).hexdigest()
     assert resolve_model("smollm2") == str(folder)
     assert capsys.readouterr().err == ""
     (folder / "model.safetensors").write_bytes(weights[:-4])
@@ -177,31 +178,6 @@ def test_a_folder_or_file_that_is_no_model_is_an_error(tmp_path: Path) -> None:
         resolve_model(str(tmp_path))
     with pytest.raises(UsageError, match=r"adapter_config\.json' is a file: give a folder"):
         resolve_model(str(tmp_path / "adapter_config.json"))
-
-
-def test_the_fingerprint_is_that_of_the_weights(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"holds no \.safetensors and no pytorch_model\*\.bin file"):
-        model_fingerprint(str(tmp_path))
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model-1.safetensors").write_bytes(b"one")
-    first = model_fingerprint(str(tmp_path))
-    assert first == hashlib.sha256(b"one").hexdigest()
-    (tmp_path / "model-2.safetensors").write_bytes(b"two")
-    second = model_fingerprint(str(tmp_path))
-    (tmp_path / "model-2.safetensors").write_bytes(b"owt")
-    assert len({first, second, model_fingerprint(str(tmp_path))}) == 3
-
-
-def test_the_fingerprint_of_a_hub_name_is_its_cached_commit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
-    assert model_fingerprint("org/model") == "unknown"
-    found = str(tmp_path / "snapshots" / "0123abc" / "config.json")
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: found)
-    assert model_fingerprint("org/model") == "0123abc"
 
 
 @pytest.mark.slow

@@ -90,7 +90,7 @@ def test_a_folder_names_its_splits_when_asked_for_another(tmp_path: Path) -> Non
                 "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}],
                 "completion": [{"role": "assistant", "content": "b"}],
             },
-            Row(instruction="s\n\na", input="", output="b", answer=""),
+            Row(instruction="a", input="", output="b", answer="", system="s"),
         ),
     ],
 )
@@ -237,8 +237,8 @@ def test_a_folder_with_the_name_of_a_file_is_not_read_as_one(tmp_path: Path) -> 
         next(iter(read_records(tmp_path / "folder" / "train.json")))
 
 
-@pytest.mark.parametrize("limit", [0, -3])
-def test_a_limit_below_one_is_an_error(limit: int) -> None:
+@pytest.mark.parametrize("limit", [0, -3, 10**23])
+def test_a_limit_below_one_or_beyond_any_list_is_an_error(limit: int) -> None:
     with pytest.raises(UsageError, match=f"limit is {limit}: give at least 1"):
         load_rows("demo", limit=limit)
 

@@ -37,6 +37,62 @@ def test_the_chat_template_opens_the_assistants_turn(tokenizer: PreTrainedTokeni
     assert render_completion(row()) == "4!"
 
 
+GEMMA = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+"""Ends a turn with another token than the tokenizer's end token, and knows no system turn."""
+
+
+def test_a_chat_reply_ends_as_the_template_ends_a_turn(
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast],
+) -> None:
+    """Gemma learned to end its replies with the tokenizer's <eos>, which ends no turn."""
+    gemma = make_tokenizer(chat=GEMMA)
+    gemma.add_special_tokens({"extra_special_tokens": ["<start_of_turn>", "<end_of_turn>"]})
+    end = gemma.convert_tokens_to_ids("<end_of_turn>")
+    (one,) = encode_rows([row()], gemma, "chat", 100).examples
+    assert gemma.decode(one.input_ids).endswith("<start_of_turn>model\n4!<end_of_turn>")
+    assert one.labels[-1] == end_token_id(gemma, "chat") == end
+    assert encode_rows([row()], gemma, "paper", 999).examples[0].labels[-1] == gemma.eos_token_id
+    endless = make_tokenizer(chat="{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
+    assert end_token_id(endless, "chat") == endless.eos_token_id
+
+
+@pytest.mark.parametrize(
+    "chat", ["{{ messages[0]['content'] }}", "{{ messages[-1]['content'] }} over and out"]
+)
+def test_a_template_whose_end_cannot_be_known_is_refused(
+    chat: str, make_tokenizer: Callable[..., PreTrainedTokenizerFast]
+) -> None:
+    with pytest.raises(
+        UsageError, match=r"ends a reply with .*which is not one of its special tokens, or leaves"
+    ):
+        end_token_id(make_tokenizer(chat=chat), "chat")
+
+
+def test_a_system_turn_stays_one_in_a_chat_and_stands_first_in_the_papers_instruction(
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    told = Row(instruction="Add.", input="", output="4!", answer="", system="Be brief.")
+    assert render_prompt(told, "chat", tokenizer) == "<s>system:Be brief.</s><s>user:Add.</s><s>assistant:"
+    assert "### Instruction:\nBe brief.\n\nAdd.\n" in render_prompt(told, "paper", None)
+    with pytest.raises(
+        UsageError, match="refuses system, user: System role not supported: use template 'paper'"
+    ):
+        render_prompt(told, "chat", make_tokenizer(chat=GEMMA))
+
+
+def test_a_chat_template_that_does_not_end_is_stopped(
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moa_peft.data.templates._LONGEST_S", 0.1)
+    loops = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "{% endfor %}" * 3
+    with pytest.raises(UsageError, match=r"chat template has not ended after 0\.1 s: use another one"):
+        render_prompt(row(), "chat", make_tokenizer(chat=loops))
+
+
 def test_chat_without_a_chat_template_points_to_the_paper_template(
     make_tokenizer: Callable[..., PreTrainedTokenizerFast],
 ) -> None:

@@ -64,6 +64,15 @@ def test_the_end_tokens_are_the_tokenizers_and_the_models_together() -> None:
     assert end_ids(with_mixture(model), TOKENIZER) == {7, 8, 256}
 
 
+def test_with_a_chat_template_the_token_that_ends_its_turns_ends_an_answer_too() -> None:
+    tokenizer = byte_tokenizer(chat=True)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<turn>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<turn>{% endfor %}"
+    model = tiny_llama()
+    assert end_ids(model, tokenizer, "chat") == {256, 257}
+    assert end_ids(model, tokenizer, "paper") == {256}
+
+
 def test_a_row_that_needs_no_more_stops_and_leaves_the_others_as_they_are() -> None:
     whole = generate_batch(tiny_llama(), PROMPTS, max_new_tokens=12, ends=())
     asked: list[int] = []

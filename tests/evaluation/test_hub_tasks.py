@@ -150,7 +150,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]
         asked.append((name, config, *options.values()))
         if name == "ybisk/piqa" and not options:
             raise RuntimeError("Dataset scripts are no longer supported, but found piqa.py")
-        task = next(one for one, source in HUB.items() if (source.name, source.config) == (name, config))
+        source = name if config is None else f"{name}:{config}"
+        task = next(task for task, one in HUB.items() if one.source == source)
         rows = datasets.Dataset.from_list([records[task]] * 3)
         return datasets.DatasetDict({HUB[task].split: rows, "train": rows})
 

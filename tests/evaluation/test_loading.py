@@ -1,14 +1,21 @@
 import json
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from moa_peft.errors import UsageError
-from moa_peft.evaluation.loading import choose_template, load, read_adapter
-from tiny_lm import byte_tokenizer, save_adapter, save_base, tiny_llama
+from moa_peft.evaluation.loading import AdapterFolder, choose_base, choose_template, load, read_adapter
+from tiny_lm import byte_tokenizer, save_adapter, save_base, tiny_llama, with_mixture
+
+
+def rewrite(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 @pytest.fixture
@@ -194,3 +201,146 @@ def test_a_model_that_cannot_be_loaded_and_an_unknown_dtype_are_named(tmp_path: 
         load(str(base))
     with pytest.raises(UsageError, match="unknown dtype 'bfloat61': did you mean 'bfloat16'"):
         load(str(base), dtype="bfloat61")
+
+
+def told(adapter: Path, **recipe: Any) -> AdapterFolder:
+    (adapter / "moa_recipe.json").write_text(json.dumps(recipe))
+    return read_adapter(str(adapter))
+
+
+def test_how_the_base_was_loaded_for_training_is_remembered_and_each_part_can_be_overridden(
+    base: Path, adapter: Path
+) -> None:
+    packed = {"quant_method": "torchao"}
+    given = {
+        "revision": "v1",
+        "dtype": "bfloat16",
+        "attn_implementation": "eager",
+        "quantization_config": packed,
+    }
+    found = told(
+        adapter, model=str(base), model_init_kwargs={**given, "device_map": "auto", "use_cache": False}
+    )
+    assert choose_base(None, found).init_kwargs == given
+    changed = choose_base(None, found, {"revision": "v2", "quantization_config": None}, "float16").init_kwargs
+    assert changed == {"revision": "v2", "dtype": "float16", "attn_implementation": "eager"}
+    other = choose_base(str(base), found).init_kwargs
+    assert other == {name: one for name, one in given.items() if name != "revision"}, (
+        "another name has others"
+    )
+    assert choose_base(None, told(adapter, model=str(base), bf16=True)).init_kwargs == {"dtype": "bfloat16"}
+    assert choose_base(str(base), None).init_kwargs == {"dtype": "float32"}
+    with pytest.raises(UsageError, match="dtype is given twice, as float16 and in model_init_kwargs"):
+        choose_base(None, found, {"dtype": "float16"}, "float16")
+
+
+def test_the_revision_that_pefts_own_config_states_is_taken(base: Path, adapter: Path) -> None:
+    rewrite(adapter / "adapter_config.json", revision="v7")
+    assert choose_base(None, read_adapter(str(adapter))).init_kwargs["revision"] == "v7"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"trust_remote_code": True},
+        {"weights_only": False},
+        {"attn_implementation": "someone/kernels"},
+        {"use_kernels": True},
+        {"revision": ["v1"]},
+    ],
+)
+def test_an_adapters_folder_does_not_decide_what_runs_here(
+    base: Path, adapter: Path, asked: dict[str, Any]
+) -> None:
+    (name,) = asked
+    found = told(adapter, model=str(base), model_init_kwargs=asked)
+    with pytest.raises(
+        UsageError, match=rf"adapter was trained with {name} for its base model, .* add --model-init"
+    ):
+        load(None, found)
+    assert choose_base(None, found, asked).init_kwargs[name] == asked[name]
+    assert name not in choose_base(None, found, {name: None}).init_kwargs
+    if name == "trust_remote_code":
+        with pytest.raises(UsageError, match="trained with trust_remote_code"):
+            load(None, told(adapter, model=str(base), trust_remote_code=True))
+
+
+def test_a_relative_base_is_found_where_training_found_it_or_beside_the_adapter(
+    tmp_path: Path, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = told(adapter, model="./base")
+    assert choose_base(None, found).path == str(base)
+    save_base(tmp_path / "elsewhere" / "base")
+    assert choose_base(None, found).path == str(base), "not another one of that name"
+    beside = save_base(adapter / "base")
+    rewrite(adapter / "adapter_config.json", base_model_name_or_path="./base")
+    (tmp_path / "elsewhere" / "base").rename(tmp_path / "elsewhere" / "moved")
+    assert choose_base(None, read_adapter(str(adapter))).path == str(beside)
+    beside.rename(adapter / "moved")
+    with pytest.raises(UsageError, match=r"'\./base' does not exist \(looked for base and .*/adapter/base\)"):
+        load(None, read_adapter(str(adapter)))
+
+
+@pytest.fixture
+def lora(tmp_path: Path, base: Path) -> Path:
+    model = LlamaForCausalLM.from_pretrained(base)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(str(tmp_path / "lora"))
+    return tmp_path / "lora"
+
+
+@pytest.mark.parametrize("kind", ["adapter", "lora"])
+def test_no_adapter_of_any_kind_changes_the_frozen_model_or_brings_what_is_no_number(
+    tmp_path: Path, request: pytest.FixtureRequest, kind: str
+) -> None:
+    folder = request.getfixturevalue(kind)
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({**weights, "base_model.model.model.norm.weight": torch.zeros(32)}, file)
+    with pytest.raises(
+        UsageError, match=r"holds another base_model\.model\.model\.norm\.weight than the frozen"
+    ):
+        load(None, read_adapter(str(folder)))
+    save_file({name: torch.full_like(one, float("nan")) for name, one in weights.items()}, file)
+    with pytest.raises(UsageError, match=r"adapter .*(adapter|lora) holds numbers that are not finite"):
+        load(None, read_adapter(str(folder)))
+
+
+def test_a_pickle_is_not_read(adapter: Path) -> None:
+    (adapter / "adapter_model.safetensors").unlink()
+    for content in (pickle.dumps(Path("/"), protocol=2), b"", b"PK\x03\x04 no zip"):
+        (adapter / "adapter_model.bin").write_bytes(content)
+        with pytest.raises(UsageError, match=r"the adapter .* cannot be loaded onto .*base: .") as error:
+            load(None, read_adapter(str(adapter)))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+def test_tokens_that_were_added_beside_the_adapter_lengthen_the_base(tmp_path: Path, base: Path) -> None:
+    model, tokenizer = LlamaForCausalLM.from_pretrained(base), byte_tokenizer()
+    tokenizer.add_tokens(["<new>", "<newer>"])
+    model.resize_token_embeddings(len(tokenizer))
+    trained, ids = with_mixture(model), torch.arange(245, 259)[None]
+    trained.save_pretrained(str(tmp_path / "a"))
+    tokenizer.save_pretrained(tmp_path / "a")
+    again = load(None, read_adapter(str(tmp_path / "a"))).model
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, trained(input_ids=ids).logits)
+
+
+def test_a_config_that_is_nested_too_deeply_or_of_no_kind_is_named(adapter: Path) -> None:
+    rewrite(adapter / "adapter_config.json", peft_type=["MOA"])
+    with pytest.raises(UsageError, match=r"its peft_type is \['MOA'\]: it must be text"):
+        read_adapter(str(adapter))
+    (adapter / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(UsageError, match=r"adapter_config\.json is not JSON"):
+        read_adapter(str(adapter))
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\ud800/b", "\0"])
+def test_a_name_that_no_file_can_have_is_one_line(name: str) -> None:
+    with pytest.raises(UsageError, match=r"^adapter "):
+        load(None, read_adapter(name))
+    with pytest.raises(UsageError, match="does not exist"):
+        load(name)

@@ -41,26 +41,33 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return file, found
 
 
-@pytest.fixture(params=["light", "dark"])
-def opened(request: pytest.FixtureRequest, report: tuple[Path, Any]) -> Iterator[Any]:
-    """The page in a browser; afterwards it must have asked for nothing and said nothing."""
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     assert CHROMIUM is not None, "CI installs chromium: apt-get install chromium"
+    with sync_playwright() as playwright:
+        one = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield one
+        one.close()
+
+
+@pytest.fixture
+def opened(request: pytest.FixtureRequest, browser: Any, report: tuple[Path, Any]) -> Iterator[Any]:
+    """The page, light unless a test asks for dark; afterwards it must have asked for nothing and said nothing."""
     said: list[str] = []
     asked: list[str] = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        tab = browser.new_page(color_scheme=request.param, viewport={"width": 1280, "height": 900})
-        tab.on("console", lambda message: said.append(message.text))
-        tab.on("pageerror", lambda error: said.append(str(error)))
-        tab.on("dialog", lambda dialog: said.append(dialog.message))
-        tab.on("request", lambda one: asked.append(one.url))
-        tab.goto(report[0].as_uri())
-        yield tab
-        assert said == []
-        assert asked == [report[0].as_uri()]
-        browser.close()
+    scheme = getattr(request, "param", "light")
+    tab = browser.new_page(color_scheme=scheme, viewport={"width": 1280, "height": 900})
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.on("dialog", lambda dialog: said.append(dialog.message))
+    tab.on("request", lambda one: asked.append(one.url))
+    tab.goto(report[0].as_uri())
+    yield tab
+    assert said == []
+    assert asked == [report[0].as_uri()]
+    tab.close()
 
 
 @NEEDS_BROWSER
@@ -120,6 +127,7 @@ def test_every_figure_is_drawn_and_markup_in_texts_is_inert(opened: Any) -> None
 
 
 @NEEDS_BROWSER
+@pytest.mark.parametrize("opened", ["light", "dark"], indirect=True)
 def test_words_can_be_read_on_every_shade(opened: Any) -> None:
     """Contrast of at least 4.5 to 1 in each cell, in light and dark."""
     ratios = opened.evaluate(

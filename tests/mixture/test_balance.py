@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin
 from datasets import Dataset
@@ -257,8 +258,10 @@ def test_a_packed_instance_counts_once_as_a_padded_one() -> None:
     model = get_peft_model(base_model("llama"), config)
     awaken(model)
     model.double().train()
-    rows = ragged()
-    assert_same(alone(model, **packed(rows)), alone(model, **padded(rows, "right")))
+    for call in (found := [packed(ragged()), padded(ragged(), "right")]):
+        call["labels"] = torch.full_like(call["input_ids"], -100)  # all of it is prompt
+    one_row, three_rows = (alone(model, **call) for call in found)
+    assert_same(one_row, three_rows)
 
 
 @everywhere
@@ -484,13 +487,25 @@ def half_precision(model: nn.Module, scaler: torch.amp.GradScaler | None) -> dic
     return gradients(model)
 
 
-def begin_step(model: nn.Module, scaler: torch.amp.GradScaler | None) -> None:
-    """What a trainer with fp16 calls; none runs without a GPU."""
+def begin_step(model: nn.Module, optimizer: Any) -> None:
+    """What a trainer with fp16 calls; none scales without a GPU."""
     args: Any = SimpleNamespace(gradient_accumulation_steps=1, ignore_data_skip=False, fp16=True)
     state, control = TrainerState(), TrainerControl()
     callback = BalanceLossScale()
     callback.on_train_begin(args, state, control, model=model, train_dataloader=[0, 1, 2])
-    callback.on_step_begin(args, state, control, optimizer=SimpleNamespace(scaler=scaler))
+    callback.on_step_begin(args, state, control, optimizer=optimizer)
+
+
+class DeepSpeedLike(AcceleratedOptimizer):
+    """As accelerate's wrapper of DeepSpeed's optimizer, which scales the loss by itself."""
+
+
+def test_fp16_on_a_cpu_where_nothing_scales_the_loss_is_not_refused() -> None:
+    """It was, with words about DeepSpeed; accelerate trains in float32 there."""
+    Accelerator(cpu=True)  # its optimizer asks for that state
+    model = mixture("block").float()
+    begin_step(model, AcceleratedOptimizer(torch.optim.SGD(model.parameters())))
+    assert {float(one.loss_scale) for one in routers(model).values() if one.loss_scale is not None} == {1.0}
 
 
 def test_the_gradient_scaler_of_fp16_scales_the_balance_loss_too() -> None:
@@ -498,17 +513,18 @@ def test_the_gradient_scaler_of_fp16_scales_the_balance_loss_too() -> None:
     set_loss_scale(model, 1.0)
     expected = half_precision(model, None)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    begin_step(model, scaler)
+    begin_step(model, SimpleNamespace(scaler=scaler))
     scaled = half_precision(model, scaler)
     assert_same({name: one / 1024 for name, one in scaled.items()}, expected, tolerance=1e-2)
 
 
 def test_fp16_whose_scale_nobody_knows_is_refused() -> None:
+    Accelerator(cpu=True)
     model = mixture("block").float()
     with pytest.raises(UsageError, match="by what fp16's gradient scaler multiplies the loss"):
         half_precision(model, None)
     with pytest.raises(UsageError, match="no gradient scaler that the balance loss could follow"):
-        begin_step(model, None)
+        begin_step(model, DeepSpeedLike(torch.optim.SGD(model.parameters())))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         backward(model, input_ids=tokens())  # no scaler
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moa_peft.mixture.token_watch import prompt_lengths
 from tiny import CASES, FAMILIES, largest, mixture_model, tokens
 
 COMPILED = [(family, "everything") for family in FAMILIES] + [
@@ -23,11 +24,12 @@ def test_the_forward_compiles_without_a_graph_break_and_its_backward_runs(family
     def outside_loss(logits: Tensor) -> Tensor:
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
-    eager = model(input_ids=ids).logits
+    call = {"input_ids": ids, **prompt_lengths(model, [ids.shape[1]])}
+    eager = model(**call).logits
     outside_loss(eager).backward()
     expected = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids=ids).logits
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(**call).logits
     outside_loss(compiled).backward()
     assert largest(compiled, eager) < 1e-5 * max(1.0, eager.abs().max().item())
     size = max(one.abs().max().item() for one in expected.values() if one is not None)

@@ -83,6 +83,12 @@ from tiny import base_model
             "unknown field of expert 'lora' 'rnk': did you mean 'rank'",
         ),
         (lambda: MoAConfig(experts=[3]), "an expert is 3: give LoraExpert"),
+        (lambda: MoAConfig(experts=1000), "experts is 1000: give a list of LoraExpert"),
+        (lambda: PromptExpert(length=10**9), "length is 1000000000: give a whole number of at most 65,536"),
+        (
+            lambda: MoAConfig.preset("soft-moa", exclude_modules="["),
+            r"exclude_modules is '\[': as a regular expression it has an error",
+        ),
         (
             lambda: MoAConfig.preset("soft-moa", target_modules=["q_proj"]),
             "a mixture's targets belong to its experts",
@@ -115,7 +121,7 @@ def test_a_wrong_config_is_refused_with_what_is_allowed(build: Any, message: str
         ),
         (lambda: MoAConfig(experts=[{"kind": "lora", "rank": 4}]), "missing: give targets"),
         (lambda: MoAConfig(experts=[{"kind": ["lora"]}]), "unknown expert"),
-        (lambda: RouterConfig(gate=["sigmoid"]), "unknown gate"),
+        (lambda: RouterConfig(gate=["sigmoid"]), r"gate is .*: give text"),
         (
             lambda: MoAConfig(experts=[PromptExpert()], router="linear"),
             r"router is 'linear': give RouterConfig\(\.\.\.\), or a mapping",
@@ -140,6 +146,17 @@ def test_a_wrong_config_is_refused_with_what_is_allowed(build: Any, message: str
             lambda: MoAConfig.preset("soft-moa", layers_to_transform=[]),
             r"layers_to_transform is \[\]: give whole numbers, or leave it out for every block",
         ),
+        (
+            lambda: MoAConfig.preset("soft-moa", exclude_modules=3),
+            "exclude_modules is 3: give a list of names",
+        ),
+        (lambda: MoAConfig.preset("soft-moa", router={3: 1}), "unknown router field 3"),
+        (lambda: ArchitectureConfig(norm=3), "norm is 3: give text"),
+        (
+            lambda: ArchitectureConfig(projections="(a+)+$"),
+            "projections is .*: give a mapping of names to names",
+        ),
+        (lambda: ArchitectureConfig(projections={"q_proj": 3}), "projections is .*: give a mapping"),
         (
             lambda: MoAConfig.preset("soft-moa", modules_to_save="lm_head"),
             "modules_to_save is 'lm_head': give a list of names",
@@ -177,11 +194,23 @@ def test_every_problem_of_a_config_is_reported_at_once() -> None:
         ),
         ("llama", MoAConfig(experts=[PromptExpert(layers=(5,))]), r"layers \[5\] do not exist"),
         ("llama", MoAConfig.preset("soft-moa", exclude_modules=r".*layers.*"), "no target matched"),
+        (
+            "llama",
+            MoAConfig.preset("soft-moa", exclude_modules=r"([a-z._0-9]+)+X"),
+            r"has not ended after 0\.1 s",
+        ),
+        (
+            "llama",
+            MoAConfig.preset("soft-moa", modules_to_save=["lm_head", "nope"]),
+            "modules_to_save has 'nope': no module's name ends so; give names such as lm_head",
+        ),
+        ("llama", MoAConfig.preset("soft-moa", modules_to_save=[""]), "modules_to_save has ''"),
     ],
 )
 def test_a_config_that_does_not_fit_the_model_is_refused_and_leaves_it_as_it_was(
-    family: str, config: MoAConfig, message: str
+    family: str, config: MoAConfig, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("moa_peft.mixture.model._PATTERN_S", 0.1)
     base = base_model(family)
     names = list(base.state_dict())
     with pytest.raises(UsageError, match=message):
@@ -230,13 +259,26 @@ def test_an_unknown_family_works_when_its_sites_are_named() -> None:
             ArchitectureConfig(blocks="model.layer"),
             "the model has no list of modules of that path; it has model.layers",
         ),
-        (ArchitectureConfig(attention="attn"), "no decoder blocks with a module 'attn' were found in llama"),
         (
-            ArchitectureConfig(mlp="ffn"),
-            "expert 'parallel_adapter' cannot work on llama: its block has no module 'ffn'",
+            ArchitectureConfig(attention="attn"),
+            "attention is 'attn': no block of model.layers has a module of that path; the first has self_attn, mlp",
         ),
-        (ArchitectureConfig(projections={"q_proj": "self_attn.nope"}), "has no q_proj, k_proj and v_proj"),
-        (ArchitectureConfig(norm="nope"), "router_input 'block' cannot be had on llama"),
+        (ArchitectureConfig(mlp="ffn"), "mlp is 'ffn': no block"),
+        (ArchitectureConfig(norm="nope"), "norm is 'nope': no block"),
+        (
+            ArchitectureConfig(projections={"q_proj": "self_attn.nope"}),
+            "q_proj is 'self_attn.nope': no block",
+        ),
+        (ArchitectureConfig(fused={"mlp.qkv": ["q_proj"]}), "mlp.qkv is 'mlp.qkv': no block"),
+        (
+            ArchitectureConfig(projections={"q_proj": "mlp.down_proj"}),
+            "q_proj is model.layers.0.mlp.down_proj, 44 to 32 features: q_proj of this model has 32 to 32",
+        ),
+        (ArchitectureConfig(projections={"q_proj": "mlp"}), "mlp is no linear layer, but LlamaMLP"),
+        (
+            ArchitectureConfig(fused={"mlp.gate_proj": ["q_proj", "k_proj", "v_proj"]}),
+            "q_proj is model.layers.0.mlp.gate_proj, 32 to ",
+        ),
     ],
 )
 def test_a_wrong_architecture_says_what_to_name(architecture: ArchitectureConfig, message: str) -> None:

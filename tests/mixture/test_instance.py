@@ -1,8 +1,6 @@
 """Instance-level gates: from the prompt's real tokens, whatever stands around them."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -20,15 +18,22 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from trl import SFTConfig, SFTTrainer
 
+from instance_gates import gates, same, watching
 from moa_peft import MoAConfig, RunError, UsageError, mixture_layers
 from moa_peft.evaluation.generation import generate_batch
 from moa_peft.evaluation.scoring import TokenQuestion, score_batch
 from moa_peft.mixture.continuous_batching import paged_requests
-from moa_peft.mixture.token_masks import cache_of
+from moa_peft.mixture.token_masks import call_tokens
+from moa_peft.training.trainer import AdapterTrainer
 from tiny import awaken, base_model, cached, mixture_model, tokens
 from tiny_lm import byte_tokenizer
 
@@ -41,44 +46,6 @@ every_model = pytest.mark.parametrize(
     ],
 )
 IGNORED = -100
-
-
-class Seen:
-    """The gates of each block, in each call that made any."""
-
-    def __init__(self, model: PeftModel) -> None:
-        self.calls: list[Tensor] = []
-        self._blocks: list[Tensor] = []
-        self._count = len(mixture_layers(model))
-
-    def __call__(self, record: Any) -> None:
-        self._blocks.append(record.gates)
-        if len(self._blocks) == self._count:
-            self.calls.append(torch.stack(self._blocks, dim=1)[:, :, 0])  # [B, blocks, C]
-            self._blocks = []
-
-
-@contextmanager
-def watching(model: PeftModel) -> Iterator[Seen]:
-    seen = Seen(model)
-    for _, layer in mixture_layers(model):
-        layer.observer = seen
-    yield seen
-    for _, layer in mixture_layers(model):
-        layer.observer = None
-
-
-@torch.no_grad()
-def gates(model: PeftModel, **call: Any) -> Tensor:
-    """The gates of one call, [B, blocks, C]."""
-    with watching(model) as seen:
-        model(**call)
-    (found,) = seen.calls
-    return found
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).abs().max() <= 1e-6)
 
 
 def test_the_gates_differ_between_instances_or_nothing_below_means_anything() -> None:
@@ -193,7 +160,7 @@ def test_prompt_length_with_packed_sequences_is_refused() -> None:
     model = mixture_model("llama", "instance-moa")
     positions = torch.tensor([[0, 1, 2, 0, 1]])
     with pytest.raises(UsageError, match="prompt_length is given with packed sequences"):
-        model(input_ids=tokens(1, 5), position_ids=positions, prompt_length=2)
+        model(input_ids=tokens(1, 5), position_ids=positions, prompt_length=2, use_cache=False)
 
 
 def test_the_official_pooling_sees_padding_and_answer() -> None:
@@ -209,58 +176,6 @@ def test_the_official_pooling_sees_padding_and_answer() -> None:
     labels = ids.clone()
     labels[:, :3] = IGNORED
     assert same(gates(model, input_ids=ids, labels=labels), alone)
-
-
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_beams_and_every_cache_give_the_tokens_of_no_cache(cache: str) -> None:
-    model = mixture_model("llama", "instance-moa")
-    ids = F.pad(tokens(2, 5), (2, 0))
-    mask = F.pad(torch.ones(2, 5, dtype=torch.long), (2, 0))
-    common = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
-    cached = GenerationConfig(**common, cache_implementation=cache, disable_compile=True)
-    plain = GenerationConfig(**common, use_cache=False)
-    ours = model.generate(input_ids=ids, attention_mask=mask, generation_config=cached)
-    assert torch.equal(ours, model.generate(input_ids=ids, attention_mask=mask, generation_config=plain))
-
-
-def test_gates_follow_the_rows_of_their_cache() -> None:
-    model = mixture_model("llama", "instance-moa")
-    ids = tokens(3, 5)
-    with torch.no_grad():
-        _, cache = cache_of(model(input_ids=ids, use_cache=True))
-    key, before = next(iter(cache.moa_instance_gates.items()))
-    cache.batch_select_indices(torch.tensor([2, 0]))
-    assert torch.equal(cache.moa_instance_gates[key], before[[2, 0]])
-    cache.batch_repeat_interleave(2)
-    assert torch.equal(cache.moa_instance_gates[key], before[[2, 2, 0, 0]])
-    cache.reorder_cache(torch.tensor([3, 0, 1, 2]))
-    assert torch.equal(cache.moa_instance_gates[key], before[[0, 2, 2, 0]])
-    cache.reset()
-    assert cache.moa_instance_gates is None
-
-
-@pytest.mark.parametrize("method", ["instance-moa", "unipeft"])
-@pytest.mark.parametrize("said", ["argument", "config", "model"])
-def test_a_prompt_in_chunks_is_refused_with_instance_gates(method: str, said: str) -> None:
-    """The gates were those of the first chunk, and the text another."""
-    model = mixture_model("llama", method)
-    given: dict[str, Any] = {"input_ids": tokens(1, 9), "max_new_tokens": 2, "do_sample": False}
-    if said == "argument":
-        given["prefill_chunk_size"] = 4
-    elif said == "config":
-        settings = GenerationConfig(max_new_tokens=2, prefill_chunk_size=4, pad_token_id=0)
-        given = {"input_ids": given["input_ids"], "generation_config": settings}
-    else:
-        model.generation_config.prefill_chunk_size = 4
-    with pytest.raises(UsageError, match="prefill_chunk_size reads the prompt in several calls"):
-        model.generate(**given)
-
-
-def test_a_prompt_in_chunks_gives_the_same_text_with_gates_for_each_token() -> None:
-    model, ids = mixture_model("llama", "soft-moa"), tokens(1, 9)
-    given: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 6}
-    given |= {"do_sample": False, "pad_token_id": 0, "eos_token_id": 96}
-    assert torch.equal(model.generate(**given), model.generate(**given, prefill_chunk_size=4))
 
 
 def paged_call(starts: list[int], lengths: list[int], whole: list[bool]) -> dict[str, Any]:
@@ -294,6 +209,16 @@ def test_a_prompt_split_over_calls_of_continuous_batching_is_refused() -> None:
         keep([0, 7, 0], [3, 1, 5], [True, True, False])
 
 
+def test_shared_keys_of_continuous_batching_matter_to_instance_gates_alone() -> None:
+    """A method with a balance loss alone was refused."""
+    model = mixture_model("llama", "instance-moa")
+    call = paged_call([0], [3], [True]) | {"input_ids": tokens(1, 3)}
+    call["cache"].use_prefix_sharing = True
+    assert call_tokens(model, (), call, pools=False).paged is None
+    with pytest.raises(UsageError, match="shares the keys of equal prefixes"):
+        call_tokens(model, (), call, pools=True)
+
+
 def test_our_batched_generation_gives_each_row_what_it_gives_it_alone() -> None:
     model = mixture_model("llama", "instance-moa")
     prompts = [tokens(1, length, seed=length)[0].tolist() for length in (4, 9, 6)]
@@ -319,22 +244,114 @@ def test_likelihoods_are_those_of_one_forward_with_the_prompts_gates() -> None:
             assert (torch.tensor(scores) - expected).abs().max() < 1e-4
 
 
-def test_the_trainer_of_trl_gates_by_the_prompt_alone(tmp_path: Path) -> None:
-    model = mixture_model("llama", "instance-moa")
+def trainer_of(kind: type[Trainer], model: PeftModel, folder: Path, **changes: Any) -> Trainer:
+    """A trainer of one step on two rows whose last four of nine tokens are the answer."""
     rows = [tokens(1, 9, seed=seed)[0].tolist() for seed in range(2)]
     data = Dataset.from_list([{"input_ids": row, "labels": [IGNORED] * 5 + row[5:]} for row in rows])
-    expected = gates(model, input_ids=torch.tensor(rows)[:, :5])
-    config = SFTConfig(
-        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to="none", use_cpu=True,
-        learning_rate=0.0, dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=False,
-        save_strategy="no", bf16=False,
-    )  # fmt: skip
-    trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=byte_tokenizer())
+    settings: dict[str, Any] = {
+        "output_dir": str(folder), "max_steps": 1, "per_device_train_batch_size": 2, "report_to": "none", "use_cpu": True,
+        "learning_rate": 0.0, "gradient_checkpointing": False, "save_strategy": "no", "bf16": False,
+        "label_smoothing_factor": changes.pop("label_smoothing_factor", 0.0),
+    }  # fmt: skip
+    if kind is Trainer:
+        return Trainer(model=model, args=TrainingArguments(**settings), train_dataset=data, **changes)
+    config = SFTConfig(**settings, dataset_kwargs={"skip_prepare_dataset": True})
+    return kind(model=model, args=config, train_dataset=data, processing_class=byte_tokenizer(), **changes)
+
+
+def own_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    return F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def tell(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """What a data collator does for a loss that keeps the labels from the model."""
+    return default_data_collator(rows) | {"prompt_length": torch.full((len(rows),), 5)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        (SFTTrainer, {}),
+        (AdapterTrainer, {"label_smoothing_factor": 0.1}),
+        (AdapterTrainer, {"compute_loss_func": own_loss}),
+        (Trainer, {"label_smoothing_factor": 0.1, "data_collator": tell}),
+        (Trainer, {"compute_loss_func": own_loss, "data_collator": tell}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*deprecated.*and will be removed in v2:FutureWarning")  # TRL's
+def test_a_trainer_gates_by_the_prompt_alone(
+    tmp_path: Path, kind: type[Trainer], changes: dict[str, Any]
+) -> None:
+    """Label smoothing and compute_loss_func take the labels out first, and gates were made of the answer too."""
+    model = mixture_model("llama", "instance-moa")
+    prompts = torch.cat([tokens(1, 9, seed=seed)[:, :5] for seed in range(2)])
+    expected = gates(model, input_ids=prompts)
+    trainer = trainer_of(kind, model, tmp_path, **dict(changes))
     with watching(model) as seen:
         trainer.train()
-    (found,) = seen.calls
-    order = [0, 1] if same(found[0], expected[0]) else [1, 0]
-    assert same(found[order], expected)
+    for found in seen.calls:
+        order = [0, 1] if same(found[0], expected[0]) else [1, 0]
+        assert same(found[order], expected)
+
+
+@pytest.mark.parametrize("changes", [{"label_smoothing_factor": 0.1}, {"compute_loss_func": own_loss}])
+@pytest.mark.parametrize("verb", ["train", "evaluate"])
+def test_a_trainer_that_keeps_the_labels_to_itself_is_refused(
+    tmp_path: Path, changes: dict[str, Any], verb: str
+) -> None:
+    trainer = trainer_of(Trainer, mixture_model("llama", "instance-moa"), tmp_path, **changes)
+    trainer.eval_dataset = trainer.train_dataset
+    with pytest.raises(
+        UsageError, match=r"nothing says where it ends.*\(label smoothing, compute_loss_func\)"
+    ):
+        getattr(trainer, verb)()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_call_of_prompt_and_answer_without_a_word_is_refused(training: bool) -> None:
+    """As ORPO and CPO of TRL make it; its gates were made of the answer too."""
+    model, ids = mixture_model("llama", "instance-moa").train(training), tokens(2, 9)
+    with pytest.raises(UsageError, match=r"nothing says where it ends.*\(ORPO, CPO\)"):
+        model(ids, attention_mask=torch.ones_like(ids), use_cache=False)
+
+
+@pytest.mark.parametrize("length", [0, 6, [3, 6]])
+def test_a_prompt_length_beyond_the_call_is_refused(length: Any) -> None:
+    """Such a call is a part of its prompt."""
+    model = mixture_model("llama", "instance-moa")
+    with pytest.raises(UsageError, match=r"prompt_length must lie in 1\.\.5"):
+        model(input_ids=tokens(2, 5), prompt_length=length)
+
+
+@pytest.mark.parametrize("positions", [True, False])
+def test_a_row_of_several_sequences_under_a_mask_of_four_dimensions_is_refused(positions: bool) -> None:
+    """It was gated as one."""
+    model, owners = mixture_model("llama", "instance-moa"), torch.tensor([0, 0, 0, 1, 1])
+    ids = tokens(1, 5)
+    call: dict[str, Any] = {"input_ids": ids, "labels": torch.tensor([[IGNORED, IGNORED, 7, IGNORED, 7]])}
+    call["attention_mask"] = ((owners[:, None] == owners) & torch.ones(5, 5).tril().bool())[None, None]
+    if positions:
+        call["position_ids"] = torch.tensor([[0, 1, 2, 0, 1]])
+    with pytest.raises(UsageError, match="the row holds several sequences"):
+        model(**call)
+
+
+def test_an_attention_mask_that_is_no_tensor_is_refused() -> None:
+    call = {"input_ids": tokens(1, 5), "attention_mask": object()}
+    base = mixture_model("llama", "instance-moa").get_base_model()
+    tokens_of_call = call_tokens(base, (), call, pools=True)
+    with pytest.raises(UsageError, match="cannot read padding off a object as attention mask"):
+        tokens_of_call.mean(torch.zeros(1, 5, 3), everything=False)
+
+
+def test_an_attention_mask_by_position_is_read() -> None:
+    """Padding counted as prompt."""
+    model = mixture_model("llama", "instance-moa").get_base_model()
+    ids, mask = tokens(1, 7), torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
+    expected = gates(model, input_ids=ids, attention_mask=mask)
+    with torch.no_grad(), watching(model) as seen:
+        model(ids, mask)
+    assert same(seen.calls[0], expected)
 
 
 def test_a_copy_a_reload_and_transformers_own_loading_gate_alike(tmp_path: Path) -> None:

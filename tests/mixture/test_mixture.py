@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from moa_peft import mixture_layers
-from moa_peft.mixture.architecture import LinearSite
+from moa_peft.mixture.sites import LinearSite
 from tiny import GATED, mixture_model, tokens
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorL
 from moa_peft import GateRecord, MoAConfig, mixture_layers, packed_weights
 from moa_peft.bench.subjects import one_by_one
 from moa_peft.mixture.mixture import Mixture
+from moa_peft.mixture.token_watch import prompt_lengths
 from tiny import METHODS, awaken, base_model, cached, mixture_model, tokens
 
 NEW_TOKENS = 6
@@ -74,7 +75,7 @@ def test_calls_of_any_number_of_tokens_equal_those_without_packed_weights(family
     found: list[Tensor] = []
     for context in (nullcontext(), packed_weights(model)):
         with torch.no_grad(), context:
-            cache = cached(model(tokens(), use_cache=True))
+            cache = cached(model(tokens(), use_cache=True, **prompt_lengths(model, [tokens().shape[1]])))
             steps = [model(tokens(length=n, seed=n), **cache).logits for n in (1, 3, 1)]
         found.append(torch.cat(steps, dim=1))
     assert torch.equal(*found)

@@ -1,12 +1,15 @@
-"""Placements of a model that no mixture can work with: refused by name, with the reason, and the model stays as it was."""
+"""Models and placements that no mixture can work with: refused by name, with the reason, and the model stays as it was."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import LlamaForSequenceClassification
 
 from moa_peft import MoAConfig, MoALayer, RunError, UsageError
 from tiny import base_model, mixture_model, tokens
@@ -51,6 +54,48 @@ def test_a_model_without_values_is_not_an_offloaded_one() -> None:
             type(base_model("llama"))(base_model("llama").config), MoAConfig.preset("soft-moa")
         )
     assert all(one.is_meta for one in model.parameters())
+
+
+@pytest.fixture
+def _any_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let transformers' `add_adapter` work with a PEFT older than it wants."""
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
+
+
+@pytest.mark.usefixtures("_any_peft")
+@pytest.mark.parametrize("add", [LlamaForSequenceClassification.add_adapter, get_peft_model])
+def test_a_model_with_another_head_is_refused(add: Callable[..., Any]) -> None:
+    """`add_adapter` of a classifier was accepted, with a random head that was neither trained nor saved."""
+    config = base_model("llama").config
+    model = LlamaForSequenceClassification(config)
+    before = parts(model)
+    with pytest.raises(UsageError, match="LlamaForSequenceClassification is no causal language model"):
+        add(model, MoAConfig.preset("soft-moa"))
+    assert parts(model) == before
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))  # nothing is left that would stand in its way
+    assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.usefixtures("_any_peft")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
+def test_a_refused_adapter_leaves_a_native_model_with_those_it_had() -> None:
+    model = base_model("llama")
+    wrong = MoAConfig.preset("soft-moa", layers_to_transform=[7])
+    for had in ([], ["first"]):
+        before = parts(model)
+        with pytest.raises(UsageError, match=r"layers \[7\] do not exist"):
+            model.add_adapter(wrong, adapter_name="second")
+        assert parts(model) == before
+        assert list(getattr(model, "peft_config", {})) == had
+        assert model._hf_peft_config_loaded is bool(had)
+        if not had:
+            model.add_adapter(MoAConfig.preset("soft-moa"), adapter_name="first")
+
+
+def test_mixtures_are_not_combined_into_one() -> None:
+    model = mixture_model("llama", "soft-moa")
+    with pytest.raises(UsageError, match="add_weighted_adapter: mixtures cannot be combined into one"):
+        model.add_weighted_adapter(["default"], [1.0], "both")
 
 
 def test_data_parallel_replicas_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

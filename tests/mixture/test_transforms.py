@@ -8,6 +8,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from moa_peft.mixture.token_watch import prompt_lengths
 from tiny import METHODS, mixture_model, tokens
 
 FEW = ("soft-moa", "sparse-moa", "copies", "instance-moa", "topk-moe-lora", "extra-kinds")
@@ -18,7 +19,8 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def loss_of(model: PeftModel, parameters: dict[str, Tensor], ids: Tensor) -> Tensor:
-    logits = functional_call(model, parameters, (ids,), {"use_cache": False}).logits
+    call = {"use_cache": False, **prompt_lengths(model, [ids.shape[1]])}
+    logits = functional_call(model, parameters, (ids,), call).logits
     return logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).mean().neg()
 
 
@@ -122,7 +124,7 @@ def test_an_exported_program_gives_the_models_logits(method: str) -> None:
             self.model = model
 
         def forward(self, ids: Tensor) -> Tensor:
-            return self.model(input_ids=ids, use_cache=False).logits
+            return self.model(input_ids=ids, use_cache=False, **prompt_lengths(model, [ids.shape[1]])).logits
 
     with torch.no_grad():
         program = torch.export.export(Logits(), (tokens(),)).module()

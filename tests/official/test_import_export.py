@@ -111,22 +111,6 @@ def official(tmp_path: Path) -> Callable[[str], Golden]:
     return lambda name: Golden(name, tmp_path)
 
 
-@pytest.mark.parametrize("name", VERIFIED)
-def test_an_imported_checkpoint_computes_the_official_logits_and_exports_the_same_bits(
-    official: Callable[[str], Golden], tmp_path: Path, name: str
-) -> None:
-    one, adapter = official(name), tmp_path / "adapter"
-    call("import", one.checkpoint, "--base", one.base, "--out", adapter, *one.flags)
-    torch.testing.assert_close(one.logits(adapter), one.tensors["logits"], atol=1e-4, rtol=0)
-    out = tmp_path / "back"
-    call("export", adapter, "--format", "official", "--out", out)
-    back = torch.load(out, weights_only=True) if one.is_native else load_file(out)
-    assert back.keys() == one.weights.keys()
-    for key, weight in one.weights.items():
-        assert torch.equal(back[key], weight), key
-        assert back[key].is_contiguous(), key
-
-
 SUMMARIES = {
     "llama3-soft-moa": (
         "soft-moa, native layout",
@@ -152,20 +136,37 @@ SUMMARIES = {
         "left out    25 weights of the base model",
     ),
 }
+"""What the summary of an import says, by reference file."""
 
 
-@pytest.mark.parametrize("name", SUMMARIES)
-def test_the_summary_says_what_was_recognised_and_what_to_type_next(
+@pytest.mark.parametrize("name", VERIFIED)
+def test_an_imported_checkpoint_is_recognised_computes_the_official_logits_and_exports_the_same_bits(
     official: Callable[[str], Golden], tmp_path: Path, name: str
 ) -> None:
     one, adapter = official(name), tmp_path / "adapter"
-    words = ["import", one.checkpoint, "--base", one.base, "--out", adapter, *one.flags]
-    told = call(*words).stdout
-    for part in (*SUMMARIES[name], f"moa evaluate --adapter {adapter}", f"moa chat --adapter {adapter}"):
+    told = call("import", one.checkpoint, "--base", one.base, "--out", adapter, *one.flags).stdout
+    for part in (
+        *SUMMARIES.get(name, ()),
+        f"moa evaluate --adapter {adapter}",
+        f"moa chat --adapter {adapter}",
+    ):
         assert part in told
-    found = json.loads(call(*words, "--overwrite", "--json").stdout)
+    torch.testing.assert_close(one.logits(adapter), one.tensors["logits"], atol=1e-4, rtol=0)
+    out = tmp_path / "back"
+    call("export", adapter, "--format", "official", "--out", out)
+    back = torch.load(out, weights_only=True) if one.is_native else load_file(out)
+    assert back.keys() == one.weights.keys()
+    for key, weight in one.weights.items():
+        assert torch.equal(back[key], weight), key
+        assert back[key].is_contiguous(), key
+
+
+def test_a_report_for_machines_counts_every_weight(official: Callable[[str], Golden], tmp_path: Path) -> None:
+    one, adapter = official("llama3-soft-moa"), tmp_path / "adapter"
+    words = ["import", one.checkpoint, "--base", one.base, "--out", adapter, *one.flags, "--json"]
+    found = json.loads(call(*words).stdout)
     assert found["num_parameters"] == sum(weight.numel() for weight in one.weights.values())
-    assert found["method"] == SUMMARIES[name][0].split(",")[0]
+    assert found["method"] == "soft-moa"
 
 
 @pytest.mark.parametrize("name", ["llama3-soft-moa", "transformers-llama-sparse-prompt"])
@@ -402,6 +403,9 @@ def damages(weights: dict[str, Tensor]) -> dict[str, Callable[[Path], Path]]:
         "a list": saved([torch.zeros(1)]),
         "base only": saved({"tok_embeddings.weight": torch.zeros(3, 2)}),
         "damaged": written("bad.pth", b"PK\x03\x04 and no more"),
+        "text": written("bad.pth", b"weights: none\n"),
+        "mutated": written("bad.pth", b"\x80\x02h\x00."),
+        "holds itself": saved(cyclic(weights)),
         "cut off": cut_off(weights),
         "damaged shard": written("bad.safetensors", b"\x10\x00"),
         "shard": lambda folder: (
@@ -412,6 +416,13 @@ def damages(weights: dict[str, Tensor]) -> dict[str, Callable[[Path], Path]]:
         "kind of file": written("x.txt", b"x"),
         "absent": lambda folder: folder / "absent",
     }
+
+
+def cyclic(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """Weights beside a "model" that is the whole mapping again: looking for what is inside never ended."""
+    whole: dict[str, Any] = dict(weights)
+    whole["model"] = whole
+    return whole
 
 
 def without_key(weights: dict[str, Tensor], key: str) -> dict[str, Tensor]:
@@ -437,6 +448,9 @@ def without_key(weights: dict[str, Tensor], key: str) -> dict[str, Tensor]:
         ("no weights", "holds 'epoch', which is no weight"),
         ("a list", "holds no weights by name"),
         ("damaged", r"bad\.pth is damaged or cut off"),
+        ("text", r"bad\.pth holds more than tensors, or is damaged"),
+        ("mutated", r"bad\.pth is damaged or cut off"),
+        ("holds itself", "holds 'model', which is no weight"),
         ("damaged shard", r"bad\.safetensors is damaged or cut off"),
         ("base only", "holds no adapter: all of its 1 weights are those of a base model"),
         ("shard", r"lacks gone\.safetensors, which model\.safetensors\.index\.json names"),
@@ -693,7 +707,9 @@ def test_a_file_whose_name_says_another_kind_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "x.pth").exists()
 
 
-def test_an_adapter_without_all_of_its_weights_is_not_exported(tmp_path: Path) -> None:
+def test_an_adapter_that_lacks_weights_or_whose_weights_are_no_numbers_is_not_exported(
+    tmp_path: Path,
+) -> None:
     adapter = save_mixture(tmp_path, MoAConfig.preset("soft-moa"))
     file = adapter / "adapter_model.safetensors"
     weights = load_file(file)
@@ -701,6 +717,9 @@ def test_an_adapter_without_all_of_its_weights_is_not_exported(tmp_path: Path) -
     with pytest.raises(
         UsageError, match=r"lacks \d+ of its weights, as .* of block 1: it was not written whole"
     ):
+        call("export", adapter, "--format", "official", "--out", tmp_path / "x.safetensors")
+    save_file({name: one / 0 for name, one in weights.items()}, file)
+    with pytest.raises(UsageError, match="holds numbers that are not finite, in base_model"):
         call("export", adapter, "--format", "official", "--out", tmp_path / "x.safetensors")
 
 

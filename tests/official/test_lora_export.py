@@ -20,7 +20,8 @@ from moa_peft.data.row import Row
 from moa_peft.evaluation.loading import load, read_adapter
 from moa_peft.evaluation.scoring import TokenQuestion, answer_losses
 from moa_peft.mixture.block_hooks import GateRecord, mixture_layers
-from moa_peft.official.lora_export import gate_means, plain_lora, write_lora
+from moa_peft.official.gate_means import gate_means
+from moa_peft.official.lora_export import plain_lora, write_lora
 from tiny import FAMILIES, awaken, base_model, tokens
 from tiny_lm import number_rows, save_base, write_rows
 
@@ -168,20 +169,12 @@ def test_means_are_over_real_tokens_and_over_products_of_gates(batch_size: int) 
         assert deviation > 1e-3
 
 
-def test_instance_gates_are_those_of_the_prompt() -> None:
-    model, asked = soft(granularity="instance"), questions()
+@pytest.mark.parametrize("pooling", ["prompt", "official"])
+def test_instance_gates_are_those_of_the_prompt_and_not_diluted_by_padding(pooling: str) -> None:
+    model, asked = soft(granularity="instance", pooling=pooling), questions()
     means = gate_means(model, asked, 3)
-    wanted = gates_one_by_one(model, asked, prompt_length=lambda one: len(one.prompt))
-    names = {name: str(block) for block, (name, _) in enumerate(mixture_layers(model))}
-    for (layer, expert), one in means.items():
-        gates = wanted[f"{names[layer]}.{expert}"]
-        torch.testing.assert_close(one.mean(), gates.mean(dim=0), atol=1e-6, rtol=0)
-
-
-def test_official_instance_gates_are_not_diluted_by_padding() -> None:
-    model, asked = soft(granularity="instance", pooling="official"), questions()
-    means = gate_means(model, asked, 3)
-    wanted = gates_one_by_one(model, asked)
+    told = {"prompt_length": lambda one: len(one.prompt)} if pooling == "prompt" else {}
+    wanted = gates_one_by_one(model, asked, **told)
     names = {name: str(block) for block, (name, _) in enumerate(mixture_layers(model))}
     for (layer, expert), one in means.items():
         gates = wanted[f"{names[layer]}.{expert}"]
@@ -276,6 +269,7 @@ def test_a_fifth_of_the_rows_is_held_out_of_the_means(tmp_path: Path, base: Path
     assert (found["rows"], found["losses"]["rows"]) == (8, 2)
 
 
+@pytest.mark.slow
 def test_plain_peft_loads_the_export_without_this_package(tmp_path: Path, base: Path) -> None:
     adapter = save_mixture(tmp_path / "adapter", base, mixed())
     data = write_rows(tmp_path / "train.json", number_rows(4))

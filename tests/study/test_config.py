@@ -35,7 +35,7 @@ def test_a_method_is_called_by_its_name_unless_it_has_a_label() -> None:
             "the study has no out and no data: give --config FILE with it, or --out VALUE",
         ),
         ({"trainer": 5}, "trainer is 5: give fields, each as NAME: VALUE"),
-        ({"trainer": {5: 1}}, "trainer has the key 5: give a name"),
+        ({"trainer": {5: 1}}, r"trainer is \{5: 1\}: give fields, each as NAME: VALUE"),
         (
             {"methods": ["lora", {"method": "soft-moa", "trainer": 5}]},
             "soft-moa: trainer is 5: give fields",

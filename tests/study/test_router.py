@@ -35,9 +35,8 @@ def test_a_router_is_summed_up_on_the_prompts_that_training_shows(texts_read: li
     assert texts_read == [PAPER.format(instruction=row.instruction) for row in rows]
 
 
-def test_a_model_without_a_router_has_no_figures(texts_read: list[str]) -> None:
+def test_a_model_without_a_router_has_no_figures() -> None:
     assert router_summary(tiny_llama(), byte_tokenizer(), choice_rows(1), "paper") is None
-    assert texts_read == []
 
 
 @pytest.mark.parametrize("template", ["paper", "chat"])

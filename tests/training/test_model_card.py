@@ -49,6 +49,8 @@ def test_a_card_names_base_method_data_sizes_settings_and_paper(tmp_path: Path) 
     ]
     assert [one for one in wanted if one not in card] == []
     assert "/home/someone" not in card
+    write_card(tmp_path, ROW, RECIPE | {"model_init_kwargs": {"revision": "v1"}})
+    assert 'from_pretrained("path/to/this/folder", revision="v1")' in (tmp_path / "README.md").read_text()
 
 
 def test_a_base_model_in_a_folder_of_this_machine_is_no_metadata(tmp_path: Path) -> None:

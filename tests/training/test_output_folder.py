@@ -11,40 +11,23 @@ from moa_peft.errors import UsageError
 from moa_peft.training import output_folder
 
 
-def test_a_folder_that_holds_a_recipe_alone_can_be_taken_again(tmp_path: Path) -> None:
+def test_a_folder_with_anything_but_a_recipe_in_it_is_refused(tmp_path: Path) -> None:
     """A start that failed on a full disk left the recipe, and its own retry was refused."""
-    (tmp_path / "moa_recipe.json").write_text("{}")
-    output_folder.claim(tmp_path)
-
-
-def test_a_new_folder_is_made_and_an_empty_one_is_taken(tmp_path: Path) -> None:
-    output_folder.claim(tmp_path / "a" / "b")
-    output_folder.claim(tmp_path / "a" / "b")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
-
-
-def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UsageError, match="is not a folder: choose another one"):
-            output_folder.claim(place)
-
-
-def test_a_folder_with_anything_in_it_is_refused(tmp_path: Path) -> None:
+    for name in ("moa_recipe.json", ".lock"):
+        (tmp_path / name).write_text("{}")
+    output_folder.check_unused(tmp_path)
     (tmp_path / ".hidden").write_text("x")
     with pytest.raises(UsageError, match="exists and is not empty"):
-        output_folder.claim(tmp_path)
+        output_folder.check_unused(tmp_path)
 
 
-def test_a_folder_that_must_not_be_written_to_is_noticed_at_the_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused(**kwargs: object) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
-
-    monkeypatch.setattr(output_folder.tempfile, "TemporaryFile", refused)
-    with pytest.raises(PermissionError, match="Permission denied"):
-        output_folder.claim(tmp_path)
+def test_drafts_of_a_killed_run_are_swept_and_nothing_else(tmp_path: Path) -> None:
+    """A kill during the last save left `.adapter-XXXX` for ever."""
+    (tmp_path / ".adapter-ab12").mkdir()
+    for name in (".adapter-ab12/adapter_model.safetensors", ".README.md.tmp", ".mine", "adapter_config.json"):
+        (tmp_path / name).write_text("x")
+    output_folder.sweep(tmp_path)
+    assert {one.name for one in tmp_path.iterdir()} == {".mine", "adapter_config.json"}
 
 
 def test_a_text_that_cannot_be_written_whole_leaves_the_old_one(

@@ -118,6 +118,8 @@ def test_what_chooses_the_best_checkpoint_is_free_only_where_none_is_chosen() ->
     run = {"eval_steps": 2, "save_steps": 2, "save_total_limit": 1}
     assert changed_keys(run, run | {"eval_steps": 3, "save_steps": 3, "save_total_limit": 2}) == []
     assert changed_keys(run, run | {"validation_md5": "abc"}) == [], "of before it was written down"
+    assert changed_keys(run | {"model_init_kwargs": {"dtype": "float32"}}, run) == [], "what the run found"
+    assert changed_keys(run | {"model_init_kwargs": {"revision": "v1"}}, run) == ["model_init_kwargs"]
     run |= {"load_best_model_at_end": True}
     changed = run | {"eval_steps": 3, "save_steps": 3, "save_total_limit": 2}
     assert changed_keys(run, changed) == ["eval_steps", "save_steps"]
@@ -191,6 +193,21 @@ def test_a_checkpoint_that_is_not_the_runs_is_refused(recipe_of: Recipes, tmp_pa
     train(recipe)
     with pytest.raises(UsageError, match=r"checkpoint-3 is not a complete checkpoint of the run in .*: complete are checkpoint-2, checkpoint-4"):  # fmt: skip
         train(dataclasses.replace(recipe, resume=str(tmp_path / "run" / "checkpoint-3")))
+
+
+def test_a_checkpoint_without_the_optimizers_state_is_only_good_for_what_has_reached_its_end(
+    recipe_of: Recipes,
+) -> None:
+    """With save_only_model, optimizer and schedule started over, without a word."""
+    recipe = recipe_of(save_steps=1, save_only_model=True)
+    train(recipe)
+    again = dataclasses.replace(recipe, resume=True)
+    assert train(again).step_s is None
+    checkpoints.unmark(checkpoints.find_checkpoints(Path(recipe.output_dir)).complete[-1])
+    with pytest.raises(
+        UsageError, match="checkpoint-3 holds no state of the optimizer, as save_only_model leaves it out"
+    ):
+        train(again)
 
 
 def test_resuming_where_there_is_no_run_is_refused(recipe_of: Recipes, tmp_path: Path) -> None:

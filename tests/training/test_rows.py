@@ -45,7 +45,9 @@ def test_the_md5_depends_on_contents_and_order_but_not_on_the_file(tmp_path: Pat
         rows_md5(load_rows(str(tmp_path / "a.json"))) == rows_md5(load_rows(str(tmp_path / "b.jsonl"))) == md5
     )
     assert rows_md5(rows[::-1]) != md5
-    assert rows_md5([dataclasses.replace(rows[0], output="x"), rows[1]]) != md5
+    for change in ({"output": "x"}, {"system": "x"}):
+        assert rows_md5([dataclasses.replace(rows[0], **change), rows[1]]) != md5
+    assert md5 == "420c5ee3b0eab2e46b221a5836629d0f", "recipes that state one would be refused"
 
 
 def test_held_out_rows_may_come_from_a_source_of_their_own(

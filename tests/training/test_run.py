@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -244,6 +245,35 @@ def test_an_output_folder_that_holds_anything_is_refused_and_left_alone(
     assert [one.name for one in (tmp_path / "run").iterdir()] == ["mine.txt"]
 
 
+def test_a_second_process_in_the_same_folder_is_refused_and_a_killed_ones_drafts_are_removed(
+    recipe_of: Recipes, tmp_path: Path
+) -> None:
+    """Two runs at once wrote one folder; one adapter was neither's."""
+    (tmp_path / "run/.adapter-left").mkdir(parents=True)
+    with (
+        FileLock(tmp_path / "run/.lock"),
+        pytest.raises(UsageError, match=r"another process works in .*run: wait for it"),
+    ):
+        train(recipe_of())
+    preparation = preparing.prepare(recipe_of())
+    assert [one.name for one in (tmp_path / "run").iterdir()] == [".lock"]
+    with pytest.raises(TimeoutError):
+        FileLock(tmp_path / "run/.lock", timeout=0).acquire()
+    preparing.discard(preparation)
+    FileLock(tmp_path / "run/.lock", timeout=0).acquire().lock.release()
+
+
+def test_an_error_after_the_first_step_starts_on_a_line_of_its_own(
+    recipe_of: Recipes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It stood behind the progress bar, on the same line."""
+    with pytest.raises(UsageError, match="the loss of step 2"):
+        train(recipe_of(learning_rate=1e30, disable_tqdm=False))
+    said = capsys.readouterr().err
+    assert "1/4" in said
+    assert said.endswith("\n")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -257,6 +287,7 @@ def test_an_output_folder_that_holds_anything_is_refused_and_left_alone(
         ({"lr_scheduler_type": "cosin"}, "the trainer refuses these settings: .*cosin"),
         ({"data_md5": "0" * 32}, "the rows of .* have MD5 [0-9a-f]{32}, the recipe's data_md5 is 0{32}"),
         ({"validation": 0.99}, "validation holds out 24 of 24 rows: nothing is left"),
+        ({"mixture": {"modules_to_save": ["nope"]}}, "modules_to_save has 'nope': no module's name ends so"),
     ],
 )
 def test_a_recipe_that_cannot_be_followed_leaves_no_folder(

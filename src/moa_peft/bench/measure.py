@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -72,10 +73,9 @@ class BenchOptions:
     """Time, and compare with the eager model, what ``torch.compile`` makes of each model; for train."""
 
     def __post_init__(self) -> None:
+        known = subjects.method_names()
         problems = [
-            unknown("method", one, subjects.method_names())
-            for one in (*self.methods, self.baseline)
-            if one not in subjects.method_names()
+            unknown("method", one, known) for one in (*self.methods, self.baseline) if one not in known
         ]
         if self.dtype not in DTYPES:
             problems.append(unknown("dtype", self.dtype, DTYPES))
@@ -83,10 +83,9 @@ class BenchOptions:
             problems.append(unknown("device", self.device, ("cpu", "cuda")))
         elif self.device == "cuda" and not torch.cuda.is_available():
             problems.append("device is cuda: there is no CUDA device here; give --device cpu")
+        counts = ("batch_size", "length", "new_tokens", "pairs")
         problems += [
-            f"{name} is {getattr(self, name)}: give at least 1"
-            for name in ("batch_size", "length", "new_tokens", "pairs")
-            if getattr(self, name) < 1
+            f"{one} is {value}: give at least 1" for one in counts if (value := getattr(self, one)) < 1
         ]
         if self.kind == "scaling" and (not self.num_experts or min(self.num_experts) < 1):
             problems.append("num_experts is empty: give numbers of copies, as in --num-experts 8,64")
@@ -94,6 +93,11 @@ class BenchOptions:
             problems.append(f"compile is on: it is for train, not for {self.kind}; leave it out")
         if problems:
             raise UsageError("; ".join(problems))
+
+    def base(self) -> nn.Module:
+        """The frozen model, loaded or built."""
+        dtype = DTYPES[self.dtype]
+        return subjects.base_model(self.model, layers=self.layers, dtype=dtype, device=self.device)
 
     @property
     def said(self) -> str:
@@ -106,20 +110,13 @@ class BenchOptions:
 
 
 def measure(options: BenchOptions, on_turn: Callable[[], None] = lambda: None) -> Iterator[BenchRow]:
-    """Measure every method.
-
-    Args:
-        options: What.
-        on_turn: Called after each round of the timing, for a progress bar.
-
-    Yields:
-        One row a method, the frozen model's first.
-    """
-    base = subjects.base_model(
-        options.model, layers=options.layers, dtype=DTYPES[options.dtype], device=options.device
-    )
+    """Measure every method, one row each, the frozen model's first; ``on_turn`` is called after each round of the timing."""
+    base = options.base()
     names = dict.fromkeys((subjects.FROZEN, options.baseline, *options.methods))
-    variants = [(name, count) for name in names for count in _counts(name, options)]
+    scaled = options.methods if options.kind == "scaling" else ()
+    variants = [
+        (name, count) for name in names for count in (options.num_experts if name in scaled else (None,))
+    ]
     ids = work.random_tokens(base, options.batch_size, options.length)
     models: dict[str, nn.Module] = {}  # all at once where they are taken in turn
     times: Mapping[str, Sequence[float]] = {}
@@ -136,7 +133,7 @@ def measure(options: BenchOptions, on_turn: Callable[[], None] = lambda: None) -
         model = models.pop(label) if models else _prepared(base, name, count, options)
         own = _counted(model, ids, options)
         frozen = frozen or own  # the first
-        layers = len(list(_blocks(model)))
+        layers = max(len(one) for one in model.modules() if isinstance(one, nn.ModuleList))
         largest, error = _errors(model, _as_run(model, options), ids)
         peak, device = _peaks(model, ids, name, count, options) if options.kind == "memory" else (None, None)
         yield BenchRow(
@@ -151,7 +148,7 @@ def measure(options: BenchOptions, on_turn: Callable[[], None] = lambda: None) -
             new_tokens=options.new_tokens if options.kind == "decode" else None,
             num_experts=count,
             trainable_parameters=sum(one.numel() for one in subjects.trainable(model)),
-            step_ms=_milliseconds(times.get(label)),
+            step_ms=quartiles([1e3 * one for one in times.get(label, [0.0])]),
             over_baseline=_over(times, label, options.baseline),
             over_frozen=_over(times, label, subjects.FROZEN),
             pairs=options.pairs if times else 0,
@@ -169,11 +166,6 @@ def measure(options: BenchOptions, on_turn: Callable[[], None] = lambda: None) -
             compiled=options.compiled,
             provenance=made,
         )
-
-
-def _counts(name: str, options: BenchOptions) -> Sequence[int | None]:
-    scaled = options.kind == "scaling" and name in options.methods
-    return options.num_experts if scaled else (None,)
 
 
 def _label(name: str, count: int | None) -> str:
@@ -219,12 +211,7 @@ def _difference(
     return (own[name] - frozen[name]) / unit if name in own else None
 
 
-def _milliseconds(seconds: Sequence[float] | None) -> tuple[float, float, float]:
-    first, median, third = quartiles(seconds or [0.0])
-    return first * 1e3, median * 1e3, third * 1e3
-
-
-def _over(times: Mapping[str, Sequence[float]], label: str, other: str) -> tuple[float, float, float] | None:
+def _over(times: Mapping[str, Sequence[float]], label: str, other: str) -> Quartiles | None:
     return ratios(times[label], times[other]) if times and label != other else None
 
 
@@ -237,11 +224,6 @@ def _errors(model: nn.Module, run: nn.Module, ids: Tensor) -> tuple[float, float
         expected = work.logits(model, ids[:1]).float()
     difference = found - expected
     return difference.abs().max().item(), (difference.norm() / expected.norm()).item()
-
-
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    found = [one for one in model.modules() if isinstance(one, nn.ModuleList)]
-    yield from max(found, key=len)
 
 
 def _peaks(
@@ -260,13 +242,11 @@ def _peaks(
 
 
 def _peak_here(name: str, count: int | None, options: BenchOptions) -> float:
-    base = subjects.base_model(
-        options.model, layers=options.layers, dtype=DTYPES[options.dtype], device=options.device
-    )
+    base = options.base()
     model = _prepared(base, name, count, options)
     ids = work.random_tokens(base, options.batch_size, options.length)
     gc.collect()
-    before = _resident_bytes()
+    before = psutil.Process().memory_info().rss
     _few(model, ids, options)
     return (_peak_bytes() - before) / MIB
 
@@ -282,12 +262,6 @@ def _peak_bytes() -> int:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes there
-
-
-def _resident_bytes() -> int:
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
 
 
 def as_dict(row: BenchRow) -> dict[str, Any]:

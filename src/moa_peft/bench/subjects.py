@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moa_peft.data.base_model import load_model, resolve_model
+from moa_peft.data.base_loading import find_base, load_base
 from moa_peft.errors import UsageError, unknown
 from moa_peft.mixture.block_hooks import mixture_layers
 from moa_peft.mixture.mixture import AtModule, Readers
@@ -62,18 +62,13 @@ def base_model(name: str, *, layers: int | None, dtype: torch.dtype, device: str
             raise UsageError(
                 f"layers is {layers}: only the shapes {', '.join(SHAPES)} can be cut to fewer blocks"
             )
-        model = load_model(resolve_model(name), name, dtype=dtype)
+        model = load_base(find_base(name, {"dtype": dtype}))
         model.to(device)
     return model.requires_grad_(False)
 
 
 def with_method(base: nn.Module, method: str, *, num_experts: int | None = None) -> nn.Module:
-    """Put a method on a copy of the base that shares its weights.
-
-    Args:
-        base: From `base_model`.
-        method: One of `method_names`.
-        num_experts: Copies of each expert, for methods that have copies.
+    """Put one of `method_names` on a copy of the base that shares its weights, with so many copies of each expert.
 
     Raises:
         UsageError: If the method is unknown or has no copies.

@@ -1,7 +1,6 @@
 """The pieces of work that are timed, and what is counted of them."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop, baddbmm_flop
 
 from moa_peft.bench.subjects import trainable
+from moa_peft.mixture.token_watch import prompt_lengths
 
 
 def synchronise(model: nn.Module) -> None:
@@ -52,7 +52,7 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
     """The logits of a batch, in evaluation mode."""
     was_training = model.training
     model.eval()
-    found = model(input_ids=ids, use_cache=False).logits
+    found = model(input_ids=ids, use_cache=False, **prompt_lengths(model, [ids.shape[1]])).logits
     model.train(was_training)
     return found
 
@@ -134,14 +134,3 @@ def flops(work: Callable[[], None]) -> float:
     with flop_counter() as count:
         work()
     return float(count.get_total_flops())
-
-
-@contextlib.contextmanager
-def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Set a model's mode for a while."""
-    was = model.training
-    model.train(training)
-    try:
-        yield
-    finally:
-        model.train(was)

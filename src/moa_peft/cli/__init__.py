@@ -7,13 +7,15 @@ import errno
 import functools
 import os
 import sys
-from collections.abc import Callable
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
 import typer
 
-from moa_peft.errors import MoAError, UsageError
+from moa_peft.errors import LibraryError, MoAError, UsageError, library_errors
 
 app = typer.Typer(
     name="moa",
@@ -65,17 +67,22 @@ def registered(verb: Callable[..., None]) -> Callable[..., None]:
 def fail(message: str, code: int) -> None:
     """Print one error to standard error and leave with ``code``."""
     print(f"moa: error: {message}", file=sys.stderr)
+    sys.unraisablehook = lambda _: None  # what a library left half-made may complain while it is deleted
     sys.exit(code)
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends in one line and exit code 2, never in a traceback."""
+    """Run the command line; a user's mistake ends in one line and exit code 2, a fault of ours in a traceback and 1."""
     # Quiet before transformers is imported; a user who wants the noise sets the variable to 0.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     register_verbs()
     try:
-        app()
+        check_arguments(sys.argv)
+        with library_errors():
+            app()
+    except LibraryError as error:
+        fail(f"{error} (whole traceback: {write_traceback(error)})", 2)
     except UsageError as error:
         fail(str(error), 2)
     except MoAError as error:
@@ -88,3 +95,27 @@ def main() -> None:
         fail(f"{error.strerror}: {error.filename or 'while writing'}: {hint}", 2)
     except KeyboardInterrupt:
         fail("interrupted", 130)
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse an argument that is not text, as the name of a file in another encoding: it could not be written down.
+
+    Raises:
+        UsageError: If one is not; shows it with its bytes escaped.
+    """
+    for one in arguments:
+        try:
+            one.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"the argument {one!a} is not text in UTF-8: give the file another name"
+            ) from error
+
+
+def write_traceback(error: BaseException) -> str:
+    """Write the traceback of an error into a new file in the folder of temporary files; gives its path."""
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", errors="backslashreplace", prefix="moa-error-", suffix=".txt", delete=False
+    ) as file:
+        file.writelines(traceback.format_exception(error))
+    return file.name

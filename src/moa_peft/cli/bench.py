@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
+from moa_peft.errors import UsageError, unknown
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -72,18 +74,17 @@ def bench(
     from moa_peft.bench.measure import BenchOptions, as_dict, measure
     from moa_peft.bench.rows import Kind
     from moa_peft.bench.subjects import FROZEN, method_names
-    from moa_peft.errors import UsageError, unknown
     from moa_peft.json_lines import append_rows, drop_torn_line
     from moa_peft.quiet import quiet_libraries
 
     if kind not in get_args(Kind):
         raise UsageError(unknown("kind of measurement", kind, get_args(Kind)))
-    every = [one for one in method_names() if one != FROZEN]
+    chosen = [one.strip() for one in methods.split(",") if one.strip()]
+    if methods == "all":
+        chosen = [one for one in method_names() if one != FROZEN]
     options = BenchOptions(
         kind=cast("Any", kind),
-        methods=tuple(
-            every if methods == "all" else [one.strip() for one in methods.split(",") if one.strip()]
-        ),
+        methods=tuple(chosen),
         baseline=baseline,
         model=model,
         layers=layers,
@@ -117,8 +118,6 @@ def _tick(bar: "tqdm[Any]") -> None:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    from moa_peft.errors import UsageError
-
     try:
         return tuple(int(one) for one in text.split(",") if one.strip())
     except ValueError:

@@ -3,10 +3,11 @@
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from moa_peft.cli.overrides import Dtype, ModelInitKwargs, parse_mapping
 from moa_peft.errors import UsageError
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Conversation:
         sampling: dict[str, Any] = {"do_sample": False}
         if self.temperature > 0:
             sampling = {"do_sample": True, "temperature": self.temperature, "top_p": 1.0, "top_k": 0}
-        ends = sorted(end_ids(model, tokenizer))
+        ends = sorted(end_ids(model, tokenizer, cast("Any", self.template)))
         settings = GenerationConfig(max_new_tokens=room, eos_token_id=ends, pad_token_id=ends[0], **sampling)
         off = not self.use_adapter and self.loaded.adapter is not None
         streamer = _streamer(tokenizer)
@@ -95,9 +96,9 @@ class Conversation:
 
         tokenizer = self.loaded.tokenizer
         if self.template == "paper":
-            asked = turns[-1]["content"]
-            text = f"{self.system}\n\n{asked}" if self.system else asked
-            row = Row(instruction=text, input="", output="", answer="")
+            row = Row(
+                instruction=turns[-1]["content"], input="", output="", answer="", system=self.system or ""
+            )
             return prompt_ids(render_prompt(row, "paper", tokenizer), tokenizer, "paper")
         told = [{"role": "system", "content": self.system}] if self.system else []
         return prompt_ids(render_chat([*told, *turns], tokenizer), tokenizer, "chat")
@@ -154,12 +155,8 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token; above: drawn at random.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the base model: float32, bfloat16, float16. Default: float32 on a CPU, the model's own on a GPU."
-        ),
-    ] = None,
+    dtype: Dtype = None,
+    model_init_kwargs: ModelInitKwargs = None,
 ) -> None:
     """Talk to a model. Commands: /base switches the adapter off and on, /reset forgets, /exit leaves.
 
@@ -174,8 +171,10 @@ def chat(
     from moa_peft.evaluation.loading import choose_template, load, read_adapter
     from moa_peft.quiet import quiet_libraries
 
+    init_kwargs = parse_mapping("--model-init-kwargs", model_init_kwargs)
     with quiet_libraries():
-        loaded = load(model, None if adapter is None else read_adapter(adapter), dtype=dtype)
+        found = None if adapter is None else read_adapter(adapter)
+        loaded = load(model, found, dtype=dtype, init_kwargs=init_kwargs)
         has_template = bool(loaded.tokenizer.chat_template)
         chosen = choose_template(template, loaded.adapter, "chat" if has_template else "paper")
         if chosen not in ("chat", "paper"):

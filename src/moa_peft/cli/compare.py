@@ -71,16 +71,13 @@ def compare(
 
     from moa_peft.study.report import read_summary, write_report
 
-    has_report = report_only or all(
-        map(is_installed, EXTRAS["report"])
-    )  # a machine that computes needs no plots
+    # a machine that computes needs no plots
+    has_report = report_only or all(map(is_installed, EXTRAS["report"]))
     has_failed = False
     for study_config in studies_of(settings, parse_flags(context.args), domain):
         if not report_only:
-            cpus = cpus_per_run if use_ray else None
-            run_all(
-                study_config, say, dry_run=dry_run, retry_failed=retry_failed, as_json=as_json, ray_cpus=cpus
-            )
+            how = {"dry_run": dry_run, "retry_failed": retry_failed, "as_json": as_json}
+            run_all(study_config, say, ray_cpus=cpus_per_run if use_ray else None, **how)
         if dry_run:
             continue
         summary = write_report(study_config) if has_report else read_summary(study_config)
@@ -142,10 +139,8 @@ def outcome_text(summary: "StudySummary", *, has_report: bool) -> str:
     lines += [f"failed    {run_name(row)}: {row.failure}" for row in summary.failures]
     lines += [f"missing   {one}" for one in summary.missing]
     report = f"report    {folder / 'report.md'}, {folder / 'report.html'}"
-    lines += [
-        report if has_report else "no report: it needs pip install 'moa-peft[report]'",
-        f"rows      {folder / 'results.jsonl'}",
-    ]
+    lines.append(report if has_report else "no report: it needs pip install 'moa-peft[report]'")
+    lines.append(f"rows      {folder / 'results.jsonl'}")
     what = "loss of the answers, nats a token" if by_loss else "mean accuracy over tests"
     return "\n".join([f"{what}, ± standard error over seeds:", *lines])
 
@@ -160,24 +155,18 @@ def as_object(summary: "StudySummary") -> dict[str, Any]:
     """What a study has found, as one JSON object."""
     from moa_peft.study.formatting import run_name
 
+    methods = {one.label: dataclasses.asdict(one) for one in summary.methods}
     return {
         "out": summary.config.out,
         "rows": len(summary.rows),
         "chosen": dict(summary.chosen),
-        "accuracy": {
-            one.label: None if one.mean is None else dataclasses.asdict(one.mean) for one in summary.methods
-        },
-        "losses": {
-            one.label: {name: dataclasses.asdict(loss) for name, loss in one.losses.items()}
-            for one in summary.methods
-        },
+        "accuracy": {label: one["mean"] for label, one in methods.items()},
+        "losses": {label: one["losses"] for label, one in methods.items()},
         "forgetting": {
-            one.label: dataclasses.asdict(one.forgetting_mean)
-            for one in summary.methods
-            if one.forgetting_mean is not None
+            label: mean for label, one in methods.items() if (mean := one["forgetting_mean"]) is not None
         },
         "versus_baseline": {
-            one.label: dataclasses.asdict(one.versus) for one in summary.methods if one.versus is not None
+            label: versus for label, one in methods.items() if (versus := one["versus"]) is not None
         },
         "failures": [f"{run_name(row)}: {row.failure}" for row in summary.failures],
         "missing": list(summary.missing),
@@ -196,35 +185,29 @@ def plan_text(study: "Study", left: dict[str, int]) -> str:
         chosen = "the only one"
     questions = sum(len(one.questions) for one in (*data.tests, *data.forgetting))
     trainer = config.trainer_of(config.methods[0])
-    length = (
-        f"{trainer['max_steps']:,} steps"
-        if trainer.get("max_steps", -1) > 0
-        else f"epochs {trainer['num_train_epochs']:g}"
-    )
-    return "\n".join(
-        [
-            f"  methods     {', '.join(config.labels())}, and the frozen model; baseline {config.baseline}",
-            f"  rates       {rates}, {chosen}",
-            f"  seeds       {', '.join(map(str, config.seeds))}",
-            f"  training    {data.train.rows:,} rows, {length}",
-            f"  validation  {len(data.validation.questions):,} rows",
-            f"  tests       {len(data.tests)}, {questions:,} questions in all",
-            f"  left        {left['train']} runs to train, {left['score']} more to score only",
-            *([f"  forgetting  {', '.join(one.name for one in data.forgetting)}"] if data.forgetting else []),
-            f"  out         {config.out}",
-        ]
-    )
+    steps = trainer.get("max_steps", -1)
+    length = f"{steps:,} steps" if steps > 0 else f"epochs {trainer['num_train_epochs']:g}"
+    lines = [
+        f"  methods     {', '.join(config.labels())}, and the frozen model; baseline {config.baseline}",
+        f"  rates       {rates}, {chosen}",
+        f"  seeds       {', '.join(map(str, config.seeds))}",
+        f"  training    {data.train.rows:,} rows, {length}",
+        f"  validation  {len(data.validation.questions):,} rows",
+        f"  tests       {len(data.tests)}, {questions:,} questions in all",
+        f"  left        {left['train']} runs to train, {left['score']} more to score only",
+        *([f"  forgetting  {', '.join(one.name for one in data.forgetting)}"] if data.forgetting else []),
+        f"  out         {config.out}",
+    ]
+    return "\n".join(lines)
 
 
 def _keys(config_class: Any) -> list[str]:
-    docs = field_docs(config_class)
+    docs, layout = (
+        field_docs(config_class),
+        textwrap.TextWrapper(92, subsequent_indent=" " * 6, break_on_hyphens=False),
+    )
     return [
-        textwrap.fill(
-            f"--{one.name}  {docs[one.name]}{_default(one)}",
-            width=92,
-            subsequent_indent=" " * 6,
-            break_on_hyphens=False,
-        )
+        layout.fill(f"--{one.name}  {docs[one.name]}{_default(one)}")
         for one in dataclasses.fields(config_class)
     ]
 

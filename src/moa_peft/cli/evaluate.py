@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from moa_peft.cli.overrides import options_from_file
+from moa_peft.cli.overrides import Dtype, ModelInitKwargs, options_from_file, parse_mapping
 from moa_peft.errors import UsageError, expanded
 
 if TYPE_CHECKING:
@@ -88,12 +88,8 @@ def evaluate(
             "Default: ADAPTER/evaluation, or moa_evaluation/MODEL for the bare model."
         ),
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the base model: float32, bfloat16, float16. Default: float32 on a CPU, the model's own on a GPU."
-        ),
-    ] = None,
+    dtype: Dtype = None,
+    model_init_kwargs: ModelInitKwargs = None,
     lm_eval: Annotated[
         str | None,
         typer.Option(
@@ -134,6 +130,7 @@ def evaluate(
       moa evaluate --adapter runs/first --tasks code --allow-code-execution
       moa evaluate --adapter runs/first --lm-eval arc_easy,openbookqa
     """  # noqa: D301  # the backspace keeps the lines of the examples apart
+    init_kwargs = parse_mapping("--model-init-kwargs", model_init_kwargs)
     if lm_eval is not None:
         own = {"tasks": tasks, "mode": mode, "extraction": extraction, "split": split}
         own |= {"max-new-tokens": max_new_tokens, "data-root": data_root}
@@ -143,7 +140,7 @@ def evaluate(
 
         evaluate_on_harness(
             adapter, model, lm_eval, template=template, limit=limit, batch_size=batch_size, task_folder=lm_eval_path,
-            num_fewshot=num_fewshot, out=out, dtype=dtype, as_json=as_json,
+            num_fewshot=num_fewshot, out=out, dtype=dtype, init_kwargs=init_kwargs, as_json=as_json,
         )  # fmt: skip
         return
     refuse_given(
@@ -159,6 +156,7 @@ def evaluate(
     from moa_peft.evaluation.tasks import load_tasks
 
     found = None if adapter is None else read_adapter(adapter)
+    out = default_out(model, found) if out is None else expanded(out)
     options = EvaluationOptions(
         mode=cast("Any", mode),
         extraction=extraction,
@@ -166,26 +164,21 @@ def evaluate(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         allow_code_execution=allow_code_execution,
-        out=default_out(model, found) if out is None else expanded(out),
+        out=out,
     )
     chosen = load_tasks(tasks or "demo", data_root=data_root, split=split, limit=limit)
     for task in chosen:
         options.rule_for(options.mode_for(task))
         options.check_needs(task)
 
-    from moa_peft.evaluation.result_key import identify
+    from moa_peft.evaluation.result_key import identify_loaded
     from moa_peft.evaluation.run import evaluate as evaluate_task
+    from moa_peft.folder_lock import claimed
     from moa_peft.quiet import quiet_libraries
 
-    with quiet_libraries():
-        loaded = load(model, found, dtype=dtype)
-        identity = identify(
-            loaded.model,
-            base_model=loaded.base_model,
-            adapter=None if found is None else found.name,
-            method=None if found is None else found.method,
-            seed=None if found is None else found.seed,
-        )
+    with quiet_libraries(), claimed(out):
+        loaded = load(model, found, dtype=dtype, init_kwargs=init_kwargs)
+        identity = identify_loaded(loaded)
         results = [
             evaluate_task(loaded.model, loaded.tokenizer, one, options, identity=identity) for one in chosen
         ]

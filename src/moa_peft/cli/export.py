@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from moa_peft.cli.overrides import Dtype, ModelInitKwargs, parse_mapping
 from moa_peft.errors import UsageError, unknown
 
 if TYPE_CHECKING:
@@ -55,12 +57,8 @@ def export(
         typer.Option(help="lora: paper or chat. Default: the one the adapter was trained with, else paper."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="lora: most rows in a forward pass.")] = 16,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="lora: of the base model: float32, bfloat16, float16. Default: float32 on a CPU, the model's own on a GPU."
-        ),
-    ] = None,
+    dtype: Dtype = None,
+    model_init_kwargs: ModelInitKwargs = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the file, or the adapter in the folder.")
     ] = False,
@@ -81,15 +79,29 @@ def export(
     """  # noqa: D301  # the backspace keeps the lines of the examples apart
     if format_ not in FORMATS:
         raise UsageError(unknown("format", format_, FORMATS))
-    lora_only = {
-        "--data": data, "--held-out": held_out, "--limit": limit, "--template": template, "--dtype": dtype,
-    }  # fmt: skip
+    from moa_peft.evaluation.loading import choose_template, read_adapter
+    from moa_peft.quiet import quiet_libraries
+
+    init_kwargs = parse_mapping("--model-init-kwargs", model_init_kwargs)
     if format_ == "official":
+        lora_only = {
+            "--data": data, "--held-out": held_out, "--limit": limit, "--template": template, "--dtype": dtype,
+        }  # fmt: skip
         given = [flag for flag, value in lora_only.items() if value is not None]
         if given:
             raise UsageError(f"{', '.join(given)} belongs to --format lora: leave it out")
-        official = _official(adapter, out, layout, model, overwrite)
-        print(json.dumps(dataclasses.asdict(official))) if as_json else print_official(official)
+        from moa_peft.official.exporter import export_official
+
+        with quiet_libraries():
+            report = export_official(
+                read_adapter(adapter),
+                out,
+                layout=layout,
+                base=model,
+                init_kwargs=init_kwargs,
+                overwrite=overwrite,
+            )
+        print(json.dumps(dataclasses.asdict(report))) if as_json else print_official(report)
         return
     if layout is not None:
         raise UsageError("--layout belongs to --format official: leave it out")
@@ -98,46 +110,23 @@ def export(
             "--format lora needs --data: rows of the kind the adapter will be used on, whose tokens the mean gates are "
             "taken over, as in --data train.json"
         )
-    options = {"template": template, "batch_size": batch_size, "dtype": dtype, "overwrite": overwrite}
-    lora = _lora(adapter, out, data, held_out, limit, model, options)
-    print(json.dumps(dataclasses.asdict(lora))) if as_json else print_lora(lora)
-
-
-def _official(
-    adapter: str, out: Path, layout: str | None, model: str | None, overwrite: bool
-) -> "ExportReport":
-    from moa_peft.evaluation.loading import read_adapter
-    from moa_peft.official.exporter import export_official
-    from moa_peft.quiet import quiet_libraries
-
-    with quiet_libraries():
-        return export_official(read_adapter(adapter), out, layout=layout, base=model, overwrite=overwrite)
-
-
-def _lora(
-    adapter: str,
-    out: Path,
-    data: str,
-    held_out: str | None,
-    limit: int | None,
-    model: str | None,
-    options: dict[str, Any],
-) -> "LoraReport":
-    from moa_peft.evaluation.loading import choose_template, read_adapter
     from moa_peft.official.lora_export import LoraOptions, export_lora
-    from moa_peft.quiet import quiet_libraries
 
     found = read_adapter(adapter)
-    options["template"] = cast("Any", choose_template(options["template"], found, "paper"))
+    chosen = cast("Any", choose_template(template, found, "paper"))
+    options = LoraOptions(
+        template=chosen, batch_size=batch_size, dtype=dtype, init_kwargs=init_kwargs, overwrite=overwrite
+    )
     with quiet_libraries():
-        return export_lora(
-            found, out, data=data, held_out=held_out, limit=limit, model=model, options=LoraOptions(**options)
+        made = export_lora(
+            found, out, data=data, held_out=held_out, limit=limit, model=model, options=options
         )
+    print(json.dumps(dataclasses.asdict(made))) if as_json else print_lora(made)
 
 
 def print_official(report: "ExportReport") -> None:
     """Say what was written and what the official code has to be told."""
-    from moa_peft.official.exporter import fork_constants
+    from moa_peft.official.official_code import fork_constants
 
     print(f"method      {report.method}, {report.layout} layout")
     print(f"written     {report.file}: {report.num_weights:,} weights, {report.num_parameters:,} parameters")
@@ -152,36 +141,30 @@ def print_official(report: "ExportReport") -> None:
 
 def print_lora(report: "LoraReport") -> None:
     """Say what was kept and dropped, and what that loses."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
     losses = report.losses
-    table = Table(
-        title=f"mean answer loss on {losses.rows:,} held-out rows ({losses.tokens:,} tokens)",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+    _print_table(
+        f"mean answer loss on {losses.rows:,} held-out rows ({losses.tokens:,} tokens)",
+        ("model", "loss", "above the mixture"),
+        [
+            (name, f"{loss:.4f}", "" if name == "mixture" else f"{loss - losses.mixture:+.4f}")
+            for name in ("mixture", "export", "frozen")
+            for loss in [getattr(losses, name)]
+        ],
     )
-    for name in ("model", "loss", "above the mixture"):
-        table.add_column(name, justify="left" if name == "model" else "right")
-    for name in ("mixture", "export", "frozen"):
-        loss = getattr(losses, name)
-        table.add_row(name, f"{loss:.4f}", "" if name == "mixture" else f"{loss - losses.mixture:+.4f}")
-    console = Console()
-    console.print(table)
-    gates = Table(
-        title=f"gates over {report.rows:,} rows ({report.tokens:,} tokens)",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+    _print_table(
+        f"gates over {report.rows:,} rows ({report.tokens:,} tokens)",
+        ("expert", "in the export", "mean gate", "deviation", "blocks"),
+        [
+            (
+                one.name,
+                "kept" if one.kept else "dropped",
+                f"{one.mean_gate:.3f}",
+                f"{one.gate_deviation:.3f}",
+                str(one.blocks),
+            )
+            for one in report.experts
+        ],
     )
-    for name in ("expert", "in the export", "mean gate", "deviation", "blocks"):
-        gates.add_column(name, justify="left" if name in ("expert", "in the export") else "right")
-    for one in report.experts:
-        kept = "kept" if one.kept else "dropped"
-        gates.add_row(one.name, kept, f"{one.mean_gate:.3f}", f"{one.gate_deviation:.3f}", str(one.blocks))
-    console.print(gates)
     print(
         "This export is lossy: every gate is frozen at its mean, and what is marked as dropped is gone. The adapter "
         "itself is unchanged."
@@ -189,3 +172,16 @@ def print_lora(report: "LoraReport") -> None:
     print(f"written     {report.adapter}: rank {report.rank}, {report.num_parameters:,} parameters, on")
     print(f"            {', '.join(report.target_modules)}")
     print(f"next        moa evaluate --adapter {report.adapter} --tasks demo")
+
+
+def _print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in head:
+        table.add_column(name, justify="left" if name in ("model", "expert", "in the export") else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

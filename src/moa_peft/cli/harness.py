@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ def evaluate_on_harness(
     num_fewshot: int | None,
     out: Path | None,
     dtype: str | None,
+    init_kwargs: Mapping[str, Any],
     as_json: bool,
 ) -> None:
     """Load a model, run tasks of the harness on it, and print what they gave; the options are those of `evaluate`.
@@ -38,6 +40,7 @@ def evaluate_on_harness(
         num_fewshot: Worked examples before a question.
         out: Folder for the results.
         dtype: Of the base model.
+        init_kwargs: How it is loaded, as `choose_base` takes them.
         as_json: Print one JSON object instead of a table.
 
     Raises:
@@ -46,7 +49,8 @@ def evaluate_on_harness(
     from moa_peft.evaluation.lm_eval import HarnessOptions, check_harness_tasks, run_harness
     from moa_peft.evaluation.loading import load, read_adapter
     from moa_peft.evaluation.options import default_out
-    from moa_peft.evaluation.result_key import identify
+    from moa_peft.evaluation.result_key import identify_loaded
+    from moa_peft.folder_lock import claimed
     from moa_peft.quiet import quiet_libraries
 
     if template not in (None, "chat"):
@@ -56,6 +60,7 @@ def evaluate_on_harness(
             "through the chat template"
         )
     found = None if adapter is None else read_adapter(adapter)
+    out = out or default_out(model, found)
     options = HarnessOptions(
         tasks=tuple(one.strip() for one in tasks.split(",") if one.strip()),
         task_folder=task_folder,
@@ -63,18 +68,12 @@ def evaluate_on_harness(
         num_fewshot=num_fewshot,
         batch_size=batch_size,
         chat=template == "chat",
-        out=out or default_out(model, found),
+        out=out,
     )
-    with quiet_libraries():
+    with quiet_libraries(), claimed(out):
         manager = check_harness_tasks(options)
-        loaded = load(model, found, dtype=dtype)
-        identity = identify(
-            loaded.model,
-            base_model=loaded.base_model,
-            adapter=adapter,
-            method=None if found is None else found.method,
-            seed=None if found is None else found.seed,
-        )
+        loaded = load(model, found, dtype=dtype, init_kwargs=init_kwargs)
+        identity = identify_loaded(loaded)
         results = run_harness(loaded.model, loaded.tokenizer, options, identity=identity, manager=manager)
     if as_json:
         print(json.dumps(as_object(results, options.out)))

@@ -79,21 +79,22 @@ def import_(
       moa import adapter.pth --base models/Llama-3.1-8B-Instruct --alpha 8 --out adapters/soft
       moa import outputs/qwen3-8b-sparsemoa --base models/Qwen3-8B --out adapters/sparse
     """  # noqa: D301  # the backspace keeps the lines of the examples apart
-    from moa_peft.official.importer import ImportFlags, import_checkpoint
+    from moa_peft.official.conversion import DEFAULT_ORDER, OfficialSettings
     from moa_peft.official.importer import expert_order as read_order
+    from moa_peft.official.importer import import_checkpoint
     from moa_peft.quiet import quiet_libraries
 
-    flags = ImportFlags(
+    settings = OfficialSettings(
         alpha=alpha,
-        top_k=top_k,
+        keep=top_k,
         max_threshold=max_threshold,
         constant_threshold=constant_threshold,
         instance_level=instance_level,
-        expert_order=None if expert_order is None else read_order(expert_order),
+        expert_order=DEFAULT_ORDER if expert_order is None else read_order(expert_order),
         balance=balance,
     )
     with quiet_libraries():
-        report = import_checkpoint(checkpoint, base, out, flags, overwrite=overwrite)
+        report = import_checkpoint(checkpoint, base, out, settings, overwrite=overwrite)
     if as_json:
         print(json.dumps(dataclasses.asdict(report)))
     else:
@@ -102,15 +103,13 @@ def import_(
 
 def print_report(report: "ImportReport") -> None:
     """Say what was recognised and done, and what to type next."""
+    from moa_peft.inspection.findings import ranges
+
     print(f"method      {report.method}, {report.layout} layout")
     print(f"parameters  {report.num_parameters:,} in {report.num_weights:,} weights, {report.dtype}")
-    print(f"blocks      {_ranges(report.blocks)} of 0-{report.num_blocks - 1}")
-    rows = (
-        "none"
-        if not report.permuted
-        else f"rows of B of {', '.join(report.permuted)} (rotary pairs to halves)"
-    )
-    print(f"permuted    {rows}")
+    print(f"blocks      {ranges(report.blocks)} of 0-{report.num_blocks - 1}")
+    rows = f"rows of B of {', '.join(report.permuted)} (rotary pairs to halves)"
+    print(f"permuted    {rows if report.permuted else 'none'}")
     for name, value in report.defaults.items():
         print(f"assumed     {name} = {value:g}, hard-coded in the official fork")
     for doubt in report.doubts:
@@ -122,14 +121,3 @@ def print_report(report: "ImportReport") -> None:
     print(f"written     {report.adapter}")
     print(f"next        moa evaluate --adapter {report.adapter} --tasks demo")
     print(f"            moa chat --adapter {report.adapter}")
-
-
-def _ranges(numbers: tuple[int, ...]) -> str:
-    """Whole numbers with runs joined, as "0-7, 24-31"."""
-    runs: list[list[int]] = []
-    for one in numbers:
-        if runs and one == runs[-1][-1] + 1:
-            runs[-1].append(one)
-        else:
-            runs.append([one])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

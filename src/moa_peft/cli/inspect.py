@@ -1,10 +1,13 @@
 """`moa inspect`: what the router does, on one page."""
 
+import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from moa_peft.cli.overrides import Dtype, ModelInitKwargs, parse_mapping
 from moa_peft.errors import UsageError, unknown
 
 if TYPE_CHECKING:
@@ -47,12 +50,8 @@ def inspect(
     batch_size: Annotated[
         int, typer.Option(help="Most prompts in a forward pass; no number depends on it.")
     ] = 8,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the base model: float32, bfloat16, float16. Default: float32 on a CPU, the model's own on a GPU."
-        ),
-    ] = None,
+    dtype: Dtype = None,
+    model_init_kwargs: ModelInitKwargs = None,
 ) -> None:
     """Show what the router and the experts of an adapter do on real prompts.
 
@@ -65,7 +64,7 @@ def inspect(
       moa inspect --adapter runs/first --prompts questions.txt --out report.html --json stats.json
       moa inspect --adapter runs/seed0 --compare runs/seed1 --data demo --limit 20 --out both.html
     """  # noqa: D301  # the backspace keeps the lines of the examples apart
-    from moa_peft.evaluation.loading import choose_template, load, read_adapter
+    from moa_peft.evaluation.loading import add_adapter, choose_template, load, read_adapter
     from moa_peft.inspection.html_report import check_outputs
 
     check_outputs(out, json_file, png)
@@ -77,36 +76,32 @@ def inspect(
 
     if batch_size < 1:
         raise UsageError(f"--batch-size is {batch_size}: give at least 1")
+    from tqdm import tqdm
+
     from moa_peft.inspection.html_report import write_outputs
-    from moa_peft.inspection.inspection import about_adapter, add_adapter, inspect_model
+    from moa_peft.inspection.inspection import SECOND, about_adapter, check_same_base, inspect_model
     from moa_peft.inspection.prompts import as_prompt, tokenise
     from moa_peft.quiet import quiet_libraries
 
+    init_kwargs = parse_mapping("--model-init-kwargs", model_init_kwargs)
     with quiet_libraries():
-        loaded = load(model, folders[0], dtype=dtype)
-        names = ["default"]
         if len(folders) > 1:
-            names.append(add_adapter(loaded.model, folders[1], loaded.base_model if model is None else None))
-        texts = tokenise(
-            [
-                as_prompt(one, cast("Any", None if chosen == "none" else chosen), loaded.tokenizer)
-                for one in rows
-            ],
-            loaded.tokenizer,
-        )
+            check_same_base(folders[0], folders[1], model, init_kwargs)
+        loaded = load(model, folders[0], dtype=dtype, init_kwargs=init_kwargs)
+        names = ["default", SECOND][: len(folders)]
+        for name, folder in zip(names[1:], folders[1:], strict=True):
+            add_adapter(loaded.model, folder, name)
+        shown_as = cast("Any", None if chosen == "none" else chosen)
+        texts = tokenise([as_prompt(one, shown_as, loaded.tokenizer) for one in rows], loaded.tokenizer)
         about = {
             name: about_adapter(loaded.model, name, folder, loaded.base_model)
+            | {"base_settings": loaded.base_settings}
             | {"prompts": str(prompts or data), "template": chosen}
             for name, folder in zip(names, folders, strict=True)
         }
-        with _bar(len(texts)) as bar:
-            found = inspect_model(
-                loaded.model,
-                texts,
-                about,
-                batch_size=batch_size,
-                progress=lambda done: bar.update(done - bar.n),
-            )
+        with tqdm(total=len(texts), unit="prompt", file=sys.stderr) as bar:
+            progress = partial(_advance, bar)
+            found = inspect_model(loaded.model, texts, about, batch_size=batch_size, progress=progress)
     written = write_outputs(found, out, json_file, png)
     for name, finding in found.findings.items():
         prefix = f"{about[name]['adapter']}: " if len(names) > 1 else ""
@@ -133,9 +128,5 @@ def _rows(prompts: Path | None, data: str | None, split: str, limit: int | None)
     return [Row(instruction=one, input="", output="", answer="") for one in read_prompts(prompts)[:limit]]
 
 
-def _bar(total: int) -> Any:
-    import sys
-
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="prompt", file=sys.stderr)
+def _advance(bar: Any, done: int) -> None:
+    bar.update(done - bar.n)

@@ -3,10 +3,11 @@
 YAML is read with the scalars of its version 1.2: ``1e-4`` is a number, and ``no``, ``off`` and ``yes`` are words.
 """
 
+import json
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -18,6 +19,17 @@ class _Loader(yaml.SafeLoader):
     """A safe loader with the scalars of YAML 1.2 that refuses a key given twice."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  # PyYAML's own shape
+
+    def construct_scalar(self, node: Any) -> Any:
+        """Read a scalar; half of a character, as an escape can make one, is an error with its line."""
+        text = super().construct_scalar(node)
+        try:
+            str(text).encode()
+        except UnicodeEncodeError as error:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{text!r} holds half of a character: write it whole", node.start_mark
+            ) from error
+        return text
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping; a key given twice is an error with its line."""
@@ -52,6 +64,27 @@ for _tag, _pattern, _first in (
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What PyYAML lets through of values with a wrong tag, too many digits or too deep a nesting."""
 
+_MOST_BYTES, _MOST_VALUES = 2**20, 100_000
+"""The largest file of settings, and the most values in it, each alias counted with all that it stands for."""
+
+
+def _load(text: str) -> Any:
+    """Read YAML, its aliases bounded: a few lines of them can stand for more values than fit into the memory.
+
+    Raises:
+        yaml.YAMLError: If it is no YAML, or stands for too much. Also one of `_UNREADABLE`.
+    """
+    value = yaml.load(text, Loader=_Loader)  # a SafeLoader
+    left, count = [value], 0
+    while left:
+        one = left.pop()
+        count += 1
+        if count > _MOST_VALUES:
+            problem = f"more than {_MOST_VALUES:,} values, or one that holds itself: write it without aliases"
+            raise yaml.MarkedYAMLError(problem=problem)
+        left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+    return value
+
 
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML (or JSON) file whose top level is a mapping.
@@ -66,16 +99,18 @@ def load_yaml(path: Path) -> dict[str, Any]:
         UsageError: If there is no such file, or it is not YAML, gives a key twice or holds no mapping; the message
             names the file and the line.
     """
+    if not path.is_file():  # nor a device or a pipe, which have no end
+        raise UsageError(f"no configuration file at {path}: give the path of a YAML file with --config")
+    if path.stat().st_size > _MOST_BYTES:
+        raise UsageError(
+            f"{path} is larger than {_MOST_BYTES:,} bytes: give a YAML file of settings with --config"
+        )
     try:
         text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UsageError(
-            f"no configuration file at {path}: give the path of a YAML file with --config"
-        ) from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not a text file in UTF-8: give a YAML file with --config") from error
     try:
-        settings = yaml.load(text, Loader=_Loader)  # a SafeLoader
+        settings = _load(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
@@ -145,7 +180,7 @@ def parse_value(flag: str, text: str) -> Any:
     """
     try:
         if text.startswith(("[", "{", "'", '"')):
-            return yaml.load(text, Loader=_Loader)  # a SafeLoader
+            return _load(text)
         loader = _Loader("")
         tag = loader.resolve(yaml.ScalarNode, text.strip(), (True, False))
         return text if tag.endswith(":str") else loader.construct_object(yaml.ScalarNode(tag, text.strip()))
@@ -184,6 +219,39 @@ def _kind(value: object) -> str:
     return "a list" if isinstance(value, list) else f"a single value ({value!r})"
 
 
+ModelInitKwargs = Annotated[
+    str | None,
+    typer.Option(
+        "--model-init-kwargs",
+        "--model_init_kwargs",
+        help='How the base model is loaded, as moa train takes it: arguments of from_pretrained, as in \'{"revision": "v1"}\'. '
+        "They go before what the adapter was trained with; null leaves one out.",
+    ),
+]
+"""The option of every verb that loads a base model; `parse_mapping` reads it."""
+
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the base model: float32, bfloat16, float16. Default: the one that the adapter was trained with; of a bare "
+        "model float32 on a CPU, its own on a GPU."
+    ),
+]
+"""Likewise, of its dtype alone."""
+
+
+def parse_mapping(flag: str, text: str | None) -> dict[str, Any]:
+    """Read the value of a flag that takes a mapping.
+
+    Raises:
+        UsageError: If it is none.
+    """
+    value = {} if text is None else parse_value(flag, text)
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise UsageError(f'{flag} is {text!r}: give a mapping, as in \'{{"revision": "v1"}}\'')
+    return value
+
+
 FLAGS_ONLY = ("config", "help", "allow_code_execution")
 """What a file may not set: leave to run a model's programs is given by a person, for one call."""
 
@@ -194,7 +262,7 @@ def options_from_file(context: typer.Context, path: Path | None) -> Path | None:
     Args:
         context: The verb's, whose defaults become those of the file.
         path: The file; its keys are the options' names, with dashes or underscores. A list stands for its entries with
-            commas between.
+            commas between, a mapping for its JSON.
 
     Returns:
         The path.
@@ -218,4 +286,6 @@ def options_from_file(context: typer.Context, path: Path | None) -> Path | None:
 
 
 def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return json.dumps(value)
     return ",".join(str(one) for one in value) if isinstance(value, list) else value

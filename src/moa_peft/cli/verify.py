@@ -26,25 +26,17 @@ def verify(
     from moa_peft.official.parity import compare
     from moa_peft.quiet import quiet_libraries
 
-    failed = unreadable = False
+    code = 0
     for path in files:
+        row = {"file": str(path), "errors": {}, "failure": "", "rule": None, "ok": False}
         try:
             with quiet_libraries():
                 result = compare(path)
-        except UsageError as error:
-            unreadable = True
-            row = {"file": str(path), "errors": {}, "failure": str(error), "rule": None, "ok": False}
-            line = f"{path.name}  {error}  ERROR"
-        else:
-            failed |= not result.ok
-            row = {
-                "file": str(path),
-                "errors": result.errors,
-                "failure": "",
-                "rule": result.rule,
-                "ok": result.ok,
-            }
+            row |= {"errors": result.errors, "rule": result.rule, "ok": result.ok}
             line = result.line()
+            code = max(code, 0 if result.ok else 1)
+        except UsageError as error:
+            row["failure"], line, code = str(error), f"{path.name}  {error}  ERROR", 2
         print(json.dumps(row) if as_json else line, flush=True)
-    if failed or unreadable:
-        raise typer.Exit(2 if unreadable else 1)
+    if code:
+        raise typer.Exit(code)

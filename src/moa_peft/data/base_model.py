@@ -1,16 +1,15 @@
 """The base model's folder: the embedded default, made once from its package, or what the user names."""
 
-import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moa_peft.data.cache import cached_folder, read_manifest, sha256_of
+from moa_peft.data.cache import cached_folder
 from moa_peft.data.packages import Package, package_files
 from moa_peft.data.progress import working
-from moa_peft.errors import RunError, UsageError, expanded, first_line
+from moa_peft.errors import RunError, UsageError, expanded
 
 DEFAULT_MODEL = "smollm2"
 """Name of the embedded default: SmolLM2-135M-Instruct, Llama architecture, Apache-2.0."""
@@ -29,15 +28,17 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SAMPLE = "Question: what is 12 + 3?\nWater boils at 100 degrees at sea level!"
 
 
-def resolve_model(name: str) -> str:
+def resolve_model(name: str, places: Sequence[Path] | None = None, file: str = "config.json") -> str:
     """Find the base model that a name stands for.
 
     Args:
         name: "smollm2", the embedded default; a folder with a `config.json`; or a name on the hub.
+        places: Folders that the name may stand for, best first; None for the name itself.
+        file: What a model's folder must hold: its config, or a GGUF file, which has the config in it.
 
     Returns:
-        A folder for the embedded default, which is fetched and converted to float32 at its first use; any other name
-        as it is, for `from_pretrained`.
+        A folder's absolute path; for the embedded default one that is fetched and converted to float32 at its first
+        use. A name on the hub as it is, for `from_pretrained`.
 
     Raises:
         UsageError: If the name is a path that holds no model, is neither path nor hub name, or the embedded default
@@ -48,125 +49,21 @@ def resolve_model(name: str) -> str:
         return str(
             cached_folder(DEFAULT_MODEL, source=_SOURCE, build=_build_default, needs_bytes=_FOLDER_BYTES)
         )
-    folder = expanded(name)
-    if name and folder.is_dir():
-        if (folder / "config.json").is_file():
-            return str(folder)
+    places = [expanded(name)] if places is None else places
+    folder = next((one for one in places if name and one.is_dir()), None)
+    if folder is not None:
+        if (folder / file).is_file():
+            return str(folder.absolute())
         adapter = (folder / "adapter_config.json").is_file()
         hint = "it is an adapter: give --adapter, and --model for its base" if adapter else "it is no model"
-        raise UsageError(f"model folder {name} holds no config.json: {hint}")
+        raise UsageError(f"model folder {folder} holds no {file}: {hint}")
     if not _HUB_NAME.fullmatch(name):
-        what = "is a file" if folder.is_file() else "does not exist"
+        what = "is a file" if any(one.is_file() for one in places) else "does not exist"
+        where = f" (looked for {' and '.join(map(str, places))})" if len(places) > 1 else ""
         raise UsageError(
-            f"model {name!r} {what}: give a folder with a config.json, a name on the hub, or {DEFAULT_MODEL!r}"
+            f"model {name!r} {what}{where}: give a folder with a config.json, a name on the hub, or {DEFAULT_MODEL!r}"
         )
     return name
-
-
-def load_model(path: str, name: str, **options: Any) -> Any:
-    """Load a base model, whole.
-
-    Args:
-        path: What `resolve_model` returned.
-        name: What the user called it, for errors.
-        **options: Of `AutoModelForCausalLM.from_pretrained`, as ``dtype``.
-
-    Returns:
-        The model.
-
-    Raises:
-        UsageError: If it cannot be read, or lacks weights, which transformers would draw at random.
-    """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UsageError(f"the model {name!r} cannot be loaded: {first_line(error)}") from error
-    model, found = loaded
-    lacking = sorted(found["missing_keys"])
-    if lacking:
-        raise UsageError(
-            f"the model {name!r} lacks {len(lacking)} of its weights, as {lacking[0]}, and they would be random: give a "
-            "folder or name that holds all of them"
-        )
-    return model
-
-
-def base_config(path: str, name: str) -> Any:
-    """Read a base model's config.
-
-    Args:
-        path: What `resolve_model` returned.
-        name: The model as it was named, for errors.
-
-    Raises:
-        UsageError: If there is none, or it is of no known family.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"the model {name!r} cannot be read: {first_line(error)}") from error
-
-
-def empty_model(path: str, name: str) -> Any:
-    """Build a causal language model of a base model's sizes, on the meta device, without weights.
-
-    Args:
-        path: What `resolve_model` returned.
-        name: The model as it was named, for errors.
-
-    Raises:
-        UsageError: If its config cannot be read, or is of no causal language model.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    config = base_config(path, name)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise UsageError(
-            f"the model {name!r} is no causal language model of transformers: {first_line(error)}"
-        ) from error
-
-
-def model_fingerprint(path: str) -> str:
-    """Identify the weights of a base model, for the rows of results.
-
-    Args:
-        path: What `resolve_model` returned.
-
-    Returns:
-        SHA-256 of the weight file of a folder (of all their SHA-256 in the order of their names, if there are
-        several); the commit of a name on the hub that has been loaded before, "unknown" for one that has not.
-
-    Raises:
-        UsageError: If the folder holds no weight file.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        return _hub_commit(path)
-    manifest = read_manifest(folder)
-    if manifest is not None and "model.safetensors" in manifest["files"]:
-        return manifest["files"]["model.safetensors"]["sha256"]
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise UsageError(f"model folder {path} holds no .safetensors and no pytorch_model*.bin file")
-    sums = [sha256_of(file) for file in files]
-    return sums[0] if len(sums) == 1 else hashlib.sha256("\n".join(sums).encode()).hexdigest()
-
-
-def _hub_commit(name: str) -> str:
-    """The commit under which the hub's cache holds a model's config, or "unknown"."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(name, "config.json")
-    return Path(found).parent.name if isinstance(found, str) else "unknown"
 
 
 def _build_default(folder: Path) -> None:

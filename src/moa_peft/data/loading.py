@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -59,8 +60,8 @@ def load_records(source: str, *, split: str = "train", limit: int | None = None)
 
 
 def _check_limit(limit: int | None) -> None:
-    if limit is not None and limit < 1:
-        raise UsageError(f"limit is {limit}: give at least 1, or leave it out to read all rows")
+    if limit is not None and not 1 <= limit <= sys.maxsize:
+        raise UsageError(f"limit is {limit}: give at least 1, below 2**63, or leave it out to read all rows")
 
 
 SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz")

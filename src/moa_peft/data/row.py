@@ -26,6 +26,9 @@ class Row:
     answer: str
     """The bare answer that a reply is scored on, or "" where the data has none."""
 
+    system: str = ""
+    """What a system turn tells the model before the question, or ""."""
+
 
 NEEDED = (
     "a row needs instruction and output (input and answer may be added), or prompt and completion, or messages that "
@@ -90,7 +93,7 @@ def _whole(text: str, name: str, where: str) -> str:
 
 
 def _from_messages(messages: Any, extra: Mapping[str, str], where: str) -> Row:
-    """Map one question and its reply; a system turn goes before the question, a blank line between them."""
+    """Map one question and its reply, with the system turn before them if there is one."""
     well_formed = isinstance(messages, list) and all(
         isinstance(turn, Mapping)
         and isinstance(turn.get("role"), str)
@@ -107,13 +110,16 @@ def _from_messages(messages: Any, extra: Mapping[str, str], where: str) -> Row:
             f"{where}: messages has the turns {', '.join(roles) or '(none)'}: a row holds one question and its reply, "
             "so give (system,) user, assistant"
         )
-    said = [_whole(turn["content"], "messages", where) for turn in messages]
-    return Row(instruction="\n\n".join(filter(None, said[:-1])), output=said[-1], **extra)
+    *system, question, reply = [_whole(turn["content"], "messages", where) for turn in messages]
+    return Row(instruction=question, output=reply, system="".join(system), **extra)
 
 
 def rows_md5(rows: Sequence[Row]) -> str:
     """Identify rows by their contents and order, whatever file they came from."""
     digest = hashlib.md5(usedforsecurity=False)
     for row in rows:
-        digest.update(json.dumps(dataclasses.asdict(row), sort_keys=True, default=str).encode() + b"\n")
+        fields = dataclasses.asdict(row)
+        if not row.system:  # so that rows without one keep the MD5 that earlier recipes state
+            del fields["system"]
+        digest.update(json.dumps(fields, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()

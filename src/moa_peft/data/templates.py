@@ -5,12 +5,16 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from moa_peft.data.row import Row
 from moa_peft.errors import UsageError, unknown
+from moa_peft.time_limit import time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Template = Literal["paper", "chat"]
 """How a row becomes text: "paper" for its instruction template, "chat" for the tokenizer's chat template."""
+
+_LONGEST_S = 5.0
+"""Seconds that a chat template may take for one conversation; milliseconds are usual."""
 
 PAPER = (
     "Below is an instruction that describes a task. "
@@ -34,14 +38,16 @@ def render_prompt(row: Row, template: Template, tokenizer: "PreTrainedTokenizerB
         tokenizer: The base model's; "paper" does not need it.
 
     Returns:
-        The prompt, up to the place where the reply begins.
+        The prompt, up to the place where the reply begins. A row's system turn is one in "chat"; in "paper", which has
+        no such thing, it stands before the instruction, a blank line between them.
 
     Raises:
         UsageError: If the template is unknown, or is "chat" and the tokenizer has no chat template.
     """
     if template == "paper":
         form = PAPER_WITH_INPUT if row.input else PAPER
-        return form.format(instruction=row.instruction, input=row.input)
+        told = "\n\n".join(filter(None, (row.system, row.instruction)))
+        return form.format(instruction=told, input=row.input)
     if template != "chat":
         raise UsageError(unknown("template", template, get_args(Template)))
     if tokenizer is None or not tokenizer.chat_template:
@@ -49,28 +55,33 @@ def render_prompt(row: Row, template: Template, tokenizer: "PreTrainedTokenizerB
             "template 'chat': the tokenizer of this model has no chat template: use template 'paper'"
         )
     question = f"{row.instruction}\n\n{row.input}" if row.input else row.instruction
-    return render_chat([{"role": "user", "content": question}], tokenizer)
+    system = [{"role": "system", "content": row.system}] if row.system else []
+    return render_chat([*system, {"role": "user", "content": question}], tokenizer)
 
 
-def render_chat(turns: Sequence[Mapping[str, str]], tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Write a conversation by the tokenizer's chat template, up to where the assistant's next turn begins.
+def render_chat(
+    turns: Sequence[Mapping[str, str]], tokenizer: "PreTrainedTokenizerBase", *, reply_follows: bool = True
+) -> str:
+    """Write a conversation by the tokenizer's chat template.
 
     Args:
         turns: Each with a role and its content.
         tokenizer: One with a chat template.
+        reply_follows: Whether the text goes on to where the assistant's next turn begins.
 
     Returns:
         The text, which holds its special tokens already.
 
     Raises:
-        UsageError: If the template refuses the conversation or is broken.
+        UsageError: If the template refuses the conversation, is broken or does not end.
     """
     from jinja2 import TemplateError
 
     try:
-        text = tokenizer.apply_chat_template(
-            [dict(one) for one in turns], tokenize=False, add_generation_prompt=True
-        )
+        with time_limit(_LONGEST_S, "the tokenizer's chat template"):
+            text = tokenizer.apply_chat_template(
+                [dict(one) for one in turns], tokenize=False, add_generation_prompt=reply_follows
+            )
     except TemplateError as error:
         raise UsageError(
             f"the tokenizer's chat template refuses {', '.join(one['role'] for one in turns)}: {error}: use template "

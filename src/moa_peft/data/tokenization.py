@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moa_peft.data.row import Row
-from moa_peft.data.templates import Template, render_completion, render_prompt
+from moa_peft.data.templates import Template, render_chat, render_completion, render_prompt
 from moa_peft.errors import UsageError
 
 if TYPE_CHECKING:
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """The label of a position that the loss leaves out."""
+
+_REPLY = "moareply"
+"""Stands for a reply where only what follows it is looked at."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,18 +48,31 @@ class EncodedRows:
     """Kept examples whose answer lost its end."""
 
 
-def end_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+def end_token_id(tokenizer: "PreTrainedTokenizerBase", template: Template = "paper") -> int:
     """The token that ends a reply: what training appends and what generation stops at.
 
     Args:
         tokenizer: The base model's.
+        template: How a row becomes text.
 
     Returns:
-        Its `eos_token_id`; for a chat model that is the end of a turn.
+        The token that the chat template writes after a reply, with "chat" (Gemma: ``<end_of_turn>``). Its `eos_token_id`
+        with "paper", and with a chat template that writes nothing there.
 
     Raises:
-        UsageError: If the tokenizer names no end token.
+        UsageError: If there is no end token, or what the chat template writes is no token of the tokenizer.
     """
+    if template == "chat":
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _REPLY}]
+        _, reply, after = render_chat(turns, tokenizer, reply_follows=False).rpartition(_REPLY)
+        ids = tokenizer(after.strip(), add_special_tokens=False)["input_ids"]
+        if not reply or (ids and ids[0] not in tokenizer.added_tokens_decoder):
+            raise UsageError(
+                f"the tokenizer's chat template ends a reply with {after.strip()!r}, which is not one of its special tokens, or "
+                "leaves replies out: use template 'paper'"
+            )
+        if ids:
+            return ids[0]
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
         raise UsageError(
@@ -80,7 +96,7 @@ def prompt_ids(prompt: str, tokenizer: "PreTrainedTokenizerBase", template: Temp
     if template == "chat":
         return tokenizer(prompt, add_special_tokens=False)["input_ids"]
     ids = list(tokenizer(prompt)["input_ids"])
-    while ids and ids[-1] == end_token_id(tokenizer):
+    while ids and ids[-1] == end_token_id(tokenizer, template):
         ids.pop()
     return ids
 
@@ -112,7 +128,7 @@ def encode(
         UsageError: If the tokenizer names no end token.
     """
     asked = prompt_ids(prompt, tokenizer, template)
-    reply = [*completion_ids(completion, tokenizer), end_token_id(tokenizer)]
+    reply = [*completion_ids(completion, tokenizer), end_token_id(tokenizer, template)]
     return _joined(asked, reply, max_length)
 
 
@@ -134,7 +150,7 @@ def encode_rows(
         UsageError: If no row has an answer token left; the message names a length that would do. Also if the
             template cannot be used with the tokenizer.
     """
-    end = end_token_id(tokenizer)
+    end = end_token_id(tokenizer, template)
     examples: list[Encoded] = []
     whole_lengths: list[int] = []
     for row in rows:

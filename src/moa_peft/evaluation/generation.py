@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from moa_peft.data.templates import Template
+from moa_peft.data.tokenization import end_token_id
 from moa_peft.evaluation.batching import pad_left, plan_batches, positions
 from moa_peft.evaluation.scoring import TOKEN_BUDGET, select_rows
-from moa_peft.mixture.token_masks import cache_of
+from moa_peft.mixture.gate_cache import cache_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,11 +30,12 @@ class Generation:
     """Whether the model ended its answer, or the answer was cut off at the longest length allowed."""
 
 
-def end_ids(model: Any, tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    """The tokens that end an answer: those of the tokenizer and of the model's own generation settings."""
+def end_ids(model: Any, tokenizer: "PreTrainedTokenizerBase", template: Template = "paper") -> frozenset[int]:
+    """The tokens that end an answer: those of the tokenizer, of the model's generation settings, and of the chat template."""
     stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     several = stated if isinstance(stated, list | tuple) else [stated]
-    return frozenset(one for one in (*several, tokenizer.eos_token_id) if isinstance(one, int))
+    of_turn = end_token_id(tokenizer, template) if template == "chat" else None
+    return frozenset(one for one in (*several, tokenizer.eos_token_id, of_turn) if isinstance(one, int))
 
 
 def plan_prompts(prompts: Sequence[Sequence[int]], batch_size: int, max_new_tokens: int) -> list[list[int]]:

@@ -2,44 +2,33 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from moa_peft.data.row import Row
 from moa_peft.errors import UsageError
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HubSource:
+class HubSource(NamedTuple):
     """Where a task is on the hub."""
 
-    name: str
-    """Of the data set."""
-
+    source: str
+    """Name of the data set, and which part of it, as `load_records` takes them."""
     split: str
     """The split that the paper tests on; the test split has no answers in several."""
 
-    config: str | None = None
-    """Which part of the data set; None where there is one only."""
-
-    @property
-    def source(self) -> str:
-        """As `load_records` takes it."""
-        return self.name if self.config is None else f"{self.name}:{self.config}"
-
 
 HUB: Mapping[str, HubSource] = {
-    "boolq": HubSource(name="google/boolq", split="validation"),
-    "piqa": HubSource(name="ybisk/piqa", split="validation"),
-    "social_i_qa": HubSource(name="allenai/social_i_qa", split="validation"),
-    "hellaswag": HubSource(name="Rowan/hellaswag", split="validation"),
-    "winogrande": HubSource(name="allenai/winogrande", config="winogrande_xl", split="validation"),
-    "ARC-Easy": HubSource(name="allenai/ai2_arc", config="ARC-Easy", split="test"),
-    "ARC-Challenge": HubSource(name="allenai/ai2_arc", config="ARC-Challenge", split="test"),
-    "openbookqa": HubSource(name="allenai/openbookqa", config="main", split="test"),
-    "gsm8k": HubSource(name="openai/gsm8k", config="main", split="test"),
-    "humaneval": HubSource(name="openai/openai_humaneval", split="test"),
-    "mbpp": HubSource(name="google-research-datasets/mbpp", config="full", split="test"),
+    "boolq": HubSource("google/boolq", "validation"),
+    "piqa": HubSource("ybisk/piqa", "validation"),
+    "social_i_qa": HubSource("allenai/social_i_qa", "validation"),
+    "hellaswag": HubSource("Rowan/hellaswag", "validation"),
+    "winogrande": HubSource("allenai/winogrande:winogrande_xl", "validation"),
+    "ARC-Easy": HubSource("allenai/ai2_arc:ARC-Easy", "test"),
+    "ARC-Challenge": HubSource("allenai/ai2_arc:ARC-Challenge", "test"),
+    "openbookqa": HubSource("allenai/openbookqa:main", "test"),
+    "gsm8k": HubSource("openai/gsm8k:main", "test"),
+    "humaneval": HubSource("openai/openai_humaneval", "test"),
+    "mbpp": HubSource("google-research-datasets/mbpp:full", "test"),
 }
 """The tasks that the hub has in a form that is known here, by the name they have here."""
 
@@ -48,14 +37,11 @@ Convert = Callable[[Mapping[str, Any]], tuple[str, str, str]]
 
 
 def official_row(record: Any, where: str) -> Row | None:
-    """Turn a record in the form of the hub into the official row.
+    """Turn a record in the form of the hub into the official row; None where it is of no form that is known here.
 
     Args:
         record: One record of `datasets`, or of a file in the same form.
         where: Its place, for errors.
-
-    Returns:
-        The row; None where the record is of no form that is known here.
 
     Raises:
         UsageError: If it has the fields of a known form, but not what belongs in them, as a split without answers.
@@ -76,7 +62,7 @@ def official_row(record: Any, where: str) -> Row | None:
 
 
 def _choice(
-    question: str, word: str, choices: Sequence[str], right: int, *, apart: str = " "
+    question: str, word: str, choices: Sequence[str], right: int, apart: str = " "
 ) -> tuple[str, str, str]:
     """The official form of a question with choices: these numbered, then the words that an answer may be."""
     if not 0 <= right < len(choices):
@@ -95,8 +81,7 @@ def _boolq(record: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def _piqa(record: Mapping[str, Any]) -> tuple[str, str, str]:
     question = f"Please choose the correct solution to the question: {record['goal']}"
-    choices = [record["sol1"], record["sol2"]]
-    return _choice(question, "solution", choices, int(record["label"]), apart="\n\n")
+    return _choice(question, "solution", [record["sol1"], record["sol2"]], int(record["label"]), apart="\n\n")
 
 
 def _social_i_qa(record: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -119,17 +104,9 @@ def _winogrande(record: Mapping[str, Any]) -> tuple[str, str, str]:
     return instruction.replace("\n\nAnswer format:", " Answer format:"), output, answer
 
 
-def _arc(record: Mapping[str, Any]) -> tuple[str, str, str]:
-    return _lettered(record["question"], record)
-
-
-def _openbookqa(record: Mapping[str, Any]) -> tuple[str, str, str]:
-    return _lettered(record["question_stem"], record)
-
-
-def _lettered(asked: str, record: Mapping[str, Any]) -> tuple[str, str, str]:
+def _lettered(record: Mapping[str, Any]) -> tuple[str, str, str]:
     """ARC and OpenBookQA, whose choices have letters, or figures in a few rows."""
-    choices = record["choices"]
+    asked, choices = record["question" if "question" in record else "question_stem"], record["choices"]
     right = list(choices["label"]).index(record["answerKey"])
     question = f"Please choose the correct answer to the question: {asked}"
     return _choice(question, "answer", choices["text"], right)
@@ -151,8 +128,8 @@ _FORMS: Mapping[tuple[str, ...], Convert] = {
     ("context", "question", "answerA", "answerB", "answerC", "label"): _social_i_qa,
     ("activity_label", "ctx", "endings", "label"): _hellaswag,
     ("sentence", "option1", "option2", "answer"): _winogrande,
-    ("question", "choices", "answerKey"): _arc,
-    ("question_stem", "choices", "answerKey"): _openbookqa,
+    ("question", "choices", "answerKey"): _lettered,
+    ("question_stem", "choices", "answerKey"): _lettered,
     ("question", "answer"): _gsm8k,
 }
 """The forms by their fields; the first that fits is taken. Rows of instruction data have none of these."""

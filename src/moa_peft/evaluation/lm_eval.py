@@ -19,7 +19,7 @@ from moa_peft.evaluation.result_key import ModelIdentity
 from moa_peft.evaluation.results import RESULTS_FILE
 from moa_peft.extras import require
 from moa_peft.json_lines import append_rows, drop_torn_line, replace_rows
-from moa_peft.mixture.token_masks import prompt_lengths
+from moa_peft.mixture.token_watch import prompt_lengths
 from moa_peft.provenance import provenance
 
 if TYPE_CHECKING:
@@ -52,18 +52,16 @@ class HarnessOptions:
     """Folder for results.jsonl and the examples; None keeps everything in memory."""
 
     def __post_init__(self) -> None:
-        problems: list[str] = []
+        least = {"limit": 1, "num_fewshot": 0, "batch_size": 1}
+        problems = [
+            f"{name} is {number}: give at least {low}"
+            for name, low in least.items()
+            if (number := getattr(self, name)) is not None and number < low
+        ]
         if not self.tasks:
             problems.append("lm_eval is empty: give names of tasks with commas between")
         if self.task_folder is not None and not self.task_folder.is_dir():
             problems.append(f"lm_eval_path {self.task_folder} is no folder: give a folder of task files")
-        for name, number, least in (
-            ("limit", self.limit, 1),
-            ("num_fewshot", self.num_fewshot, 0),
-            ("batch_size", self.batch_size, 1),
-        ):
-            if number is not None and number < least:
-                problems.append(f"{name} is {number}: give at least {least}")
         if problems:
             raise UsageError("; ".join(problems))
 
@@ -96,6 +94,8 @@ class HarnessRow:
     """Of the base model's weights."""
     base_model: str
     """The base model, as it was named."""
+    base_settings: Mapping[str, Any]
+    """How it was loaded: arguments of `from_pretrained`, and the commit of one from the hub."""
     base_fingerprint: str
     """Hash of its weights."""
     adapter: str | None
@@ -131,20 +131,15 @@ class HarnessResult:
     """What one call of the harness found on one task."""
 
     row: HarnessRow
-    """The figures."""
 
     samples: tuple[dict[str, Any], ...]
     """The harness's own record of each question."""
-
     examples_file: Path | None
     """Where these lie; None when everything stays in memory."""
 
 
 def check_harness_tasks(options: HarnessOptions) -> Any:
     """Find the tasks before a model is loaded.
-
-    Args:
-        options: Which tasks.
 
     Returns:
         The harness's task manager; without its own tasks where the folder holds all, as reading those takes seconds.
@@ -160,8 +155,10 @@ def check_harness_tasks(options: HarnessOptions) -> Any:
     manager = make(include_path=None if options.task_folder is None else str(options.task_folder))
     for name in options.tasks:
         if not manager.match_tasks([name]):
-            problem = unknown("task of lm-eval", name, manager.all_tasks)
-            raise UsageError(f"{_shortened(problem)}; lm_eval ls tasks lists them")
+            problem, _, _ = unknown("task of lm-eval", name, manager.all_tasks).partition(
+                "known: "
+            )  # over 10,000
+            raise UsageError(f"{problem.strip().rstrip(':')}; lm_eval ls tasks lists them")
     return manager
 
 
@@ -251,11 +248,13 @@ def _result(
     name: str, found: Mapping[str, Any], shared: Mapping[str, Any], out: Path | None
 ) -> HarnessResult:
     samples = tuple(_plain(one) for one in found["samples"][name])
+    figures = {name: value for name, value in found["results"][name].items() if "," in name}
     row = HarnessRow(
         task=name,
         task_version=str(found["versions"].get(name)),
         n=len({one.get("doc_id", place) for place, one in enumerate(samples)}),
-        metrics=_metrics(found["results"][name]),
+        # what the harness cannot give ("N/A") is None
+        metrics={key: float(one) if isinstance(one, int | float) else None for key, one in figures.items()},
         task_config=json.dumps(_plain(found["configs"].get(name)), sort_keys=True),
         num_fewshot=found["n-shot"].get(name),
         **shared,
@@ -269,15 +268,6 @@ def _result(
     return HarnessResult(row=row, samples=samples, examples_file=file)
 
 
-def _metrics(results: Mapping[str, Any]) -> dict[str, float | None]:
-    """The figures among a task's results; what the harness cannot give ("N/A") is None."""
-    return {
-        name: float(value) if isinstance(value, int | float) else None
-        for name, value in results.items()
-        if "," in name
-    }
-
-
 def _plain(value: Any) -> Any:
     """The same as JSON can hold it: what is not finite is null, what JSON does not know is its text."""
     if isinstance(value, Mapping):
@@ -287,9 +277,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | int | bool) else str(value)
-
-
-def _shortened(problem: str) -> str:
-    """Without the list of everything that is known: the harness has over ten thousand names."""
-    head, _, _ = problem.partition("known: ")
-    return head.strip().rstrip(":")

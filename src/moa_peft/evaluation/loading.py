@@ -1,14 +1,26 @@
 """A model to evaluate or to talk to, from a base model and an adapter folder."""
 
 import json
+import pickle
 import re
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from moa_peft.data.base_model import DEFAULT_MODEL, load_model, resolve_model
+from moa_peft.data.base_loading import (
+    PLACE,
+    BaseSettings,
+    find_base,
+    load_base,
+    load_tokenizer,
+    told_init_kwargs,
+)
+from moa_peft.data.base_model import DEFAULT_MODEL
 from moa_peft.errors import UsageError, expanded, first_line, unknown
+from moa_peft.mixture.adapter_file import check_values, split_frozen
 
 if TYPE_CHECKING:
     from peft import PeftType
@@ -16,6 +28,14 @@ if TYPE_CHECKING:
 
 RECIPE_FILE = "moa_recipe.json"
 """What training leaves in an adapter's folder: the recipe, with the base model's name and the template."""
+
+_OTHER_BASE = "give the model that it was trained on with --model"
+
+_OF_THE_CALL = (
+    "device_map", "max_memory", "offload_folder", "offload_buffers", "offload_state_dict", "low_cpu_mem_usage", "cache_dir",
+    "local_files_only", "force_download", "proxies", "use_cache",
+)  # fmt: skip
+"""Arguments of `from_pretrained` that say nothing of the model, only where and how it was run."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes that a base model may be loaded in."""
@@ -33,6 +53,12 @@ class AdapterFolder:
 
     base_model: str | None
     """The base model that it was trained on, as the recipe or else PEFT's config names it."""
+
+    base_places: tuple[Path, ...]
+    """Folders that this name may stand for: where training found it, seen from here, seen from the adapter's folder."""
+
+    init_kwargs: Mapping[str, Any]
+    """How the base model was loaded for training: arguments of `from_pretrained`."""
 
     template: str | None
     """The template that it was trained with; None where there is no recipe."""
@@ -56,6 +82,9 @@ class LoadedModel:
 
     base_model: str
     """The base model, as it was named."""
+
+    base_settings: Mapping[str, Any]
+    """How it was loaded, for the rows of results."""
 
     adapter: AdapterFolder | None
     """The adapter, if there is one."""
@@ -89,8 +118,10 @@ def read_adapter(name: str) -> AdapterFolder:
         raise UsageError(f"adapter folder {name} holds no adapter_config.json: {hint}")
     config = _read_json(config_file)
     recipe = _read_json(path / RECIPE_FILE) if (path / RECIPE_FILE).is_file() else {}
-    base = recipe.get("model") or config.get("base_model_name_or_path")
+    found, revision = config.get("base_model_name_or_path"), config.get("revision")
+    base = recipe.get("model") or found
     told = {"base model": base, "template": recipe.get("template"), "method": recipe.get("method")}
+    told |= {"base_model_name_or_path": found, "revision": revision, "peft_type": config.get("peft_type")}
     for what, value in told.items():
         if value is not None and not isinstance(value, str):
             raise UsageError(f"adapter folder {name}: its {what} is {value!r}: it must be text")
@@ -98,48 +129,121 @@ def read_adapter(name: str) -> AdapterFolder:
         name=name.rstrip("/") or name,
         path=path,
         base_model=base,
+        base_places=() if base is None else _places(base, found, path),
+        init_kwargs={
+            key: value
+            for key, value in ({"revision": revision} | (told_init_kwargs(recipe) if recipe else {})).items()
+            if value is not None and key not in _OF_THE_CALL and (key, value) != ("trust_remote_code", False)
+        },
         template=recipe.get("template"),
         method=recipe.get("method"),
         seed=recipe.get("seed"),
     )
 
 
+def _places(base: str, found: str | None, adapter: Path) -> tuple[Path, ...]:
+    """Folders that a base model's name may stand for: where training found it if that fits, from here, from the adapter."""
+    named, recorded = expanded(base), Path(found or "")
+    tail = tuple(one for one in named.parts if one not in (".", ".."))
+    fits = recorded.is_absolute() and recorded.parts[len(recorded.parts) - len(tail) :] == tail
+    return tuple(dict.fromkeys((*([recorded] if fits else []), named, adapter / named)))
+
+
+def choose_base(
+    model: str | None,
+    adapter: AdapterFolder | None,
+    init_kwargs: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+) -> BaseSettings:
+    """Find the base model that was asked for, or the one that the adapter was trained on, as it was loaded there.
+
+    Args:
+        model: A folder, a name on the hub, or "smollm2"; None for the one that the adapter names, or else "smollm2".
+        adapter: From `read_adapter`; None for the bare model.
+        init_kwargs: Arguments of `from_pretrained`. They go before what the adapter's folder says; None leaves one out.
+        dtype: One of `DTYPES`; None for the one of the training, without one float32 on a CPU and the checkpoint's own
+            on a GPU.
+
+    Raises:
+        UsageError: If a name stands for no model, dtype is given twice or unknown, or the training had an argument that
+            a folder may not decide, such as leave to run the base model's own code.
+    """
+    given = dict(init_kwargs or {})
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise UsageError(unknown("dtype", dtype, DTYPES))
+        if "dtype" in given:
+            raise UsageError(f"dtype is given twice, as {dtype} and in model_init_kwargs: leave one out")
+        given["dtype"] = dtype
+    told = {} if adapter is None else dict(adapter.init_kwargs)
+    places = None if adapter is None else adapter.base_places
+    if model is not None:  # a revision is one of the model that the adapter names
+        told, places = {key: value for key, value in told.items() if key not in PLACE}, None
+    asked = {key: value for key, value in told.items() if key not in given and not _may_be_told(key, value)}
+    if adapter is not None and asked:
+        raise UsageError(
+            f"{adapter.name} was trained with {', '.join(asked)} for its base model, which no adapter's folder decides "
+            f"here: add --model-init-kwargs '{json.dumps(asked)}' to do the same (a value null leaves it out)"
+        )
+    name = model or (adapter.base_model if adapter is not None else None) or DEFAULT_MODEL
+    return find_base(name, {"dtype": default_dtype(), **told, **given}, places)
+
+
+def default_dtype() -> str:
+    """The dtype of a base model of which nothing is known: float32 on a CPU, the checkpoint's own on a GPU."""
+    import torch
+
+    return "auto" if torch.cuda.is_available() else "float32"
+
+
+def _may_be_told(name: str, value: object) -> bool:
+    """Whether an adapter's folder, which somebody else may have written, may decide an argument of `from_pretrained`."""
+    if name == "quantization_config":
+        return isinstance(value, Mapping)
+    if name == "attn_implementation":  # with a slash it names code on the hub
+        return isinstance(value, str) and "/" not in value
+    return name in (*PLACE, "dtype") and isinstance(value, str)
+
+
 def load(
-    base_model: str | None = None, adapter: AdapterFolder | None = None, *, dtype: str | None = None
+    base_model: str | None = None,
+    adapter: AdapterFolder | None = None,
+    *,
+    dtype: str | None = None,
+    init_kwargs: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """Load a base model, and an adapter onto it.
 
     Args:
-        base_model: A folder, a name on the hub, or "smollm2"; None for the one that the adapter names, or else for
-            "smollm2", the embedded default.
+        base_model: As `choose_base` takes it, like the arguments below.
         adapter: From `read_adapter`; None for the bare model.
-        dtype: One of `DTYPES` for the base model; None for float32 on a CPU and the model's own on a GPU. Adapters
-            stay in float32.
+        dtype: Of the base model. Adapters stay in float32.
+        init_kwargs: Arguments of `from_pretrained`.
 
     Returns:
         The model, on a GPU where there is one.
 
     Raises:
-        UsageError: If a name stands for no model, or the adapter does not fit the base model or cannot be read.
+        UsageError: As `choose_base`; if the adapter does not fit the base model, cannot be read, or holds weights of
+            the frozen model.
     """
     import torch
-    from transformers import AutoTokenizer
 
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(unknown("dtype", dtype, DTYPES))
-    name = base_model or (adapter.base_model if adapter is not None else None) or DEFAULT_MODEL
-    path = resolve_model(name)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    own = "auto" if device == "cuda" else torch.float32
+    base = choose_base(base_model, adapter, init_kwargs, dtype)
     holds_tokenizer = adapter is not None and (adapter.path / "tokenizer_config.json").is_file()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(adapter.path if adapter and holds_tokenizer else path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"the tokenizer of {name!r} cannot be loaded: {first_line(error)}") from error
-    model = load_model(path, name, dtype=own if dtype is None else getattr(torch, dtype))
+    tokenizer = load_tokenizer(base, adapter.path if adapter and holds_tokenizer else None)
+    model = load_base(base, tokenizer)
     if adapter is not None:
-        model = _with_adapter(model, adapter)
-    return LoadedModel(model=model.to(device).eval(), tokenizer=tokenizer, base_model=name, adapter=adapter)
+        model = add_adapter(model, adapter)
+    if not getattr(model, "hf_device_map", None):
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return LoadedModel(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        base_model=base.name,
+        base_settings=base.recorded(),
+        adapter=adapter,
+    )
 
 
 def choose_template(given: str | None, adapter: AdapterFolder | None, otherwise: str) -> str:
@@ -147,50 +251,91 @@ def choose_template(given: str | None, adapter: AdapterFolder | None, otherwise:
     return given or (adapter.template if adapter is not None else None) or otherwise
 
 
-def _with_adapter(model: Any, adapter: AdapterFolder) -> Any:
-    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+def add_adapter(model: Any, adapter: AdapterFolder, name: str = "default") -> Any:
+    """Load an adapter onto a base model, or beside the adapter that is there.
+
+    Args:
+        model: Of transformers, or in PEFT's wrapper.
+        adapter: From `read_adapter`.
+        name: What the adapter is called in the model.
+
+    Returns:
+        The model in PEFT's wrapper.
+
+    Raises:
+        UsageError: If the adapter does not fit the model or cannot be read, or its file holds weights of the frozen model
+            that are not its own.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    doubtful = f"the adapter {adapter.name} cannot be loaded onto {adapter.base_model or 'this base model'}"
+    with _explained(doubtful):
+        weights = _weights(adapter, model)
+        if isinstance(model, PeftModel):
+            loaded = model
+            loaded.load_adapter(str(adapter.path), adapter_name=name)
+        else:
+            loaded = PeftModel.from_pretrained(model, str(adapter.path), adapter_name=name)
+    config = loaded.peft_config[name]
+    if config.is_prompt_learning:
+        raise UsageError(
+            f"{doubtful}: PEFT's {config.peft_type} changes the length of the prompt, which likelihoods cannot follow; "
+            "moa's own prompt expert (method prompt-tuning) can be evaluated"
+        )
+    # what has no place in the model is left out by PEFT without a word
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(cast("PeftType", config.peft_type), "")
+    placed = get_peft_model_state_dict(loaded, adapter_name=name, save_embedding_layers=False)
+    lost = [one for one in weights if prefix in one and one not in placed]
+    if lost:
+        raise UsageError(
+            f"{doubtful}: {len(lost)} of its weights have no place in that model, as {lost[0]}; {_OTHER_BASE}"
+        )
+    return loaded
+
+
+def _weights(adapter: AdapterFolder, model: Any) -> dict[str, Any]:
+    """Read the weights of an adapter, and see that they are numbers and leave the frozen model as it is."""
+    from peft import PeftConfig, load_peft_weights
+    from torch import Tensor
+
+    weights: dict[str, Tensor] = load_peft_weights(str(adapter.path), device="cpu")
+    check_values(
+        {name: one for name, one in weights.items() if one.is_floating_point()}, f"adapter {adapter.name}"
+    )
+    split_frozen(model, weights, PeftConfig.from_pretrained(str(adapter.path)), f"adapter {adapter.name}")
+    return weights
+
+
+@contextmanager
+def _explained(doubtful: str) -> Iterator[None]:
+    """Say in one line what PEFT, torch and safetensors say of an adapter that cannot be loaded."""
     from safetensors import SafetensorError
 
-    other_base = "give the model that it was trained on with --model"
-    doubtful = f"the adapter {adapter.name} cannot be loaded onto {adapter.base_model or 'this base model'}"
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
-            loaded = PeftModel.from_pretrained(model, str(adapter.path))
+            yield
+    except UsageError:
+        raise
     except UserWarning as error:
         missing = re.findall(r"'([^']+)'", str(error))
         raise UsageError(
-            f"{doubtful}: {len(missing)} of its weights are not in its file, as {missing[0]}; {other_base}"
+            f"{doubtful}: {len(missing)} of its weights are not in its file, as {missing[0]}; {_OTHER_BASE}"
         ) from error
     except SafetensorError as error:
         raise UsageError(f"{doubtful}: its weights are damaged or cut off: {first_line(error)}") from error
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
-        if isinstance(error, UsageError):
-            raise
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise UsageError(
+            f"{doubtful}: its adapter_model.bin is a pickle of more than tensors, or damaged, and is not read: ask for "
+            "an adapter_model.safetensors"
+        ) from error
+    except (RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         if "size mismatch" in str(error):
             raise UsageError(
                 f"{doubtful}: it was trained on a base of other sizes; give that one with --model"
             ) from error
         raise UsageError(f"{doubtful}: {first_line(error)}") from error
-    if any(one.is_prompt_learning for one in loaded.peft_config.values()):
-        raise UsageError(
-            f"{doubtful}: PEFT's {loaded.peft_type} changes the length of the prompt, which likelihoods cannot follow; "
-            "moa's own prompt expert (method prompt-tuning) can be evaluated"
-        )
-    # what has no place in the model is left out by PEFT without a word
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(cast("PeftType", loaded.peft_type), "")
-    placed = get_peft_model_state_dict(loaded, save_embedding_layers=False)
-    lost = [
-        one
-        for one in load_peft_weights(str(adapter.path), device="cpu")
-        if prefix in one and one not in placed
-    ]
-    if lost:
-        raise UsageError(
-            f"{doubtful}: {len(lost)} of its weights have no place in that model, as {lost[0]}; {other_base}"
-        )
-    return loaded
 
 
 def _from_hub(name: str) -> Path:
@@ -210,7 +355,7 @@ def _from_hub(name: str) -> Path:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(
             f"{file} is not JSON: the adapter was not written whole; train or copy it again"
         ) from error

@@ -18,28 +18,16 @@ if TYPE_CHECKING:
 
 Mode = Literal["likelihood", "generation", "text"]
 
-LIKELIHOOD_RULES = ("sum", "per_token")
-"""Ways to call a choice the likeliest: by its log-likelihood, or by that divided by its tokens."""
-
-TEXT_RULES = ("sum", "per_character")
-"""Ways to call a text the likeliest: by its log-likelihood (`acc` of the harness), or by that divided by its characters
-(`acc_norm`)."""
-
 RULES_OF: Mapping[Mode, tuple[str, ...]] = {
-    "likelihood": LIKELIHOOD_RULES,
+    "likelihood": ("sum", "per_token"),
     "generation": tuple(RULES),
-    "text": TEXT_RULES,
+    "text": ("sum", "per_character"),
 }
-"""The rules that an accuracy may go by in each mode, the default first."""
+"""The rules that an accuracy may go by in each mode, the default first. The likeliest choice is that of the highest
+log-likelihood (of texts `acc` of the harness), or of the highest divided by its tokens or characters (`acc_norm`)."""
 
-CHOICE_TOKENS = 32
-"""Most tokens of a generated reply that only has to name a choice."""
-
-REPLY_TOKENS = 256
-"""Most tokens of any other generated reply."""
-
-CODE_TOKENS = 512
-"""Most tokens of a generated program."""
+REPLY_TOKENS = {"choice": 32, "code": 512, "other": 256}
+"""Most tokens of a generated reply: one that only has to name a choice, a program, any other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,18 +65,16 @@ class EvaluationOptions:
     """Show a bar on standard error for what takes over two seconds."""
 
     def __post_init__(self) -> None:
-        problems: list[str] = []
-        for name, given, known in (
-            ("mode", "likelihood" if self.mode is None else self.mode, get_args(Mode)),
-            (
-                "extraction rule",
-                "sum" if self.extraction is None else self.extraction,
-                {rule for rules in RULES_OF.values() for rule in rules},
-            ),
-            ("template", self.template, get_args(Template)),
-        ):
-            if given not in known:
-                problems.append(unknown(name, given, known))
+        rules = {rule for some in RULES_OF.values() for rule in some}
+        problems = [
+            unknown(name, given, known)
+            for name, given, known in (
+                ("mode", "likelihood" if self.mode is None else self.mode, get_args(Mode)),
+                ("extraction rule", "sum" if self.extraction is None else self.extraction, rules),
+                ("template", self.template, get_args(Template)),
+            )
+            if given not in known
+        ]
         for name, number in (("batch_size", self.batch_size), ("max_new_tokens", self.max_new_tokens)):
             if number is not None and number < 1:
                 problems.append(f"{name} is {number}: give at least 1")
@@ -124,7 +110,7 @@ class EvaluationOptions:
         """The longest reply asked for, or the one that suits a task."""
         if self.max_new_tokens is not None:
             return self.max_new_tokens
-        return CODE_TOKENS if task.runs_code else CHOICE_TOKENS if task.has_choices else REPLY_TOKENS
+        return REPLY_TOKENS["code" if task.runs_code else "choice" if task.has_choices else "other"]
 
     def check_needs(self, task: Task) -> None:
         """Check that what a task needs is there: texts of choices, a reader of numbers, leave to run programs and a place.
@@ -134,9 +120,8 @@ class EvaluationOptions:
                 isolated here.
         """
         if self.mode_for(task) == "text":
-            from moa_peft.evaluation.text_choices import (
-                text_questions,
-            )  # its tokens need torch, which options do not
+            # its tokens need torch, which options do not
+            from moa_peft.evaluation.text_choices import text_questions
 
             text_questions(task)
         if self.mode_for(task) != "generation":

@@ -45,7 +45,30 @@ class Examiner(Protocol):
         ...
 
 
-class LikelihoodExaminer:
+class _ScoringExaminer:
+    """Scores completions of each question; what a record holds of them is each kind's own."""
+
+    def __init__(
+        self, model: Any, questions: Sequence[Question], tokens: Sequence[TokenQuestion], batch_size: int
+    ) -> None:
+        self._model, self._questions, self._tokens = model, questions, tokens
+        self._batch_size = rows_at_once(model, batch_size)
+        check_lengths(model, [one.num_tokens for one in tokens])
+
+    def batches(self) -> list[list[int]]:
+        """See `Examiner`."""
+        return plan(self._tokens, self._batch_size)
+
+    def examine(self, places: Sequence[int]) -> list[Record]:
+        """See `Examiner`."""
+        found = score_batch(self._model, [self._tokens[place] for place in places])
+        return [self._record(place, scores) for place, scores in zip(places, found, strict=True)]
+
+    def _record(self, place: int, scores: list[list[float]]) -> Record:
+        raise NotImplementedError
+
+
+class LikelihoodExaminer(_ScoringExaminer):
     """Compares the choices of each question, and takes the loss of its reference answer along."""
 
     def __init__(
@@ -59,39 +82,21 @@ class LikelihoodExaminer:
     ) -> None:
         """Tokenise the questions.
 
-        Args:
-            model: As for `score_batch`.
-            tokenizer: The base model's.
-            questions: The questions.
-            template: How a row becomes text.
-            batch_size: Most questions in a forward pass.
-
         Raises:
             UsageError: If a question is too long for the model, or the template does not fit the tokenizer.
         """
-        self._model, self._questions = model, questions
-        self._batch_size = rows_at_once(model, batch_size)
         self._prompts = [render_prompt(one.row, template, tokenizer) for one in questions]
         self._texts = [_scored_texts(one) for one in questions]
-        self._tokens: list[TokenQuestion] = [
+        tokens = [
             token_question(one.row, texts, tokenizer, template)
             for one, texts in zip(questions, self._texts, strict=True)
         ]
-        check_lengths(model, [one.num_tokens for one in self._tokens])
-
-    def batches(self) -> list[list[int]]:
-        """See `Examiner`."""
-        return plan(self._tokens, self._batch_size)
+        super().__init__(model, questions, tokens, batch_size)
 
     def batches_of(self, places: Sequence[int]) -> list[list[int]]:
         """Plan the batches of some of the questions by themselves."""
         parts = plan([self._tokens[place] for place in places], self._batch_size)
         return [[places[one] for one in part] for part in parts]
-
-    def examine(self, places: Sequence[int]) -> list[Record]:
-        """See `Examiner`."""
-        found = score_batch(self._model, [self._tokens[place] for place in places])
-        return [self._record(place, scores) for place, scores in zip(places, found, strict=True)]
 
     def _record(self, place: int, scores: list[list[float]]) -> Record:
         question, texts = self._questions[place], self._texts[place]
@@ -123,7 +128,7 @@ class LikelihoodExaminer:
         return record
 
 
-class TextExaminer:
+class TextExaminer(_ScoringExaminer):
     """Compares the texts of the choices of each question, as the LM Evaluation Harness does."""
 
     def __init__(
@@ -131,29 +136,11 @@ class TextExaminer:
     ) -> None:
         """Read and tokenise the questions.
 
-        Args:
-            model: As for `score_batch`.
-            tokenizer: The base model's.
-            task: The task.
-            batch_size: Most questions in a forward pass.
-
         Raises:
             UsageError: As `text_questions`; also if a question is too long for the model.
         """
-        self._model, self._questions = model, task.questions
-        self._batch_size = rows_at_once(model, batch_size)
         self._asked = text_questions(task)
-        self._tokens = [one.tokens(tokenizer) for one in self._asked]
-        check_lengths(model, [one.num_tokens for one in self._tokens])
-
-    def batches(self) -> list[list[int]]:
-        """See `Examiner`."""
-        return plan(self._tokens, self._batch_size)
-
-    def examine(self, places: Sequence[int]) -> list[Record]:
-        """See `Examiner`."""
-        found = score_batch(self._model, [self._tokens[place] for place in places])
-        return [self._record(place, scores) for place, scores in zip(places, found, strict=True)]
+        super().__init__(model, task.questions, [one.tokens(tokenizer) for one in self._asked], batch_size)
 
     def _record(self, place: int, scores: list[list[float]]) -> Record:
         question, asked = self._questions[place], self._asked[place]
@@ -187,14 +174,6 @@ class GenerationExaminer:
     ) -> None:
         """Tokenise the questions.
 
-        Args:
-            model: As for `generate_batch`.
-            tokenizer: The base model's.
-            questions: The questions.
-            template: How a row becomes text.
-            batch_size: Most questions in a forward pass.
-            max_new_tokens: Most tokens of a reply.
-
         Raises:
             UsageError: As `LikelihoodExaminer`.
         """
@@ -207,7 +186,7 @@ class GenerationExaminer:
         check_lengths(model, [len(one) + max_new_tokens for one in self._prompts])
         bare = [dataclasses.replace(one, completions=()) for one in questions]
         self._losses = LikelihoodExaminer(model, tokenizer, bare, template=template, batch_size=batch_size)
-        self._ends = end_ids(model, tokenizer)
+        self._ends = end_ids(model, tokenizer, template)
 
     def batches(self) -> list[list[int]]:
         """See `Examiner`."""
@@ -223,11 +202,8 @@ class GenerationExaminer:
             has_ended=lambda row, tokens: self._has_ended(places[row], tokens),
         )
         found = dict(zip(places, replies, strict=True))
-        records: list[Record] = []
-        for part in self._losses.batches_of(places):
-            records += [
-                one | self._reply(found[one["index"]], one["index"]) for one in self._losses.examine(part)
-            ]
+        scored = (one for part in self._losses.batches_of(places) for one in self._losses.examine(part))
+        records = [one | self._reply(found[one["index"]], one["index"]) for one in scored]
         return with_programs_run(records, self._questions)
 
     def _has_ended(self, place: int, tokens: list[int]) -> bool:
@@ -240,31 +216,23 @@ class GenerationExaminer:
 
     def _reply(self, tokens: Sequence[int], place: int) -> Record:
         reply, question = as_generation(tokens, self._ends, self._tokenizer), self._questions[place]
-        extracted = {name: rule(reply.text, question.form) for name, rule in RULES.items()}
-        scored = question.form.kind != "none"
+        rules = {} if question.form.kind == "none" else RULES
+        extracted = {name: rule(reply.text, question.form) for name, rule in rules.items()}
+        answer = question.row.answer
         whole = question.code is not None and has_ended(reply.text, question.form)
         return {
             "output": reply.text,
             "num_tokens": reply.num_tokens,
             "stopped": "end" if whole else reply.stopped,
-            "extracted": extracted if scored else {},
-            "correct": {
-                name: same_answer(one, question.row.answer, question.form) for name, one in extracted.items()
-            }
-            if scored
-            else {},
+            "extracted": extracted,
+            "correct": {name: same_answer(one, answer, question.form) for name, one in extracted.items()},
         }
 
 
 def with_programs_run(records: Sequence[Record], questions: Sequence[Question]) -> list[Record]:
-    """Score the records whose answers are programs by running these, each once.
+    """Score the records of replies that are programs by running these, each once; "outcome" says how each rule's ended.
 
-    Args:
-        records: Records of generated replies.
-        questions: The task's questions, by the records' indices.
-
-    Returns:
-        The records; those with a program say how it ended ("outcome") by each rule.
+    The records' indices are places in ``questions``.
     """
     checks = [questions[one["index"]].code for one in records]
     programs = dict.fromkeys(

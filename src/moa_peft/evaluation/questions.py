@@ -28,13 +28,10 @@ class Question:
 
     row: Row
     """The row it comes from."""
-
     form: AnswerForm
     """What kind of answer it wants."""
-
     completions: tuple[str, ...] = ()
     """The replies whose likelihoods are compared, one for each word of the form; empty for other kinds."""
-
     code: CodeCheck | None = None
     """How a program is tested; None for other kinds."""
 
@@ -50,19 +47,14 @@ class Task:
 
     name: str
     """The task's name in tables and results."""
-
     source: str
     """Where the rows come from, as it was given."""
-
     split: str
     """Which split of the source."""
-
     questions: tuple[Question, ...]
     """At least one."""
-
     limit: int | None = None
     """Only so many rows from the start of the source were taken; None for all."""
-
     file_md5: str | None = None
     """MD5 of the file of rows, unzipped; None where the rows are not in one file."""
 
@@ -85,13 +77,6 @@ class Task:
 def question_of(record: Any, where: str) -> Question:
     """Read a record of any form that is known: rows of instruction data, the paper's tasks as the hub has them.
 
-    Args:
-        record: One record of a file or of `datasets`.
-        where: Its place, for errors.
-
-    Returns:
-        The question.
-
     Raises:
         UsageError: If a field is missing or wrong.
     """
@@ -107,8 +92,8 @@ def as_question(row: Row, where: str = "row") -> Question:
 
     Args:
         row: The row. An instruction with "Answer format: a/b/c" has the choices a, b and c, of up to three words each where a
-            line ends with them; one that lists
-            "(A) ... (B) ..." has letters, where the answer is one; otherwise the answer decides.
+            line ends with them; one that lists "(A) ... (B) ..." has letters, where the answer is one; otherwise the
+            answer decides.
         where: The place of the row, for errors.
 
     Returns:
@@ -128,11 +113,8 @@ def as_question(row: Row, where: str = "row") -> Question:
         gives_away = any(re.search(rf"\b{re.escape(one)}\b", lead) for one in choices)  # in a rationale
         if gives_away or not row.output.endswith(row.answer):
             lead = DEFAULT_LEAD
-        return Question(
-            row=row,
-            form=AnswerForm(kind="choice", choices=choices),
-            completions=tuple(lead + one for one in choices),
-        )
+        form = AnswerForm(kind="choice", choices=choices)
+        return Question(row=row, form=form, completions=tuple(lead + one for one in choices))
     letters = tuple(dict.fromkeys(_LETTERS.findall(row.instruction)))
     if row.answer in letters and len(letters) > 1:
         return Question(row=row, form=AnswerForm(kind="letter", choices=letters))

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from moa_peft.data.templates import render_completion, render_prompt
 from moa_peft.data.tokenization import completion_ids, end_token_id, prompt_ids
 from moa_peft.evaluation.code_execution import Limits
 from moa_peft.evaluation.generation import end_ids
+from moa_peft.evaluation.loading import LoadedModel
 from moa_peft.evaluation.options import EvaluationOptions
 from moa_peft.evaluation.questions import Task
 from moa_peft.evaluation.text_choices import text_form, text_questions
@@ -46,19 +47,16 @@ class ModelIdentity:
 
     base_model: str
     """The base model, as it was named."""
-
+    base_settings: Mapping[str, Any]
+    """How it was loaded; empty for a model that was not loaded here."""
     base_fingerprint: str
     """Hash of its weights."""
-
     adapter: str | None
     """The adapter's folder; None for the bare model or an adapter in memory only."""
-
     adapter_fingerprint: str | None
     """Hash of the adapter's settings and weights; None for the bare model."""
-
     method: str
     """The adapter's method; "frozen" for the bare model."""
-
     seed: int | None
     """Seed that the adapter was trained with, where it is known."""
 
@@ -67,6 +65,7 @@ def identify(
     model: Any,
     *,
     base_model: str | None = None,
+    base_settings: Mapping[str, Any] | None = None,
     adapter: str | None = None,
     method: str | None = None,
     seed: int | None = None,
@@ -76,6 +75,7 @@ def identify(
     Args:
         model: A model of transformers, bare or in PEFT's wrapper.
         base_model: Name of the base model; None for the one its config holds.
+        base_settings: How it was loaded, of a `LoadedModel`.
         adapter: The adapter's folder, if it has one.
         method: The adapter's method; None for the kind PEFT knows it by.
         seed: Seed that the adapter was trained with, if known.
@@ -86,19 +86,16 @@ def identify(
     configs = dict(getattr(model, "peft_config", None) or {})
     base = fingerprint(_base_tensors(model, configs))
     name = base_model or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    shared: dict[str, Any] = {
+        "base_model": name,
+        "base_settings": dict(base_settings or {}),
+        "base_fingerprint": base,
+    }
     active = _active_adapters(model) if configs else []
     if not active:
-        return ModelIdentity(
-            base_model=name,
-            base_fingerprint=base,
-            adapter=None,
-            adapter_fingerprint=None,
-            method="frozen",
-            seed=None,
-        )
+        return ModelIdentity(**shared, adapter=None, adapter_fingerprint=None, method="frozen", seed=None)
     return ModelIdentity(
-        base_model=name,
-        base_fingerprint=base,
+        **shared,
         adapter=adapter,
         adapter_fingerprint=_adapter_fingerprint(model, active),
         method=method or "+".join(str(configs[one].peft_type.value).lower() for one in active),
@@ -106,11 +103,21 @@ def identify(
     )
 
 
-def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Hash named tensors: name, dtype, shape, the sum over all bits, and a sample of the entries.
+def identify_loaded(loaded: LoadedModel) -> ModelIdentity:
+    """Identify a model that was loaded here, under the names that it was given."""
+    adapter = loaded.adapter
+    return identify(
+        loaded.model,
+        base_model=loaded.base_model,
+        base_settings=loaded.base_settings,
+        adapter=None if adapter is None else adapter.name,
+        method=None if adapter is None else adapter.method,
+        seed=None if adapter is None else adapter.seed,
+    )
 
-    Args:
-        tensors: Names and tensors, in any order.
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash named tensors, in any order: name, dtype, shape, the sum over all bits, and a sample of the entries.
 
     Returns:
         16 hexadecimal digits. Any change of a single entry shows in the sum; an exchange of two in the sample, where
@@ -194,20 +201,10 @@ def evaluation_key(
     options: EvaluationOptions,
     identity: ModelIdentity,
 ) -> str:
-    """Hash everything that decides what a model makes of the examples of a task.
+    """Hash everything that decides what a model makes of the examples of a task, to 64 hexadecimal digits.
 
     The size of the batch and the device are left out, they change rounding alone; so is the extraction rule, as every
-    example is read by all of them.
-
-    Args:
-        model: The model, for the settings beside its weights.
-        tokenizer: Its tokenizer.
-        task: The task.
-        options: How it is evaluated.
-        identity: Which model it is.
-
-    Returns:
-        64 hexadecimal digits.
+    example is read by all of them. The model itself gives its settings beside its weights.
     """
     mode = options.mode_for(task)
     rows = [one.row for one in task.questions]
@@ -216,12 +213,11 @@ def evaluation_key(
         asked = [one.tokens(tokenizer) for one in text_questions(task)[:_TOKENISER_ROWS]]
         tokens = [[one.prompt, one.completions] for one in asked]
     else:
+        few, template = rows[:_TOKENISER_ROWS], options.template
+        prompts = [prompt_ids(render_prompt(row, template, tokenizer), tokenizer, template) for row in few]
         tokens = [
-            [
-                prompt_ids(render_prompt(row, options.template, tokenizer), tokenizer, options.template),
-                completion_ids(render_completion(row), tokenizer),
-            ]
-            for row in rows[:_TOKENISER_ROWS]
+            [ids, completion_ids(render_completion(row), tokenizer)]
+            for ids, row in zip(prompts, few, strict=True)
         ]
     decisive = {
         "version": METHOD_VERSION,
@@ -233,12 +229,13 @@ def evaluation_key(
         "adapter": identity.adapter_fingerprint,
         "settings": {name: value for name, value in model.config.to_dict().items() if name not in _ELSEWHERE},
         "tokens": tokens,
-        "ends": [end_token_id(tokenizer), *sorted(end_ids(model, tokenizer))],
+        "ends": [
+            end_token_id(tokenizer, "paper" if mode == "text" else options.template),
+            *sorted(end_ids(model, tokenizer)),
+        ],
     }
     if task.runs_code:
-        decisive["tests"] = [
-            None if one.code is None else dataclasses.asdict(one.code) for one in task.questions
-        ]
+        decisive["tests"] = [one.code and dataclasses.asdict(one.code) for one in task.questions]
         decisive["limits"] = dataclasses.asdict(Limits())
     return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -250,18 +247,7 @@ def describe(
     options: EvaluationOptions,
     identity: ModelIdentity,
 ) -> dict[str, Any]:
-    """Everything needed to repeat an evaluation.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        task: The task.
-        options: How it is evaluated.
-        identity: Which model it is.
-
-    Returns:
-        Fields of `ResultRow`.
-    """
+    """Everything needed to repeat an evaluation, as fields of `ResultRow`."""
     form = Row(instruction="{instruction}", input="", output="", answer="")
     mode = options.mode_for(task)
     return {

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from moa_peft.errors import UsageError
 
@@ -61,6 +61,8 @@ class ResultRow:
     """The prompt with {instruction} in the place of the row's instruction, or {question} in that of its question alone."""
     base_model: str
     """The base model, as it was named."""
+    base_settings: Mapping[str, Any]
+    """How it was loaded: arguments of `from_pretrained`, and the commit of one from the hub."""
     base_fingerprint: str
     """Hash of its weights."""
     adapter: str | None
@@ -110,14 +112,7 @@ def mean_and_standard_error(values: Sequence[float]) -> tuple[float, float | Non
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float | None]:
-    """The mean of ``first - second``, question by question, and its standard error.
-
-    Args:
-        first: One value a question.
-        second: The same questions in the same order.
-
-    Returns:
-        As `mean_and_standard_error` of the differences.
+    """The mean of ``first - second``, question by question, and its standard error, as `mean_and_standard_error` has it.
 
     Raises:
         UsageError: If the two are not of one length, or empty.

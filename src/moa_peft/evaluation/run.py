@@ -5,6 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from moa_peft.evaluation.results import (
     mean_and_standard_error,
     proportion_standard_error,
 )
+from moa_peft.folder_lock import claimed
 from moa_peft.json_lines import append_rows, drop_torn_line, read_rows, replace_rows
 
 if TYPE_CHECKING:
@@ -87,11 +89,22 @@ def evaluate(
         The result.
 
     Raises:
-        UsageError: If a question is too long for the model, a setting does not fit the task, or it runs programs and
-            may or can not.
+        UsageError: If a question is too long for the model, a setting does not fit the task, it runs programs and
+            may or can not, or another process works in ``options.out``.
         RunError: If a log-likelihood is not finite.
     """
     options = options or EvaluationOptions()
+    with nullcontext() if options.out is None else claimed(options.out):
+        return _evaluate(model, tokenizer, task, options, identity)
+
+
+def _evaluate(
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    task: Task,
+    options: EvaluationOptions,
+    identity: ModelIdentity | None,
+) -> TaskResult:
     mode = options.mode_for(task)
     rule = options.rule_for(mode)
     options.check_needs(task)

@@ -19,7 +19,8 @@ from moa_peft.data.templates import Template, render_completion, render_prompt
 from moa_peft.data.tokenization import completion_ids, end_token_id, prompt_ids
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.batching import pad_left, plan_batches, positions, rows_at_once
-from moa_peft.mixture.token_masks import cache_of, prompt_lengths
+from moa_peft.mixture.gate_cache import cache_of
+from moa_peft.mixture.token_watch import prompt_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -108,7 +109,7 @@ def token_question(
     Raises:
         UsageError: If the template cannot be used with the tokenizer, or the tokenizer names no end token.
     """
-    end = end_token_id(tokenizer)
+    end = end_token_id(tokenizer, template)
     return TokenQuestion(
         prompt=tuple(prompt_ids(render_prompt(row, template, tokenizer), tokenizer, template)),
         completions=tuple((*completion_ids(one, tokenizer), end) for one in completions),

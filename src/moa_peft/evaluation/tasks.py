@@ -11,40 +11,18 @@ from moa_peft.errors import UsageError, expanded, unknown
 from moa_peft.evaluation.hub_tasks import HUB
 from moa_peft.evaluation.questions import Question, Task, as_question, question_of
 
-__all__ = [
-    "ALIASES",
-    "DEFAULT_DATA_ROOT",
-    "GROUPS",
-    "Question",
-    "Task",
-    "as_question",
-    "load_task",
-    "load_tasks",
-    "task_names",
-]
-
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "commonsense": (
-        "boolq",
-        "piqa",
-        "social_i_qa",
-        "hellaswag",
-        "winogrande",
-        "ARC-Easy",
-        "ARC-Challenge",
-        "openbookqa",
+        "boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa",
     ),
     "math": ("AddSub", "AQuA", "gsm8k", "MultiArith", "SingleEq", "SVAMP"),
     "code": ("humaneval", "mbpp"),
-}
+}  # fmt: skip
 """The paper's tasks by group; each is a folder under the data root."""
 
 ALIASES: Mapping[str, str] = {
-    "siqa": "social_i_qa",
-    "obqa": "openbookqa",
-    "arce": "ARC-Easy",
-    "arcc": "ARC-Challenge",
-}
+    "siqa": "social_i_qa", "obqa": "openbookqa", "arce": "ARC-Easy", "arcc": "ARC-Challenge",
+}  # fmt: skip
 """Short names of the paper's tasks, without dashes."""
 
 DEFAULT_DATA_ROOT = Path("../shared/data")
@@ -61,9 +39,6 @@ def load_task(
         split: Which split; None for "test", or "validation" where the source holds no test split.
         limit: Take only so many rows from the start.
         name: The task's name; None to take it from the source.
-
-    Returns:
-        The task.
 
     Raises:
         UsageError: If the rows cannot be read, or a row's answer is not one of its choices.
@@ -111,7 +86,7 @@ def load_tasks(
         UsageError: If a name is unknown, the data root is missing, or a task cannot be read. Names come first: a
             mistake in the last of them is told before the first is read.
     """
-    wanted = [one.strip() for one in names.split(",") if one.strip()]
+    wanted = _listed(names)
     if not wanted:
         raise UsageError(
             "--tasks is empty: give names of tasks or groups, files or folders, with commas between"
@@ -123,17 +98,12 @@ def load_tasks(
 
 
 def task_names(names: str, known: Collection[str]) -> list[str]:
-    """Name the tasks of a list such as `load_tasks` takes, without their rows.
+    """Name the tasks of a list such as `load_tasks` takes, each once, without their rows.
 
-    Args:
-        names: Names of tasks and groups, files and folders, with commas between.
-        known: Names of tasks that were read before; one that a file or folder may have had goes before others.
-
-    Returns:
-        The names in the order given, each once.
+    ``known`` are names of tasks that were read before; one that a file or folder may have had goes before others.
     """
     found: list[str] = []
-    for one in (given.strip() for given in names.split(",") if given.strip()):
+    for one in _listed(names):
         if one in GROUPS:
             found += GROUPS[one]
         elif _names_a_task(one):
@@ -143,6 +113,10 @@ def task_names(names: str, known: Collection[str]) -> list[str]:
             guesses = (_name_of(one, path), one, path.name)
             found.append(next((guess for guess in guesses if guess in known), guesses[0]))
     return list(dict.fromkeys(found))
+
+
+def _listed(names: str) -> list[str]:
+    return [one.strip() for one in names.split(",") if one.strip()]
 
 
 def _known() -> dict[str, str]:
@@ -161,9 +135,8 @@ def _resolve(given: str, data_root: Path | None) -> dict[str, str | None]:
         return {"demo": "demo"}
     if given in GROUPS:
         return {_source_of(one, data_root): one for one in GROUPS[given]}
-    known = _known()
     if _names_a_task(given):
-        name = known[_bare(given)]
+        name = _known()[_bare(given)]
         return {_source_of(name, data_root): name}
     if expanded(given).exists():
         return {given: None}
@@ -174,7 +147,7 @@ def _resolve(given: str, data_root: Path | None) -> dict[str, str | None]:
         raise UsageError(f"task file {given} does not exist: give a file, a folder or the name of a task")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", given):
         return {given: None}
-    names = {"demo", *GROUPS, *known.values(), *ALIASES}
+    names = {"demo", *GROUPS, *_known().values(), *ALIASES}
     raise UsageError(
         f"{unknown('task', given, names)}; or give a file or folder of rows, or a name on the hub"
     )
@@ -195,17 +168,12 @@ def _source_of(name: str, data_root: Path | None) -> str:
             f"task {name!r}: the data root {root} is no folder: give --data-root FOLDER, a folder with a folder of rows "
             "for each task, or leave it out to load from the hub"
         )
-    return str(_task_folder(root, name))
-
-
-def _task_folder(root: Path, name: str) -> Path:
-    folder = root / name
-    if not folder.is_dir():
+    if not (root / name).is_dir():
         there = ", ".join(sorted(one.name for one in root.iterdir() if one.is_dir())) or "no folder"
         raise UsageError(
             f"task {name!r} is not under the data root {root}: it holds {there}; give another --data-root"
         )
-    return folder
+    return str(root / name)
 
 
 def _bare(name: str) -> str:
@@ -240,8 +208,5 @@ def _name_of(source: str, path: Path) -> str:
 
 
 def _md5(file: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
     with gzip.open(file) if file.name.endswith(".gz") else file.open("rb") as content:
-        while piece := content.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -20,23 +20,16 @@ class TextQuestion:
 
     where: str
     """Its task and row, for errors."""
-
     prompt: str
     """What the model reads before each choice."""
-
     choices: tuple[str, ...]
     """The texts that are compared; a space stands between the prompt and each."""
 
     def tokens(self, tokenizer: "PreTrainedTokenizerBase") -> TokenQuestion:
         """Tokenise prompt and choice as one text and cut it after the prompt's own tokens, as the harness does.
 
-        Whitespace at the end of the prompt counts as the choice's; no end token is scored.
-
-        Args:
-            tokenizer: The base model's. Special tokens that it puts in front are kept.
-
-        Returns:
-            The tokens.
+        Whitespace at the end of the prompt counts as the choice's; no end token is scored, special tokens that the
+        tokenizer puts in front are kept.
 
         Raises:
             UsageError: If the prompt or a choice has no token of its own.
@@ -59,19 +52,14 @@ class TextForm:
 
     lead: str
     """What a row says before the question."""
-
     word: str
     """What it calls a choice, before the choice's number."""
-
     apart: str = " "
     """What it has between two choices."""
-
     prompt: str = "Question: {question}\nAnswer:"
     """What the model reads."""
-
     question: Callable[[str], str] = str
     """Prepares the question."""
-
     choice: Callable[[str], str] = str
     """Prepares the text of a choice."""
 
@@ -93,19 +81,13 @@ def _begun(text: str) -> str:
 
 
 _ASKED = "Please choose the correct answer to the question: "
+_SOLVED = "Please choose the correct solution to the question: "
+_ENDED = "Please choose the correct ending to complete the given sentence: "
 
 TEXT_FORMS: Mapping[str, TextForm] = {
-    "piqa": TextForm(
-        lead="Please choose the correct solution to the question: ", word="Solution", apart="\n\n"
-    ),
+    "piqa": TextForm(lead=_SOLVED, word="Solution", apart="\n\n"),
     "social_i_qa": TextForm(lead=_ASKED, word="Answer", prompt="Q: {question}\nA:"),
-    "hellaswag": TextForm(
-        lead="Please choose the correct ending to complete the given sentence: ",
-        word="Ending",
-        prompt="{question}",
-        question=_begun,
-        choice=_cleaned,
-    ),
+    "hellaswag": TextForm(lead=_ENDED, word="Ending", prompt="{question}", question=_begun, choice=_cleaned),
     "ARC-Easy": TextForm(lead=_ASKED, word="Answer"),
     "ARC-Challenge": TextForm(lead=_ASKED, word="Answer"),
     "openbookqa": TextForm(lead=_ASKED, word="Answer", prompt="{question}"),
@@ -114,13 +96,7 @@ TEXT_FORMS: Mapping[str, TextForm] = {
 
 
 def text_form(task: Task) -> TextForm:
-    """Look up the form of a task.
-
-    Args:
-        task: The task; its name decides.
-
-    Returns:
-        The form.
+    """Look up the form of a task by its name.
 
     Raises:
         UsageError: If the task has none.
@@ -134,13 +110,7 @@ def text_form(task: Task) -> TextForm:
 
 
 def text_questions(task: Task) -> list[TextQuestion]:
-    """Read the questions of a task and the texts of their choices.
-
-    Args:
-        task: The task, its rows in the official form.
-
-    Returns:
-        One question a row, in the order of the task.
+    """Read the questions of a task, whose rows are in the official form, and the texts of their choices.
 
     Raises:
         UsageError: If the task has no form, or a row cannot be read in exactly one way.
@@ -167,6 +137,5 @@ def _read(question: Question, form: TextForm, where: str) -> TextQuestion:
             f"{form.lead + 'QUESTION'!r}, then {form.word}1: TEXT and so on, each mark once, and the answer format; "
             "leave the row out, or choose another mode"
         )
-    return TextQuestion(
-        where=where, prompt=form.prompt.replace("{question}", form.question(asked)), choices=texts
-    )
+    prompt = form.prompt.replace("{question}", form.question(asked))
+    return TextQuestion(where=where, prompt=prompt, choices=texts)

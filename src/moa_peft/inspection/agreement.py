@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moa_peft.inspection.observer import Observed, Where
-from moa_peft.inspection.similarity import Change, is_flat, linear_cka
+from moa_peft.inspection.similarity import Change, joint_cka
 from moa_peft.inspection.streaming_moments import JointMoments, Moments
 
 
@@ -42,41 +42,34 @@ class AgreementSums:
         self._changes: dict[tuple[int, str], dict[str, JointMoments]] = {}
 
     def add(self, one: Observed, other: Observed, names: dict[Where, tuple[str, ...]]) -> None:
-        """Sum up a batch that both adapters have read.
-
-        Args:
-            one: What the first adapter said.
-            other: What the second said.
-            names: What each router weights.
-        """
-        others = {(where.layer, where.router): where for where in other.gates}
+        """Sum up a batch that both adapters have read; ``names`` are what each router weights."""
+        others = {where[1:]: where for where in (*other.gates, *other.changes)}  # by layer and router
         for where, gates in one.gates.items():
-            key = (where.layer, where.router)
-            if key in others and len(gates) == len(other.gates[others[key]]):
-                self._add_gates(key, gates, other.gates[others[key]], names[where], names[others[key]])
-        other_groups = {(where.layer, where.router): where for where in other.changes}
+            twin = others.get(where[1:], where)
+            if twin in other.gates and len(gates) == len(other.gates[twin]):
+                self._add_gates(where[1:], gates, other.gates[twin], names[where], names[twin])
         for where, changes in one.changes.items():
-            key = (where.layer, where.router)
-            if key in other_groups:
-                self._add_changes(key, changes, other.changes[other_groups[key]])
+            twin = others.get(where[1:], where)
+            if twin in other.changes:
+                self._add_changes(where[1:], changes, other.changes[twin])
 
     def statistics(self) -> list[AgreementStatistics]:
         """How they agree so far, by layer."""
         found: list[AgreementStatistics] = []
-        for layer, router in sorted(self._changes.keys() | self._gates.keys()):
-            key = (layer, router)
+        for key in sorted(self._changes.keys() | self._gates.keys()):
             joint = self._changes.get(key, {})
-            gated = self._names.get(key, ())
             correlation, difference = self._of_gates(key)
-            names = tuple(dict.fromkeys([*gated, *joint]))
+            names = tuple(dict.fromkeys([*self._names.get(key, ()), *joint]))
             found.append(
                 AgreementStatistics(
-                    layer=layer,
-                    router=router,
+                    layer=key[0],
+                    router=key[1],
                     names=names,
                     gate_correlation=tuple(correlation.get(one) for one in names),
                     gate_difference=tuple(difference.get(one) for one in names),
-                    change_cka=tuple(_cka(joint[one]) if one in joint else None for one in names),
+                    change_cka=tuple(
+                        joint_cka(joint[one], "one", "other") if one in joint else None for one in names
+                    ),
                 )
             )
         return found
@@ -107,8 +100,7 @@ class AgreementSums:
         if key not in self._gates:
             return {}, {}
         moments, names = self._gates[key], self._names[key]
-        number = len(names)
-        products = moments.products
+        number, products = len(names), moments.products
         spread = products.diagonal().sqrt()
         correlation: dict[str, float | None] = {}
         for place, name in enumerate(names):
@@ -116,11 +108,3 @@ class AgreementSums:
             correlation[name] = float(products[place, number + place]) / scale if scale > 0 else None
         apart = (self._apart[key] / moments.count).tolist()
         return correlation, dict(zip(names, apart, strict=True))
-
-
-def _cka(joint: JointMoments) -> float | None:
-    own = [joint.products(one, one) for one in ("one", "other")]
-    seconds = [joint.second(one, one) for one in ("one", "other")]
-    if any(is_flat(products, second) for products, second in zip(own, seconds, strict=True)):
-        return None
-    return linear_cka(joint.products("one", "other"), *own)

@@ -1,6 +1,6 @@
 """The figures of an inspection as PNG files, for papers; needs matplotlib."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +14,36 @@ DPI = 200
 def write_figures(found: Inspection, folder: Path) -> list[Path]:
     """Draw, for each adapter and kind of router, a heat map of mean gates, one of shares of the change, and curves.
 
-    Args:
-        found: The inspection.
-        folder: An existing folder; files of the same names are replaced.
-
-    Returns:
-        The files.
+    Files of the same names in the folder, which exists, are replaced. Gives the files.
     """
     written: list[Path] = []
     for name, finding in found.findings.items():
         for router in dict.fromkeys(one.router for one in (*finding.routers, *finding.groups)):
-            stem = "-".join(one for one in (name if len(found.findings) > 1 else "", router) if one)
-            draw: dict[str, Callable[[Finding, str], Any]] = {
-                "gates": _gates, "changes": _changes, "layers": _curves
-            }  # fmt: skip
-            for kind, drawing in draw.items():
-                figure = drawing(finding, router)
-                if figure is not None:
-                    written.append(_save(figure, folder / f"{'-'.join(x for x in (stem, kind) if x)}.png"))
+            for kind, figure in _figures(finding, router):
+                parts = (name if len(found.findings) > 1 else "", router, kind)
+                written.append(_save(figure, folder / f"{'-'.join(filter(None, parts))}.png"))
     return written
 
 
-def _gates(finding: Finding, router: str) -> Any:
-    chosen = [one for one in finding.routers if one.router == router]
-    if not chosen:
-        return None
-    return _heat(
-        [one.layer for one in chosen], chosen[0].names, [one.mean_gate for one in chosen], "mean gate"
-    )
-
-
-def _changes(finding: Finding, router: str) -> Any:
-    chosen = [one for one in finding.groups if one.router == router]
-    if not chosen:
-        return None
-    shares = [one.changes.norm_share for one in chosen]
-    return _heat([one.layer for one in chosen], chosen[0].changes.names, shares, "share of the change")
+def _figures(finding: Finding, router: str) -> Iterator[tuple[str, Any]]:
+    routers = [one for one in finding.routers if one.router == router]
+    groups = [one for one in finding.groups if one.router == router]
+    if routers:
+        gates = [one.mean_gate for one in routers]
+        yield "gates", _heat([one.layer for one in routers], routers[0].names, gates, "mean gate")
+    if groups:
+        shares = [one.changes.norm_share for one in groups]
+        layers = [one.layer for one in groups]
+        yield "changes", _heat(layers, groups[0].changes.names, shares, "share of the change")
+    curves = [
+        ("load variation", [(one.layer, one.load_variation) for one in routers]),
+        ("active experts of a token", [(one.layer, one.active_experts) for one in routers]),
+        ("mean threshold", [(one.layer, one.threshold and one.threshold.mean) for one in routers]),
+        ("mean CKA of a pair", [(one.layer, one.changes.mean_cka) for one in groups]),
+    ]
+    shown = [(what, curve) for what, curve in curves if any(value is not None for _, value in curve)]
+    if shown:
+        yield "layers", _curves(shown)
 
 
 def _heat(layers: Sequence[int], names: Sequence[str], rows: Sequence[Numbers], what: str) -> Any:
@@ -67,33 +61,13 @@ def _heat(layers: Sequence[int], names: Sequence[str], rows: Sequence[Numbers], 
     return figure
 
 
-def _curves(finding: Finding, router: str) -> Any:
+def _curves(curves: Sequence[tuple[str, Sequence[tuple[int, float | None]]]]) -> Any:
     from matplotlib.figure import Figure
 
-    routers = [one for one in finding.routers if one.router == router]
-    groups = [one for one in finding.groups if one.router == router]
-    curves: list[tuple[str, list[int], list[float | None]]] = [
-        ("load variation", [one.layer for one in routers], [one.load_variation for one in routers]),
-        (
-            "active experts of a token",
-            [one.layer for one in routers],
-            [one.active_experts for one in routers],
-        ),
-        (
-            "mean threshold",
-            [one.layer for one in routers],
-            [None if one.threshold is None else one.threshold.mean for one in routers],
-        ),
-        ("mean CKA of a pair", [one.layer for one in groups], [one.changes.mean_cka for one in groups]),
-    ]
-    shown = [one for one in curves if any(value is not None for value in one[2])]
-    if not shown:
-        return None
-    figure = Figure(figsize=(7, 1.9 * len(shown)), layout="constrained")
-    for axes, (what, layers, values) in zip(
-        figure.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True
-    ):
-        axes.plot(layers, [float("nan") if one is None else one for one in values], marker="o", markersize=3)
+    figure = Figure(figsize=(7, 1.9 * len(curves)), layout="constrained")
+    for axes, (what, curve) in zip(figure.subplots(len(curves), squeeze=False)[:, 0], curves, strict=True):
+        values = [float("nan") if one is None else one for _, one in curve]
+        axes.plot([layer for layer, _ in curve], values, marker="o", markersize=3)
         axes.set_title(what, loc="left", fontsize="medium")
         axes.set_ylim(bottom=0)
     figure.axes[-1].set_xlabel("layer")

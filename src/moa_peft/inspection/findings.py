@@ -1,9 +1,9 @@
 """What stands out in the statistics of an adapter, in two sentences of plain words."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 
-from moa_peft.inspection.results import GroupStatistics, Numbers, RouterStatistics
+from moa_peft.inspection.results import GroupStatistics, RouterStatistics
 
 NEVER = 0.01
 """A mean gate below this is that of an expert which is never used."""
@@ -16,16 +16,10 @@ ALIKE = 0.9
 
 
 def sentences(routers: Sequence[RouterStatistics], groups: Sequence[GroupStatistics]) -> tuple[str, ...]:
-    """Say what stands out.
+    """Say what stands out of one adapter: a sentence on how its experts are used, and one on how different they are.
 
-    Args:
-        routers: Of one adapter.
-        groups: Of the same.
-
-    Returns:
-        A sentence on how the experts are used, and one on how different they are. The gravest that holds comes first:
-        experts never used, always on, gates that hardly depend on the token; thresholds that did not move, experts that
-        do the same.
+    Each says the gravest that holds: experts never used, always on, gates that hardly depend on the token; thresholds
+    that did not move, experts that do the same.
     """
     return _use(routers), _difference(routers, groups)
 
@@ -39,10 +33,10 @@ def _use(routers: Sequence[RouterStatistics]) -> str:
     if not routers:
         return "This mixture has no router: every expert is always fully on."
     thing = "prompts" if routers[0].granularity == "instance" else "tokens"
-    dead = _places(routers, [one.mean_gate for one in routers], 0, NEVER)
+    dead = _places(routers, 0, NEVER)
     if dead:
         return f"Never used: {_listed(dead)} (mean gate below {NEVER})."
-    always = _places(routers, [one.mean_gate for one in routers], ALWAYS, float("inf"))
+    always = _places(routers, ALWAYS, float("inf"))
     if always:
         return f"Always on, whatever the {thing[:-1]}: {_listed(always)} (mean gate above {ALWAYS})."
     named = [
@@ -77,12 +71,7 @@ def _difference(routers: Sequence[RouterStatistics], groups: Sequence[GroupStati
         return "The threshold switches no expert off, for any token."
     weighed = {(one.layer, one.router) for one in routers}
     pairs = [
-        (
-            cka,
-            group.layer,
-            expert_name(group.router, changes.names[a]),
-            expert_name(group.router, changes.names[b]),
-        )
+        (cka, group.layer, *(expert_name(group.router, changes.names[place]) for place in (a, b)))
         for group in groups
         if not weighed or (group.layer, group.router) in weighed  # what a router chooses between
         for changes in [group.changes]
@@ -105,37 +94,29 @@ def _difference(routers: Sequence[RouterStatistics], groups: Sequence[GroupStati
     )
 
 
-Place = tuple[str, int]
+def _places(routers: Sequence[RouterStatistics], least: float, most: float) -> dict[str, list[int]]:
+    """Experts that have a mean gate in [least, most), with the layers where they have."""
+    found: dict[str, list[int]] = {}
+    for one in routers:
+        for name, mean in zip(one.names, one.mean_gate, strict=True):
+            if mean is not None and least <= mean < most:
+                found.setdefault(expert_name(one.router, name), []).append(one.layer)
+    return found
 
 
-def _places(
-    routers: Sequence[RouterStatistics], figures: Sequence[Numbers], least: float, most: float
-) -> list[Place]:
-    """Experts, with their layers, that have a figure in [least, most)."""
-    return [
-        (expert_name(router.router, name), router.layer)
-        for router, row in zip(routers, figures, strict=True)
-        for name, figure in zip(router.names, row, strict=True)
-        if figure is not None and least <= figure < most
-    ]
-
-
-def _listed(places: Iterable[Place], most: int = 3) -> str:
+def _listed(layers: Mapping[str, Sequence[int]], most: int = 3) -> str:
     """Name experts with the layers in which something holds, those with the most layers first."""
-    layers: dict[str, list[int]] = {}
-    for name, layer in places:
-        layers.setdefault(name, []).append(layer)
     ranked = sorted(layers.items(), key=lambda one: -len(one[1]))
     words = [
-        f"{name} in {'layer' if len(found) == 1 else f'{len(found)} layers:'} {_ranges(found)}"
+        f"{name} in {'layer' if len(found) == 1 else f'{len(found)} layers:'} {ranges(found)}"
         for name, found in ranked[:most]
     ]
     rest = len(ranked) - most
     return ", ".join(words) + (f" and {rest} more experts" if rest > 0 else "")
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """Write layers as 0-3, 7."""
+def ranges(numbers: Sequence[int]) -> str:
+    """Write whole numbers, as of layers, with runs joined: 0-3, 7."""
     parts: list[list[int]] = []
     for one in sorted(numbers):
         if parts and one == parts[-1][-1] + 1:

@@ -3,7 +3,7 @@
 Sizes: B rows of a batch, T tokens of its longest row, n real tokens of the batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.batching import pad_left, plan_batches, positions, rows_at_once
 from moa_peft.inspection.observer import Batch, Observed, Observer
+from moa_peft.mixture.token_watch import prompt_lengths
 
 TOKEN_BUDGET = 1024
 """Most tokens of a forward pass, padding included, unless one text alone is longer."""
@@ -49,14 +50,7 @@ def check_texts(model: Any, texts: Sequence[TokenText]) -> None:
             )
 
 
-def read(
-    model: Any,
-    observer: Observer,
-    texts: Sequence[TokenText],
-    *,
-    batch_size: int = 8,
-    each: Callable[[Sequence[int], Observed], None] | None = None,
-) -> None:
+def read(model: Any, observer: Observer, texts: Sequence[TokenText], *, batch_size: int = 8) -> None:
     """Run a model over texts and add what is observed to the observer's sums.
 
     Args:
@@ -64,12 +58,9 @@ def read(
         observer: Of the same model.
         texts: At least one, checked by `check_texts`.
         batch_size: Most texts in a forward pass; no statistic depends on it beyond rounding.
-        each: Called after each batch with the places of its texts, in the order of the rows, and what was observed.
     """
     for places in batches(texts, rows_at_once(model, batch_size)):
-        observed = observe(model, observer, [texts[place] for place in places])
-        if each is not None:
-            each(places, observed)
+        observe(model, observer, [texts[place] for place in places])
 
 
 def batches(texts: Sequence[TokenText], batch_size: int) -> list[list[int]]:
@@ -93,7 +84,8 @@ def observe(model: Any, observer: Observer, texts: Sequence[TokenText]) -> Obser
         classes = torch.tensor([name for one in texts for name in one.classes], device=mask.device)
     batch = Batch(mask=real, positions=places[real], classes=classes)
     with torch.inference_mode(), evaluating(model), observer.observing(batch) as observed:
-        model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False, logits_to_keep=1)
+        call = {"input_ids": ids, "attention_mask": mask, "position_ids": places, "use_cache": False}
+        model(**call, logits_to_keep=1, **prompt_lengths(model, mask.sum(dim=1)))
     return observed
 
 

@@ -11,9 +11,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment
 from markupsafe import Markup
 
 from moa_peft.errors import UsageError
+from moa_peft.extras import is_installed
 from moa_peft.inspection.gate_statistics import CLASSES, POSITIONS
 from moa_peft.inspection.inspection import Inspection
 from moa_peft.inspection.observer import Where
@@ -51,48 +53,35 @@ GLOSSARY: Mapping[str, str] = {
 
 
 def page(inspection: Inspection, provenance: Mapping[str, Any]) -> str:
-    """Write the page.
+    """Write the page, as HTML; ``provenance`` is from `moa_peft.provenance`.
 
-    Args:
-        inspection: What was found.
-        provenance: From `moa_peft.provenance`.
-
-    Returns:
-        HTML. Texts stand in it as text: escaped in the markup, and with no angle bracket in the data. The policy in its
-        head allows this one script and this one style, and nothing from anywhere.
+    Texts stand in it as text: escaped in the markup, and with no angle bracket in the data. The policy in its head
+    allows this one script and this one style, and nothing from anywhere.
     """
-    from jinja2 import Environment
-
     folder = resources.files("moa_peft.inspection") / "page"
     template, style, drawing, logic = (
         (folder / name).read_text(encoding="utf-8")
         for name in ("page.html.j2", "page.css", "drawing.js", "page.js")
     )
     script = drawing + logic
-    adapters = [
-        _adapter(name, one, letter)
-        for (name, one), letter in zip(
-            inspection.findings.items(), ["A: ", "B: "] if len(inspection.findings) > 1 else [""], strict=True
-        )
-    ]
-    return (
-        Environment(autoescape=True)
-        .from_string(template)
-        .render(
-            title="What the router does",
-            adapters=adapters,
-            num_prompts=f"{inspection.num_prompts:,}",
-            num_tokens=f"{inspection.num_tokens:,}",
-            shown_note=_shown_note(inspection),
-            glossary=[(text.split(": ", 1)[0], _sentence(text)) for text in GLOSSARY.values()],
-            version=provenance["versions"]["moa-peft"],
-            taken_at=provenance["taken_at"],
-            style=Markup(style),  # a file of the package
-            script=Markup(script),  # likewise
-            style_hash=_hash(style),
-            script_hash=_hash(script),
-            data=Markup(_inert(_data(inspection, adapters))),  # no angle bracket is left in it
-        )
+    letters = ["A: ", "B: "] if len(inspection.findings) > 1 else [""]
+    findings = zip(inspection.findings.items(), letters, strict=True)
+    adapters = [_adapter(name, one, letter) for (name, one), letter in findings]
+    page = Environment(autoescape=True).from_string(template)
+    return page.render(
+        title="What the router does",
+        adapters=adapters,
+        num_prompts=f"{inspection.num_prompts:,}",
+        num_tokens=f"{inspection.num_tokens:,}",
+        shown_note=_shown_note(inspection),
+        glossary=[(text.split(": ", 1)[0], _sentence(text)) for text in GLOSSARY.values()],
+        version=provenance["versions"]["moa-peft"],
+        taken_at=provenance["taken_at"],
+        style=Markup(style),  # a file of the package
+        script=Markup(script),  # likewise
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        data=Markup(_inert(_data(inspection, adapters))),  # no angle bracket is left in it
     )
 
 
@@ -245,29 +234,15 @@ def check_outputs(out: Path, json_file: Path | None, png: Path | None) -> None:
     if png is not None:
         if png.suffix or png.is_file():
             raise UsageError(f"--png is {png}: give a folder, as in figures")
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError as error:
-            raise UsageError(
-                "--png needs matplotlib: pip install 'moa-peft[report]', or leave it out"
-            ) from error
+        if not is_installed("matplotlib"):
+            raise UsageError("--png needs matplotlib: pip install 'moa-peft[report]', or leave it out")
         _check_folder("--png", png)
 
 
 def write_outputs(
     found: Inspection, out: Path, json_file: Path | None, png: Path | None
 ) -> list[tuple[str, Path]]:
-    """Write an inspection.
-
-    Args:
-        found: The inspection.
-        out: The page.
-        json_file: Where the statistics go; None for nowhere.
-        png: The folder of figures; None for none.
-
-    Returns:
-        What was written, and where.
-    """
+    """Write the page of an inspection, its statistics, and its figures into a folder; give what was written, and where."""
     made = provenance()
     written = [("page", out)]
     html, statistics = page(found, made), json.dumps(as_object(found, made), allow_nan=False)

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from moa_peft.errors import UsageError, first_line
+from moa_peft.errors import UsageError
 from moa_peft.evaluation.batching import rows_at_once
-from moa_peft.evaluation.loading import AdapterFolder
+from moa_peft.evaluation.loading import AdapterFolder, choose_base
 from moa_peft.inspection.agreement import AgreementStatistics, AgreementSums
 from moa_peft.inspection.findings import sentences
 from moa_peft.inspection.forward_pass import TokenText, batches, check_texts, observe
@@ -121,13 +121,12 @@ def _finding(model: nn.Module, observer: Observer, adapter: str, about: Mapping[
             )
         )
     groups = [
-        GroupStatistics(layer=where.layer, router=where.router, changes=sums.statistics())
-        for where, sums in sorted(observer.groups.items(), key=lambda one: one[0])
+        GroupStatistics(layer=where.layer, router=where.router, changes=observer.groups[where].statistics())
+        for where in sorted(observer.groups)
         if where.adapter == adapter
     ]
-    return Finding(
-        routers=tuple(routers), groups=tuple(groups), about=dict(about), sentences=sentences(routers, groups)
-    )
+    told = sentences(routers, groups)
+    return Finding(routers=tuple(routers), groups=tuple(groups), about=dict(about), sentences=told)
 
 
 def _trained(gate: nn.Module) -> bool | None:
@@ -136,44 +135,32 @@ def _trained(gate: nn.Module) -> bool | None:
     return None if bias is None else bool((bias != 0).any())
 
 
-def add_adapter(model: Any, folder: AdapterFolder, base_model: str | None) -> str:
-    """Load a second adapter beside the first.
+def check_same_base(
+    first: AdapterFolder, second: AdapterFolder, model: str | None, init_kwargs: Mapping[str, Any]
+) -> None:
+    """Check that two adapters were trained on one base model.
 
     Args:
-        model: In PEFT's wrapper.
-        folder: The second adapter's.
-        base_model: What the first adapter was trained on; None where the user has named the base of both.
-
-    Returns:
-        Its name in the model.
+        first: One of them.
+        second: The other.
+        model: What the user has named as the base model of both; None for nothing.
+        init_kwargs: How it is loaded, as `choose_base` takes them.
 
     Raises:
-        UsageError: If it belongs to another base model or cannot be loaded onto this one.
+        UsageError: If they were not.
     """
-    if base_model is not None and folder.base_model is not None and folder.base_model != base_model:
+    if second.base_model is None:
+        return
+    one, other = (choose_base(model, folder, init_kwargs) for folder in (first, second))
+    if one.place() != other.place():
         raise UsageError(
-            f"--compare {folder.name} was trained on {folder.base_model}, the first adapter runs on {base_model}: the "
-            "two must have one base model; --model names it where it lies under several names"
+            f"--compare {second.name} was trained on {' '.join(other.place())}, the first adapter runs on "
+            f"{' '.join(one.place())}: the two must have one base model; --model names it where it lies under several names"
         )
-    from safetensors import SafetensorError
-
-    try:
-        model.load_adapter(str(folder.path), adapter_name=SECOND)
-    except (SafetensorError, RuntimeError, ValueError, OSError, KeyError) as error:
-        raise UsageError(
-            f"--compare {folder.name} cannot be loaded beside the first adapter: {first_line(error)}"
-        ) from error
-    return SECOND
 
 
 def about_adapter(model: Any, name: str, folder: AdapterFolder, base_model: str) -> dict[str, Any]:
-    """Describe an adapter.
-
-    Args:
-        model: With the adapter loaded.
-        name: The adapter's name in the model.
-        folder: Where it came from.
-        base_model: What it runs on.
+    """Describe an adapter by its name in the model, its folder and what it runs on.
 
     Returns:
         ``adapter``, ``method``, ``base_model``, ``seed``; ``parameters``, rows of part, number in one block, number in
@@ -185,9 +172,7 @@ def about_adapter(model: Any, name: str, folder: AdapterFolder, base_model: str)
         mixture = layer.mixtures().get(name)
         if mixture is None:
             continue
-        parts = [
-            ("router" if key == "" else f"router of {key}", one) for key, one in mixture.routers().items()
-        ]
+        parts = [(f"router of {key}" if key else "router", one) for key, one in mixture.routers().items()]
         for part, module in [*mixture.experts.items(), *parts]:
             number = sum(one.numel() for one in module.parameters())
             in_one.setdefault(part, number)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from moa_peft.inspection.gate_statistics import GateSums, gate_sums
 from moa_peft.inspection.similarity import Change, ChangeSums
-from moa_peft.mixture.architecture import AttentionSite, LinearSite
 from moa_peft.mixture.block_hooks import ChangeRecord, GateRecord, MoALayer, mixture_layers
+from moa_peft.mixture.sites import AttentionSite, LinearSite
 
 
 class Where(NamedTuple):

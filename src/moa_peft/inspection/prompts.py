@@ -33,15 +33,15 @@ def read_prompts(file: Path) -> list[str]:
     Raises:
         UsageError: If the file is missing, is not text in UTF-8 or holds no prompt.
     """
+    if not file.is_file():  # nor a pipe or a device, which may have no end
+        what = "is a folder" if file.is_dir() else "is no file" if file.exists() else "does not exist"
+        raise UsageError(f"--prompts {file} {what}: give a text file with a prompt a line")
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(
             f"--prompts {file} is not text in UTF-8: {error.reason} at byte {error.start}; give a file with a prompt a line"
         ) from error
-    except (FileNotFoundError, IsADirectoryError) as error:
-        what = "is a folder" if file.is_dir() else "does not exist"
-        raise UsageError(f"--prompts {file} {what}: give a text file with a prompt a line") from error
     if "\0" in text:
         raise UsageError(
             f"--prompts {file} is not text: it holds zero bytes; give a file with a prompt a line"
@@ -53,12 +53,7 @@ def read_prompts(file: Path) -> list[str]:
 
 
 def as_prompt(row: Row, template: Template | None, tokenizer: "PreTrainedTokenizerBase") -> Prompt:
-    """Write a row as the model sees it before its reply.
-
-    Args:
-        row: The question.
-        template: How it becomes text; None for the question's own words alone.
-        tokenizer: The base model's.
+    """Write a row as the model sees it before its reply; without a template, the question's own words alone.
 
     Raises:
         UsageError: As `render_prompt`.
@@ -84,16 +79,11 @@ def token_ids(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> tuple[int
 def tokenise(prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase") -> list[TokenText]:
     """Cut prompts into tokens, each with its piece of the text and its class.
 
-    Args:
-        prompts: The texts.
-        tokenizer: The base model's, a fast one, which knows where in the text its tokens stand.
-
-    Returns:
-        The pieces of a text, one after the other, are the text; those of special tokens that the tokenizer adds are
-        their names.
+    The pieces of a text, one after the other, are the text; those of special tokens that the tokenizer adds are their
+    names.
 
     Raises:
-        UsageError: If the tokenizer does not know where its tokens stand.
+        UsageError: If the tokenizer is not a fast one, which alone knows where in the text its tokens stand.
     """
     if not tokenizer.is_fast:
         raise UsageError(

@@ -103,19 +103,7 @@ class Finding:
 def router_statistics(
     layer: int, router: str, names: Sequence[str], sums: GateSums, *, granularity: str, trained: bool | None
 ) -> RouterStatistics:
-    """Turn sums into means.
-
-    Args:
-        layer: The block.
-        router: The router's name.
-        names: What it weights.
-        sums: Over at least one token.
-        granularity: token or instance.
-        trained: Whether a learned threshold has moved.
-
-    Returns:
-        The statistics.
-    """
+    """Turn sums over at least one token into means; ``trained`` says whether a learned threshold has moved."""
     tokens = sums.tokens
     mean = sums.gate / tokens
     spread = (sums.square / tokens - mean.square()).clamp(min=0).sqrt()

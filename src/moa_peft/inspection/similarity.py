@@ -40,14 +40,15 @@ def linear_cka(cross: Tensor, own_a: Tensor, own_b: Tensor) -> float | None:
     return min(float(cross.square().sum()) / scale, 1.0) if scale > 0 else None
 
 
-def is_flat(products: Tensor, second: Tensor) -> bool:
-    """Tell whether a change is the same for every token, so that it can go with nothing.
-
-    Args:
-        products: Float64, [K, K], centred.
-        second: Float64, [K, K], not centred.
-    """
-    return float(products.trace()) <= FLAT * float(second.trace())
+def joint_cka(moments: JointMoments, a: str, b: str) -> float | None:
+    """Compare two labels' vectors by `linear_cka`; None where one is the same for every token: it goes with nothing."""
+    own = [moments.products(one, one) for one in (a, b)]
+    whole = [moments.second(one, one) for one in (a, b)]
+    if any(
+        float(one.trace()) <= FLAT * float(second.trace()) for one, second in zip(own, whole, strict=True)
+    ):
+        return None
+    return linear_cka(moments.products(a, b), *own)
 
 
 def effective_rank(second: Tensor) -> float | None:
@@ -150,10 +151,8 @@ class ChangeSums:
         """Express a batch of one expert's changes [T, D] in few numbers. Nothing is summed up yet."""
         if name not in self._bases:
             self._bases[name] = GrowingBasis(change.shape[1], self._most, change.device)
-        return Change(
-            coordinates=self._bases[name].coordinates(change),
-            length=change.to(torch.float64).square().sum(-1).sqrt(),
-        )
+        length = change.to(torch.float64).square().sum(-1).sqrt()
+        return Change(coordinates=self._bases[name].coordinates(change), length=length)
 
     def add(self, changes: Mapping[str, Change]) -> None:
         """Sum up a batch: the change of every expert of the group, at the same tokens."""
@@ -173,19 +172,13 @@ class ChangeSums:
         whole = sum(self._lengths.values())
         return ChangeStatistics(
             names=names,
-            cka=tuple(tuple(self._cka(a, b) for b in names) for a in names),
+            cka=tuple(tuple(joint_cka(self._moments, a, b) for b in names) for a in names),
             cosine=tuple(tuple(self._cosine(a, b) for b in names) for a in names),
             effective_rank=tuple(effective_rank(self._moments.second(one, one)) for one in names),
             norm=tuple(self._lengths[one] / tokens for one in names),
             norm_share=tuple(self._lengths[one] / whole if whole > 0 else None for one in names),
             captured=tuple(self._bases[one].captured for one in names),
         )
-
-    def _cka(self, a: str, b: str) -> float | None:
-        own = [self._moments.products(one, one) for one in (a, b)]
-        if any(is_flat(one, self._moments.second(name, name)) for one, name in zip(own, (a, b), strict=True)):
-            return None
-        return linear_cka(self._moments.products(a, b), *own)
 
     def _cosine(self, a: str, b: str) -> float | None:
         if a == b:

@@ -73,7 +73,8 @@ class JointMoments:
             vectors: Float, [T, K] each, by label; the same labels in every batch. One that has more numbers than in the
                 batch before had 0 in them until now.
         """
-        device = next(iter(vectors.values())).device
+        first = next(iter(vectors.values()))
+        device, tokens = first.device, first.shape[0]
         self._moments = self._moments or Moments(0, device)
         size = len(self._moments.mean)
         for label, x in vectors.items():
@@ -83,12 +84,10 @@ class JointMoments:
             size += new
         self._moments.grow(size)
         if size == 0:
-            self._moments.count += next(iter(vectors.values())).shape[0]
+            self._moments.count += tokens
             return
         order = torch.tensor([one for label in vectors for one in self._columns[label]], device=device)
-        joined = torch.zeros(
-            (next(iter(vectors.values())).shape[0], size), dtype=torch.float64, device=device
-        )
+        joined = torch.zeros((tokens, size), dtype=torch.float64, device=device)
         joined[:, order] = torch.cat([x.to(torch.float64) for x in vectors.values()], dim=1)
         self._moments.add(joined)
 
@@ -166,8 +165,7 @@ class GrowingBasis:
             rest = mixed.to(rest.device) @ rest / tried**0.5
         directions, sizes, _ = torch.linalg.svd(rest.T, full_matrices=False)
         room = self.most - self.vectors.shape[1]
-        found = directions[:, sizes.square() > floor / len(sizes)][
-            :, :room
-        ]  # orthogonal to the rest as they are
+        # orthogonal to the rest as they are
+        found = directions[:, sizes.square() > floor / len(sizes)][:, :room]
         self.vectors = torch.cat([self.vectors, found], dim=1)
         return found.shape[1] > 0

@@ -26,7 +26,6 @@ class ShownPrompt:
     number: int
     """Its place among all prompts, from 1."""
     text: TokenText
-    """Its tokens."""
     gates: dict[Where, Tensor]
     """Float32, [T, E]; [1, E] where the whole instance has the same."""
 

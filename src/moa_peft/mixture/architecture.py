@@ -1,229 +1,82 @@
-"""Where a decoder block keeps its attention, its MLP and its projections: read from the model, not copied from it.
+"""Where a decoder block keeps its mixer, its MLP and their projections: read from the model, not copied from it.
 
-Most families name things as Llama does; the small table below holds those that differ. A family that is in neither
-works when `ArchitectureConfig` names its sites.
-
-Sizes: B rows, T tokens, H query heads, G key/value heads, D head size, L vectors, W width of a fused output's group.
+A block is a mixer (attention, linear attention, a state space, a convolution), an MLP (dense or routed), or both. Layers
+are found by the names of `moa_peft.mixture.families` or those that `ArchitectureConfig` gives.
 """
 
+import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from moa_peft.errors import UsageError, unknown
+from moa_peft.errors import UsageError
 from moa_peft.mixture.config import ArchitectureConfig
+from moa_peft.mixture.families import (
+    FUSED_ATTENTION,
+    FUSED_MLP_LAYERS,
+    MLP_LAYERS,
+    OUTPUTS,
+    POST_NORM_FAMILIES,
+    PRE_NORMS,
+    QKV,
+    RECURRENCES,
+    SHARED_EXPERTS,
+    Fused,
+    Recurrence,
+)
+from moa_peft.mixture.sites import (
+    KEY_NORMS,
+    MIXER_INPUT,
+    MLP_INPUT,
+    VALUE_NORMS,
+    AttentionSite,
+    Block,
+    LatentAttentionSite,
+    LinearSite,
+    Site,
+    Slot,
+)
+
+_QUERY_NORMS = ("q_norm", "q_layernorm", "query_layernorm")
+_OTHER_NORMS = ("attn_sub_norm", "q_a_layernorm", "kv_a_layernorm")
+"""Norms of attention that do not touch the keys that a prompt brings."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """One projection inside a fused linear layer."""
+@dataclass(slots=True)
+class _Found:
+    """What has been found of a block so far."""
 
-    path: str
-    """The fused layer's path in the block."""
+    kinds: list[str] = field(default_factory=list)
+    sites: dict[str, Site] = field(default_factory=dict)
+    stand_ins: dict[str, list[str]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    attention: nn.Module | None = None
+    reader: LinearSite | None = None
+    """The first layer that reads the mixer's input."""
 
-    name: str
-    """Which of ``order`` it is."""
-
-    order: tuple[str, ...]
-    """The projections of the fused layer, in the order of its output."""
-
-    per_head: bool = False
-    """Whether the order repeats for each head (GPT-NeoX) instead of once for all."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Family:
-    """How one family of models names the parts of a decoder block; paths are relative to the block."""
-
-    attention: str = "self_attn"
-    mlp: str = "mlp"
-    norm: str | None = "input_layernorm"
-    projections: Mapping[str, str | Part] = field(
-        default_factory=lambda: {
-            "q_proj": "self_attn.q_proj",
-            "k_proj": "self_attn.k_proj",
-            "v_proj": "self_attn.v_proj",
-            "o_proj": "self_attn.o_proj",
-            "gate_proj": "mlp.gate_proj",
-            "up_proj": "mlp.up_proj",
-            "down_proj": "mlp.down_proj",
-        }
-    )
-
-
-def _fused(path: str, order: tuple[str, ...], *, per_head: bool = False) -> dict[str, Part]:
-    return {name: Part(path=path, name=name, order=order, per_head=per_head) for name in order}
-
-
-_QKV = ("q_proj", "k_proj", "v_proj")
-LLAMA_LIKE = Family()
-FAMILIES: dict[str, Family] = {
-    "olmo2": Family(norm=None),
-    "olmo3": Family(norm=None),
-    "phi3": Family(
-        projections={
-            **_fused("self_attn.qkv_proj", _QKV),
-            "o_proj": "self_attn.o_proj",
-            **_fused("mlp.gate_up_proj", ("gate_proj", "up_proj")),
-            "down_proj": "mlp.down_proj",
-        }
-    ),
-    "gpt_neox": Family(
-        attention="attention",
-        projections={
-            **_fused("attention.query_key_value", _QKV, per_head=True),
-            "o_proj": "attention.dense",
-            "up_proj": "mlp.dense_h_to_4h",
-            "down_proj": "mlp.dense_4h_to_h",
-        },
-    ),
-    "gpt2": Family(
-        attention="attn",
-        norm="ln_1",
-        projections={
-            **_fused("attn.c_attn", _QKV),
-            "o_proj": "attn.c_proj",
-            "up_proj": "mlp.c_fc",
-            "down_proj": "mlp.c_proj",
-        },
-    ),
-}
-
-
-GATED_MLPS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "olmo3")
-"""Families whose MLP is ``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` and nothing else."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Slot:
-    """The columns of a fused layer's output that belong to one projection, the same in each of ``groups``."""
-
-    groups: int
-    width: int
-    """Columns of a group, W."""
-    start: int
-    size: int
-
-    def take(self, output: Tensor) -> Tensor:
-        """Cut the projection's columns [..., groups * size] out of a fused output [..., groups * W]."""
-        grouped = output.unflatten(-1, (self.groups, self.width))
-        return grouped[..., self.start : self.start + self.size].flatten(-2)
-
-    def place(self, change: Tensor) -> Tensor:
-        """Put a change [..., groups * size] where it belongs in zeros of the fused output's shape."""
-        grouped = change.unflatten(-1, (self.groups, self.size))
-        return F.pad(grouped, (self.start, self.width - self.start - self.size)).flatten(-2)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LinearSite:
-    """A linear projection or a whole MLP: something an expert reads the input of and adds to the output of."""
-
-    name: str
-    module: nn.Module
-    path: str
-    """From the model, as `named_modules` has it."""
-    in_features: int
-    out_features: int
-    slot: Slot | None = None
-    """Set where the projection is part of a fused layer."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionSite:
-    """A block's attention: what a prompt needs to know of it."""
-
-    name: str
-    module: nn.Module
-    path: str
-    hidden_size: int
-    num_heads: int
-    num_key_value_heads: int
-    head_size: int
-    key: LinearSite
-    value: LinearSite
-
-    def project(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Map vectors [L, hidden] to keys and values [H, L, D] with the frozen projections and the model's k-norm.
-
-        The layers' own ``forward`` is called, past every hook, so that no adapter adds to them.
-        """
-        keys, values = _frozen(self.key, vectors), _frozen(self.value, vectors)
-        keys = keys if self.key.slot is None else self.key.slot.take(keys)
-        values = values if self.value.slot is None else self.value.slot.take(values)
-        norm = getattr(self.module, "k_norm", None)
-        if norm is None:
-            return self._heads(keys), self._heads(values)
-        if norm.weight.numel() == self.head_size:  # Qwen3, Gemma 3: each head by itself
-            keys = norm(keys.unflatten(-1, (self.num_key_value_heads, self.head_size))).flatten(-2)
-        else:  # OLMo 2: all heads at once
-            keys = norm(keys)
-        return self._heads(keys), self._heads(values)
-
-    def _heads(self, flat: Tensor) -> Tensor:
-        heads = flat.unflatten(-1, (self.num_key_value_heads, self.head_size)).transpose(0, 1)  # [G, L, D]
-        return heads.repeat_interleave(self.num_heads // self.num_key_value_heads, dim=0)
-
-
-def _frozen(site: LinearSite, vectors: Tensor) -> Tensor:
-    return site.module.forward(vectors)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Block:
-    """One decoder block's parts."""
-
-    index: int
-    path: str
-    module: nn.Module
-    family: str
-    hidden_size: int
-    attention: nn.Module | None
-    projection_input: nn.Module
-    """The layer whose input is what q, k and v see."""
-    projection_input_path: str
-    block_input: nn.Module | None
-    """The module whose input is the block's input, read inside a checkpointed forward; None where none is known."""
-    block_input_path: str
-    mlp_output_path: str | None
-    """The layer whose output the MLP returns as it is; None where that is not known."""
-    mlp_factors: tuple[nn.Module, ...]
-    """The two modules whose outputs' product is what down_proj reads; none where that is not known."""
-    sites: Mapping[str, LinearSite | AttentionSite]
-    refusals: Mapping[str, str]
-    """Why a site cannot be had, by the site's name."""
-
-    def site(self, name: str, kind: str) -> LinearSite | AttentionSite:
-        """Find a site by name.
-
-        Raises:
-            UsageError: If the family has no such site, or an expert of this ``kind`` cannot work there.
-        """
-        if name in self.refusals:
-            raise UsageError(f"expert {kind!r} cannot work on {self.family}: {self.refusals[name]}")
-        if name not in self.sites:
-            raise UsageError(
-                f"expert {kind!r}: {unknown(f'target of {self.family}', name, self.sites)}; for a family that names "
-                "its layers otherwise give MoAConfig(architecture=ArchitectureConfig(projections={...}))"
-            )
-        return self.sites[name]
+    def stand_in(self, targets: Sequence[str], site: LinearSite) -> None:
+        self.sites[site.name] = site
+        for target in targets:
+            if target != site.name:
+                self.stand_ins.setdefault(target, []).append(site.name)
 
 
 def find_blocks(model: nn.Module, named: ArchitectureConfig | None = None) -> list[Block]:
     """Find the decoder blocks of a causal language model and their parts.
 
     Args:
-        model: The base model, with a transformers config.
-        named: Paths that are given rather than found; they go before the table's.
+        model: The base model, with a transformers config; of a multimodal one the language model's blocks are found.
+        named: Paths that are given rather than found; they go before the tables.
 
     Returns:
-        One `Block` each, in order.
+        One `Block` each, in order, without those that have neither a known mixer nor an MLP.
 
     Raises:
-        UsageError: If there are no such blocks, with what to name in the config.
+        UsageError: If there are no such blocks, with what to name in the config, or a part that is named is not there or has
+            another size than its name says.
     """
     named = named or ArchitectureConfig()
     config = getattr(model, "config", None)
@@ -231,42 +84,63 @@ def find_blocks(model: nn.Module, named: ArchitectureConfig | None = None) -> li
         raise UsageError(
             f"{type(model).__name__} has no transformers config: give a model loaded with transformers"
         )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UsageError(
+            f"{config.model_type} has an encoder and a decoder: a mixture is for models with a decoder alone"
+        )
     text = config.get_text_config()
-    family = _family(text.model_type, named)
-    path = named.blocks or _blocks_path(model, family, text)
+    path = named.blocks or _blocks_path(model, text)
     blocks = dict(model.named_modules()).get(path)
     if not isinstance(blocks, nn.ModuleList):
         raise UsageError(
             f"blocks is {path!r}: the model has no list of modules of that path; it has {_lists(model)}"
         )
-    return [_block(model, f"{path}.{i}", i, one, family, text) for i, one in enumerate(blocks)]
+    _check_names(path, blocks, named)
+    found = [_block(model, f"{path}.{i}", i, one, named, text) for i, one in enumerate(blocks)]
+    known = [one for one in found if one is not None]
+    if not known:
+        raise UsageError(
+            f"the blocks of {text.model_type} ({type(blocks[0]).__name__}) have no mixer and no MLP with known names: "
+            f"{_NAME_THEM}; their parts are {', '.join(name for name, _ in blocks[0].named_children())}"
+        )
+    return known
 
 
-def _family(model_type: str, named: ArchitectureConfig) -> Family:
-    family = FAMILIES.get(model_type, LLAMA_LIKE)
-    return Family(
-        attention=named.attention or family.attention,
-        mlp=named.mlp or family.mlp,
-        norm=named.norm or family.norm,
-        projections={**family.projections, **named.projections},
-    )
+def _check_names(path: str, blocks: nn.ModuleList, named: ArchitectureConfig) -> None:
+    """Refuse a path that no block has; some blocks of a hybrid may lack it."""
+    given = {"attention": named.attention, "mlp": named.mlp, "norm": named.norm, **named.projections}
+    for name, where in {**given, **{layer: layer for layer in named.fused}}.items():
+        if where is not None and all(_child(one, where) is None for one in blocks):
+            parts = ", ".join(part for part, _ in blocks[0].named_children())
+            raise UsageError(
+                f"{name} is {where!r}: no block of {path} has a module of that path; the first has {parts}"
+            )
+
+
+_NAME_THEM = (
+    "give MoAConfig(architecture=ArchitectureConfig(blocks=..., attention=..., mlp=..., projections={'q_proj': "
+    "'path.in.block', ...}))"
+)
 
 
 def _lists(model: nn.Module) -> str:
     return ", ".join(n for n, m in model.named_modules() if isinstance(m, nn.ModuleList)) or "none at all"
 
 
-def _blocks_path(model: nn.Module, family: Family, text: Any) -> str:
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) != text.num_hidden_layers:
-            continue
-        if all(_child(one, family.attention) is not None for one in module):
-            return path
-    raise UsageError(
-        f"no decoder blocks with a module {family.attention!r} were found in {text.model_type}: give "
-        "MoAConfig(architecture=ArchitectureConfig(blocks=..., attention=..., mlp=..., projections={...})); "
-        f"the model's lists of modules are {_lists(model)}"
-    )
+def _blocks_path(model: nn.Module, text: Any) -> str:
+    """The list of blocks of the decoder, which is the part that the model itself names; never a tower of the same depth."""
+    decoder = getattr(model, "get_decoder", lambda: model)() or model
+    start = next((name for name, one in model.named_modules() if one is decoder), "")
+    lists = [
+        f"{start}.{name}".strip(".")
+        for name, one in decoder.named_modules()
+        if isinstance(one, nn.ModuleList) and len(one) == text.num_hidden_layers
+    ]
+    if not lists:
+        raise UsageError(
+            f"no decoder blocks were found in {text.model_type}: {_NAME_THEM}; the model's lists are {_lists(model)}"
+        )
+    return min(lists, key=lambda path: path.count("."))
 
 
 def _child(module: nn.Module, path: str | None) -> nn.Module | None:
@@ -278,106 +152,346 @@ def _child(module: nn.Module, path: str | None) -> nn.Module | None:
     return module if path else None
 
 
-def _block(model: nn.Module, path: str, index: int, module: nn.Module, family: Family, text: Any) -> Block:
-    linear = _linear_sites(module, path, family, text)
-    if not {"q_proj", "k_proj", "v_proj"} <= linear.keys():
-        raise UsageError(
-            f"{type(module).__name__} has no q_proj, k_proj and v_proj where {family.projections} look for them: "
-            "give MoAConfig(architecture=ArchitectureConfig(projections={'q_proj': 'path.in.block', ...}))"
-        )
-    hidden_size = linear["q_proj"].in_features
-    sites: dict[str, LinearSite | AttentionSite] = dict(linear)
-    refusals: dict[str, str] = {}
-    mlp = _child(module, family.mlp)
-    if mlp is None:
-        refusals["mlp"] = f"its block has no module {family.mlp!r}; name one in ArchitectureConfig(mlp=...)"
-    else:
-        sites["mlp"] = LinearSite(
-            name="mlp",
-            module=mlp,
-            path=f"{path}.{family.mlp}",
-            in_features=hidden_size,
-            out_features=hidden_size,
-        )
-    attention = _child(module, family.attention)
-    reason = _no_prompt(model, attention, text)
-    if reason or attention is None:
-        refusals["attention"] = reason or f"its block has no module {family.attention!r}"
-    else:
-        sites["attention"] = _attention_site(
-            attention, f"{path}.{family.attention}", linear, hidden_size, text
-        )
-    gate, up = (_child(mlp, "act_fn"), _child(mlp, "up_proj")) if mlp is not None else (None, None)
-    gated = text.model_type in GATED_MLPS and gate is not None and up is not None and "down_proj" in linear
+def _block(
+    model: nn.Module, path: str, index: int, module: nn.Module, named: ArchitectureConfig, text: Any
+) -> Block | None:
+    found = _Found()
+    mixers = _find_mixers(module, path, found, named, model, text)
+    _find_mlp(module, path, found, named, text, beside=mixers)
+    _name_sites(module, path, found, named, text)
+    if "attention" not in found.sites and "attention" not in found.missing:
+        found.missing["attention"] = "it has no softmax attention"
+    reader = found.reader or next(
+        (one for one in found.sites.values() if isinstance(one, LinearSite) and one.name != "mlp"), None
+    )
+    if reader is None:
+        return None
+    norm = named.norm or next((name for name in PRE_NORMS if _child(module, name) is not None), None)
+    plain = norm is None and text.model_type in POST_NORM_FAMILIES
     return Block(
-        mlp_output_path=linear["down_proj"].path if gated else None,
-        mlp_factors=(gate, up) if gated and gate is not None and up is not None else (),
         index=index,
         path=path,
         module=module,
         family=text.model_type,
-        hidden_size=hidden_size,
-        attention=attention,
-        projection_input=linear["q_proj"].module,
-        projection_input_path=linear["q_proj"].path,
-        block_input_path=f"{path}.{family.norm}" if family.norm else linear["q_proj"].path,
-        block_input=_child(module, family.norm) if family.norm else linear["q_proj"].module,
-        sites=sites,
-        refusals=refusals,
+        kind=", ".join(found.kinds) or "named parts",
+        hidden_size=reader.in_features,
+        attention=found.attention,
+        projection_input=reader.module,
+        projection_input_path=reader.path,
+        block_input=reader.module if plain else _child(module, norm),
+        block_input_path=reader.path if plain else f"{path}.{norm}",
+        sites=found.sites,
+        stand_ins={target: tuple(names) for target, names in found.stand_ins.items()},
+        missing={target: why for target, why in found.missing.items() if target not in found.sites},
     )
 
 
-def _no_prompt(model: nn.Module, attention: nn.Module | None, text: Any) -> str:
+def _find_mixers(
+    block: nn.Module, path: str, found: _Found, named: ArchitectureConfig, model: nn.Module, text: Any
+) -> list[str]:
+    """Find what mixes tokens in a block; several read its input one after the other (Falcon-H1). Gives their names."""
+    mixers: list[str] = []
+    named_one = _child(block, named.attention)
+    if named.attention:
+        children = [] if named_one is None else [(named.attention, named_one)]
+    else:
+        children = list(block.named_children())
+    for name, child in children:
+        reads = name if mixers else MIXER_INPUT
+        layers = dict(child.named_children())
+        recurrence = next(
+            (one for one in RECURRENCES if all(layer in layers for layer in one.known_by)), None
+        )
+        if "kv_a_proj_with_mqa" in layers:
+            _latent_attention(child, f"{path}.{name}", found, reads, model, text)
+        elif recurrence is not None and "q_proj" not in layers and not _fused_layer(layers, text):
+            _recurrence(child, f"{path}.{name}", found, reads, recurrence)
+        elif "q_proj" in layers or _fused_layer(layers, text):
+            _attention(child, f"{path}.{name}", found, reads, model, text)
+        elif named.attention:
+            found.kinds.append("attention")
+            found.attention = child
+        else:
+            continue
+        mixers.append(name)
+    return mixers
+
+
+def _fused_layer(layers: Mapping[str, nn.Module], text: Any) -> tuple[str, Fused] | None:
+    known = FUSED_ATTENTION.get(text.model_type)
+    return known if known is not None and known[0] in layers else None
+
+
+def _attention(child: nn.Module, path: str, found: _Found, reads: str, model: nn.Module, text: Any) -> None:
+    layers = dict(child.named_children())
+    crossed = "cross" in path.rpartition(".")[2]
+    found.kinds.append("cross-attention" if crossed else "attention")
+    fused = _fused_layer(layers, text)
+    sites: dict[str, LinearSite] = {}
+    if fused is not None:
+        name, parts = fused
+        sites = _fused_sites(parts, layers[name], f"{path}.{name}", reads, _heads(child, text))
+    for name in QKV:
+        if name in layers and not (crossed and name != "q_proj"):
+            sites[name] = _linear(name, layers[name], f"{path}.{name}", reads)
+    found.reader = found.reader or sites["q_proj"]
+    found.sites |= sites
+    for name in ("k_proj", "v_proj"):
+        if name not in sites:
+            found.missing[name] = (
+                "its keys and values are made of other tokens"
+                if crossed
+                else "it takes them from another projection or block"
+            )
+    _output(child, path, found)
+    if crossed:
+        found.missing["attention"] = "it attends to other tokens than the text's"
+        return
+    found.attention = child
+    reason = _no_prompt(model, child, text)
+    if not reason and "k_proj" not in sites:
+        reason = "it has no keys of its own: they are another block's"
+    if reason:
+        found.missing["attention"] = reason
+        return
+    key, value = sites["k_proj"], sites.get("v_proj", sites["k_proj"])
+    heads, key_value_heads = _heads(child, text)
+    head_size = int(getattr(child, "head_dim", None) or key.out_features // key_value_heads)
+    found.sites["attention"] = AttentionSite(
+        name="attention",
+        module=child,
+        path=path,
+        hidden_size=key.in_features,
+        num_heads=heads,
+        num_key_value_heads=key.out_features // head_size,
+        head_size=head_size,
+        key=key,
+        value=value,
+        reads=reads,
+    )
+
+
+def _latent_attention(
+    child: nn.Module, path: str, found: _Found, reads: str, model: nn.Module, text: Any
+) -> None:
+    found.kinds.append("latent attention")
+    layers = dict(child.named_children())
+    first = "q_proj" if "q_proj" in layers else "q_a_proj"
+    query = _linear(first, layers[first], f"{path}.{first}", reads)
+    key = _linear("kv_a_proj_with_mqa", layers["kv_a_proj_with_mqa"], f"{path}.kv_a_proj_with_mqa", reads)
+    found.stand_in(("q_proj",), query)
+    if "q_b_proj" in layers:
+        found.stand_in(("q_proj",), _linear("q_b_proj", layers["q_b_proj"], f"{path}.q_b_proj", "q_b_proj"))
+    found.stand_in(("k_proj", "v_proj"), key)
+    found.missing["kv_b_proj"] = (
+        "it expands the whole cache in each call, whose earlier tokens have no gates then"
+    )
+    found.reader = found.reader or query
+    _output(child, path, found)
+    found.attention = child
+    reason = _no_prompt(model, child, text)
+    if reason:
+        found.missing["attention"] = reason
+        return
+    heads, _ = _heads(child, text)
+    found.sites["attention"] = LatentAttentionSite(
+        name="attention",
+        module=child,
+        path=path,
+        hidden_size=query.in_features,
+        num_heads=heads,
+        num_key_value_heads=heads,
+        head_size=int(child.qk_nope_head_dim + child.qk_rope_head_dim),  # type: ignore[operator]  # a latent attention's
+        key=key,
+        value=_linear("kv_b_proj", layers["kv_b_proj"], f"{path}.kv_b_proj", "kv_b_proj"),
+        reads=reads,
+    )
+
+
+def _recurrence(child: nn.Module, path: str, found: _Found, reads: str, known: Recurrence) -> None:
+    found.kinds.append(known.name)
+    layers = dict(child.named_children())
+    for name in known.inputs:
+        site = _linear(name, layers[name], f"{path}.{name}", reads)
+        found.stand_in(QKV, site)
+        found.reader = found.reader or site
+    if known.output is None:
+        found.missing.setdefault(
+            "o_proj", f"a kernel of its {known.name} reads the layer's weight and does not call it"
+        )
+    else:
+        found.stand_in(
+            ("o_proj",), _linear(known.output, layers[known.output], f"{path}.{known.output}", known.output)
+        )
+
+
+def _output(child: nn.Module, path: str, found: _Found) -> None:
+    name = next((one for one in OUTPUTS if isinstance(getattr(child, one, None), nn.Module)), None)
+    if name is not None:
+        found.sites["o_proj"] = _linear("o_proj", child.get_submodule(name), f"{path}.{name}", "o_proj")
+
+
+def _find_mlp(
+    block: nn.Module, path: str, found: _Found, named: ArchitectureConfig, text: Any, beside: Sequence[str]
+) -> None:
+    """Find a block's MLP: a dense one, else one with routed experts, else layers of the block itself."""
+    children = [(name, one) for name, one in block.named_children() if name not in beside]
+    if named.mlp:
+        one = _child(block, named.mlp)
+        if one is None:
+            found.missing["mlp"] = (
+                f"its block has no module {named.mlp!r}; name one in ArchitectureConfig(mlp=...)"
+            )
+            return
+        children = [(named.mlp, one)]
+    dense = [(name, one) for name, one in children if _mlp_layers(one)]
+    routed = [(name, one) for name, one in children if hasattr(one, "experts")]
+    if dense or routed or (named.mlp and children):
+        name, mlp = (dense or routed or children)[0]
+        found.kinds.append("routed MLP" if not dense and routed else "MLP")
+        hidden = int(text.hidden_size)
+        found.sites["mlp"] = LinearSite(
+            name="mlp",
+            module=mlp,
+            path=f"{path}.{name}",
+            in_features=hidden,
+            out_features=hidden,
+            reads=MLP_INPUT,
+        )
+        shared = next((one for one in SHARED_EXPERTS if not dense and _child(mlp, one) is not None), None)
+        inside, where = (
+            (mlp, f"{path}.{name}") if shared is None else (_child(mlp, shared), f"{path}.{name}.{shared}")
+        )
+        reads = MLP_INPUT if shared is None else shared
+    elif _mlp_layers(block):
+        inside, where, reads = block, path, MLP_INPUT
+        found.kinds.append("MLP")
+        found.missing["mlp"] = "the layers of its MLP are the block's own: no module holds them"
+    else:
+        found.missing |= dict.fromkeys((*MLP_LAYERS, "mlp"), "it has no MLP")
+        return
+    assert inside is not None, "it was found above"
+    layers = _mlp_layers(inside)
+    for target, (name, part) in layers.items():
+        module = inside.get_submodule(name)
+        own = target if target == "down_proj" else reads
+        if part is None:
+            found.sites[target] = _linear(target, module, f"{where}.{name}", own)
+        else:
+            found.sites |= {target: _fused_sites(part, module, f"{where}.{name}", own, (1, 1))[target]}
+    if not layers:
+        why = "the weights of its routed experts are stacked: no linear layer holds them"
+        found.missing |= dict.fromkeys(MLP_LAYERS, why)
+
+
+def _mlp_layers(module: nn.Module | None) -> dict[str, tuple[str, Fused | None]]:
+    """The layers of a dense MLP: for each target the layer's name, and its part where it is fused; none for another module."""
+    layers = (
+        {}
+        if module is None
+        else {n: m for n, m in module.named_children() if getattr(m, "weight", None) is not None}
+    )
+    down = next((name for name in MLP_LAYERS["down_proj"] if name in layers), None)
+    if down is None:
+        return {}
+    found: dict[str, tuple[str, Fused | None]] = {"down_proj": (down, None)}
+    for target in ("gate_proj", "up_proj"):
+        fused = next((name for name in FUSED_MLP_LAYERS if name in layers), None)
+        plain = next((name for name in MLP_LAYERS[target] if name in layers), None)
+        if fused is not None:
+            found[target] = (fused, Fused(order=("gate_proj", "up_proj")))
+        elif plain is not None:
+            found[target] = (plain, None)
+    return found if "up_proj" in found else {}
+
+
+def _name_sites(block: nn.Module, path: str, found: _Found, named: ArchitectureConfig, text: Any) -> None:
+    """Take what the config names, and check that its size is the one that the name says."""
+    fused = {
+        name: (layer, Fused(order=tuple(order), groups=named.fused_groups))
+        for layer, order in named.fused.items()
+        for name in order
+    }
+    for name, where in {**named.projections, **{name: layer for name, (layer, _) in fused.items()}}.items():
+        module = _child(block, where)
+        if module is None:
+            continue
+        if not hasattr(module, "weight"):
+            raise UsageError(
+                f"{name} is {where!r}: {path}.{where} is no linear layer, but {type(module).__name__}"
+            )
+        reads = MIXER_INPUT if name in QKV else MLP_INPUT if name in ("gate_proj", "up_proj") else name
+        heads = _heads(found.attention or block, text)
+        if name in fused:
+            site = _fused_sites(fused[name][1], module, f"{path}.{where}", reads, heads)[name]
+        else:
+            site = _linear(name, module, f"{path}.{where}", reads)
+        _check_size(site, heads, int(text.hidden_size), found, text)
+        found.sites[name] = site
+    query = found.sites.get("q_proj")
+    if query is not None and ("q_proj" in named.projections or "q_proj" in fused):
+        assert isinstance(query, LinearSite)
+        found.reader = query
+
+
+def _check_size(site: LinearSite, heads: tuple[int, int], hidden: int, found: _Found, text: Any) -> None:
+    head_size = int(
+        getattr(found.attention, "head_dim", None) or getattr(text, "head_dim", None) or hidden // heads[0]
+    )
+    reads_hidden = site.name in (*QKV, "gate_proj", "up_proj")
+    writes = {"q_proj": heads[0] * head_size, "k_proj": heads[1] * head_size, "v_proj": heads[1] * head_size}
+    expected = writes.get(site.name, hidden if site.name in ("o_proj", "down_proj") else None)
+    if (reads_hidden and site.in_features != hidden) or (
+        expected is not None and site.out_features != expected
+    ):
+        raise UsageError(
+            f"{site.name} is {site.path}, {site.in_features} to {site.out_features} features: {site.name} of this model has "
+            f"{hidden if reads_hidden else 'any number of'} to {expected or 'any number of'}. For a layer that holds several "
+            "projections give ArchitectureConfig(fused={'path.in.block': ['q_proj', 'k_proj', 'v_proj']})"
+        )
+
+
+def _no_prompt(model: nn.Module, attention: nn.Module, text: Any) -> str:
     """Why a prompt cannot be attended to, or nothing."""
     can_set: Callable[[], bool] = getattr(model, "_can_set_attn_implementation", lambda: False)
-    if not hasattr(attention, "config") or not can_set():
+    forward = inspect.unwrap(type(attention).forward)
+    if not (
+        hasattr(attention, "config")
+        and "ALL_ATTENTION_FUNCTIONS"
+        in forward.__code__.co_names  # linear attention with a softmax attention's names
+        and hasattr(sys.modules[type(attention).__module__], "eager_attention_forward")
+        and can_set()
+    ):
         return "its attention does not go through transformers' attention interface"
     if getattr(text, "reorder_and_upcast_attn", False):
         return "reorder_and_upcast_attn computes attention outside transformers' attention interface"
-    assert attention is not None, "what has a config is not None"
+    known = (*KEY_NORMS, *VALUE_NORMS, *_QUERY_NORMS, *_OTHER_NORMS)
     for name, child in attention.named_children():
-        known = name in ("q_norm", "k_norm") and getattr(getattr(child, "weight", None), "ndim", 0) == 1
-        if "norm" in name and not known:
+        if "norm" in name and (name not in known or any(True for _ in child.children())):
             return f"its attention has a norm {name!r} of a kind that is not known here"
     return ""
 
 
-def _attention_site(
-    module: nn.Module, path: str, linear: Mapping[str, LinearSite], hidden_size: int, text: Any
-) -> AttentionSite:
-    queries, keys = linear["q_proj"].out_features, linear["k_proj"].out_features
-    head_size = int(getattr(module, "head_dim", None) or queries // text.num_attention_heads)
-    return AttentionSite(
-        name="attention",
-        module=module,
-        path=path,
-        hidden_size=hidden_size,
-        num_heads=queries // head_size,
-        num_key_value_heads=keys // head_size,
-        head_size=head_size,
-        key=linear["k_proj"],
-        value=linear["v_proj"],
-    )
+def _heads(attention: nn.Module, text: Any) -> tuple[int, int]:
+    """Heads of the queries, and of keys and values."""
 
-
-def _linear_sites(block: nn.Module, path: str, family: Family, text: Any) -> dict[str, LinearSite]:
-    sites: dict[str, LinearSite] = {}
-    for name, where in family.projections.items():
-        layer_path = where.path if isinstance(where, Part) else where
-        module = _child(block, layer_path)
-        if module is None:
-            continue
-        inputs, outputs = _features(module)
-        slot = _slot(where, outputs, text) if isinstance(where, Part) else None
-        sites[name] = LinearSite(
-            name=name,
-            module=module,
-            path=f"{path}.{layer_path}",
-            in_features=inputs,
-            out_features=slot.groups * slot.size if slot else outputs,
-            slot=slot,
+    def first(*names: str) -> int | None:
+        sources = [(attention, name) for name in names] + [(text, name) for name in names]
+        return next(
+            (int(one) for source, name in sources if isinstance(one := getattr(source, name, None), int)),
+            None,
         )
-    return sites
+
+    key_value_heads = first("num_key_value_heads", "num_kv_heads", "kv_heads")
+    heads = first("num_attention_heads", "num_heads") or 1
+    return heads, key_value_heads or heads
+
+
+def _linear(name: str, module: nn.Module, path: str, reads: str) -> LinearSite:
+    inputs, outputs = _features(module)
+    return LinearSite(
+        name=name, module=module, path=path, in_features=inputs, out_features=outputs, reads=reads
+    )
 
 
 def _features(module: nn.Module) -> tuple[int, int]:
@@ -387,20 +501,24 @@ def _features(module: nn.Module) -> tuple[int, int]:
     return int(inputs), int(outputs)
 
 
-def _slot(part: Part, outputs: int, text: Any) -> Slot:
-    heads = int(text.num_attention_heads)
-    sizes = _sizes(part.order, outputs, heads, int(getattr(text, "num_key_value_heads", None) or heads))
-    groups = heads if part.per_head else 1
-    position = part.order.index(part.name)
-    return Slot(
-        groups=groups,
-        width=outputs // groups,
-        start=sum(sizes[:position]) // groups,
-        size=sizes[position] // groups,
-    )
-
-
-def _sizes(order: Sequence[str], outputs: int, heads: int, key_value_heads: int) -> list[int]:
-    shares = {"q_proj": heads, "k_proj": key_value_heads, "v_proj": key_value_heads}
-    weights = [shares.get(name, 1) for name in order]
-    return [outputs * weight // sum(weights) for weight in weights]
+def _fused_sites(
+    fused: Fused, module: nn.Module, path: str, reads: str, heads: tuple[int, int]
+) -> dict[str, LinearSite]:
+    inputs, outputs = _features(module)
+    shares = {"q_proj": heads[0], "k_proj": heads[1], "v_proj": heads[1]}
+    counts = {"layer": 1, "head": heads[0], "key_value_head": heads[1]}
+    groups = counts[fused.groups] if isinstance(fused.groups, str) else fused.groups
+    every = [shares.get(name, 1) for name in fused.order]
+    sizes = [outputs * share // sum(every) // groups for share in every]
+    return {
+        name: LinearSite(
+            name=name,
+            module=module,
+            path=path,
+            in_features=inputs,
+            out_features=groups * sizes[i],
+            reads=reads,
+            slot=Slot(groups=groups, width=outputs // groups, start=sum(sizes[:i]), size=sizes[i]),
+        )
+        for i, name in enumerate(fused.order)
+    }

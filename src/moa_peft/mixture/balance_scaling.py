@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
@@ -85,7 +86,10 @@ class BalanceLossScale(TrainerCallback):
         if not self._routers:
             return
         scaler = getattr(optimizer, "scaler", None)
-        if args.fp16 and scaler is None:
+        unscaled = (
+            type(optimizer) is AcceleratedOptimizer
+        )  # on a CPU: DeepSpeed's is a subclass, and scales by itself
+        if args.fp16 and scaler is None and not unscaled:
             raise UsageError(
                 "fp16 is on and the optimizer has no gradient scaler that the balance loss could follow, as under "
                 "DeepSpeed: train in bf16, or give the routers balance=0"

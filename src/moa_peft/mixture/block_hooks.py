@@ -20,12 +20,14 @@ from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from moa_peft.errors import RunError, UsageError
-from moa_peft.mixture.architecture import Block
 from moa_peft.mixture.config import RouterConfig
 from moa_peft.mixture.mixture import Mixture, MixturePass, Place, PlacedExpert
 from moa_peft.mixture.prompt_attention import add_prompts, remove_prompts
 from moa_peft.mixture.router import Routing
-from moa_peft.mixture.token_masks import ARGUMENT, CallTokens, TokenWatch
+from moa_peft.mixture.router import needs_tokens as router_needs_tokens
+from moa_peft.mixture.sites import Block
+from moa_peft.mixture.token_masks import CallTokens
+from moa_peft.mixture.token_watch import ARGUMENT, TokenWatch
 
 MERGE_REFUSAL = (
     "a mixture cannot be merged into the base weights: its gates depend on the input, token by token. Serve it as an "
@@ -78,6 +80,7 @@ class _State:
         self.block_input: Tensor | None = None  # likewise
         self.passes: tuple[MixturePass, ...] = ()
         self.modules_left = 0  # that have experts and have not run
+        self.tokens = (0, 0)  # rows and tokens of a row
 
     def end(self) -> None:
         """Forget the pass."""
@@ -134,10 +137,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
             self._hook_pre(block.block_input, self._note_block_input)
         self._needs_tokens = any(needs_tokens(mixture) for mixture in routed)
         if self._needs_tokens:
-            if block.attention is None:
-                raise UsageError(
-                    f"{block.path} has no known attention: name it in ArchitectureConfig(attention=...)"
-                )
+            assert block.attention is not None, "check_targets has refused such blocks"
             self._hook_pre(block.attention, self._receive_tokens, with_kwargs=True)
         self._hook_pre(block.projection_input, self._route)
         for path, site in {place.site.path: place.site for one in mixtures for place in one.places}.items():
@@ -275,22 +275,26 @@ class MoALayer(nn.Module, BaseTunerLayer):
             ]
         )
         state.modules_left = len({path for one in state.passes for path in one.mixture.modules_changed})
+        state.tokens = args[0].shape[:2]
         for one in state.passes:
             one.route(args[0], state.block_input)
         state.call, state.block_input = None, None
 
     def _add(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:  # noqa: ARG002
         """Add the experts' changes to a module's output; a forward hook, and the one place that adds."""
-        total = frozen = (
+        own = (
             output[0] if isinstance(output, tuple) else output
         )  # some MLPs give their router's scores as well
-        x = args[0]
+        by_token = (*self._state.tokens, -1)  # a mixture of experts may have put all rows into one
+        x, frozen = (one if one.dim() == 3 else one.view(by_token) for one in (args[0], own))
+        total = frozen
         for one in self._take(path):
             total = one.add_changes(path, x, frozen, total)
             if self._is_observed(self.change_observer):
                 for place in one.mixture.modules_changed[path].places:
                     change = partial(one.mixture.linear_change, place, x, frozen)
                     self._tell_change(one.adapter, place, one.gate_or_one(place, x), change)
+        total = total.view_as(own)
         return (total, *output[1:]) if isinstance(output, tuple) else total
 
     def _take(self, path: str) -> list[MixturePass]:
@@ -389,6 +393,4 @@ def _reads_block(mixture: Mixture) -> bool:
 
 def needs_tokens(mixture: Mixture) -> bool:
     """Whether a mixture's routing depends on which tokens are real."""
-    return any(
-        router.has_losses or router.config.granularity == "instance" for router in mixture.routers().values()
-    )
+    return any(router_needs_tokens(router.config) for router in mixture.routers().values())

@@ -15,7 +15,11 @@ RouterInput = Literal["projection", "block"]
 Granularity = Literal["token", "instance"]
 Pooling = Literal["prompt", "official"]
 GateOf = Literal["expert", "kind"]
+FusedGroups = Literal["layer", "head", "key_value_head"]
 ThresholdGradient = Literal["straight-through", "none"]
+
+_MOST = 2**16
+"""The largest size of anything in a mixture; no hidden size is larger."""
 
 Config = TypeVar("Config")
 
@@ -64,14 +68,18 @@ def wrong_types(config: Any) -> list[str]:
         lists = [one for one in (hint, *allowed) if get_origin(one) is Sequence]
         if value is None and type(None) in allowed:
             continue
-        if int in allowed and type(value) is not int:
-            wrong.append(f"{name} is {value!r}: give a whole number")
+        if int in allowed and not (type(value) is int and value <= _MOST):
+            wrong.append(f"{name} is {value!r}: give a whole number of at most {_MOST:,}")
         elif float in allowed and type(value) not in (int, float):
             wrong.append(f"{name} is {value!r}: give a number")
         elif bool in allowed and type(value) is not bool:
             wrong.append(f"{name} is {value!r}: give true or false")
+        elif get_origin(hint) is Mapping:
+            wrong += _wrong_mapping(name, value, of_lists=get_args(hint)[1] is not str)
         elif lists:
             wrong += _wrong_list(name, value, lists)
+        elif str in allowed and type(value) is not str:
+            wrong.append(f"{name} is {value!r}: give text")
     return wrong
 
 
@@ -83,6 +91,18 @@ def _wrong_list(name: str, value: object, hints: Sequence[Any]) -> list[str]:
         if Sequence[kind] in hints and any(type(one) is not kind for one in value):
             return [f"{name} is {value!r}: give {called}"]
     return []
+
+
+def _wrong_mapping(name: str, value: object, *, of_lists: bool) -> list[str]:
+    pairs = list(value.items()) if isinstance(value, Mapping) else [(None, None)]
+    words = [key for key, _ in pairs]
+    for _, given in pairs:
+        words += (
+            list(given) if of_lists and isinstance(given, list | tuple) else [None] if of_lists else [given]
+        )
+    if all(type(one) is str for one in words):
+        return []
+    return [f"{name} is {value!r}: give a mapping of names to {'lists of names' if of_lists else 'names'}"]
 
 
 def from_mapping(config_class: type[Config], values: Mapping[str, Any], what: str) -> Config:
@@ -360,3 +380,13 @@ class ArchitectureConfig:
 
     projections: Mapping[str, str] = field(default_factory=dict)
     """Paths of the linear layers that play q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj."""
+
+    fused: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Layers that hold several projections, by path: which, in the order of the output, as in ["q_proj", "k_proj", "v_proj"]."""
+
+    fused_groups: FusedGroups = "layer"
+    """How often that order repeats: once for the "layer", for each "head", or for each "key_value_head"."""
+
+    def __post_init__(self) -> None:
+        wrong = [*wrong_types(self), *not_allowed("fused_groups", self.fused_groups, FusedGroups)]
+        reject("ArchitectureConfig", wrong)

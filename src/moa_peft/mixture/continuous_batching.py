@@ -56,16 +56,28 @@ class PagedRequests:
         return chosen.unsqueeze(0)
 
     def _check_whole(self, key: str) -> None:
-        """Refuse a split prompt. The host waits for that value; a CUDA graph that is being captured cannot."""
-        if self.checked or (self.is_split.is_cuda and torch.cuda.is_current_stream_capturing()):
+        """Refuse a split prompt."""
+        if self.checked:
             return
         self.checked.append(key)
-        if bool(self.is_split):
+        if holds(self.is_split):
             raise UsageError(
                 "continuous batching splits a prompt over several calls, but instance gates are made of the whole "
                 "prompt in one: give ContinuousBatchingConfig(max_batch_tokens=...) more than the prompts that run at "
                 "once have together, and num_return_sequences 1"
             )
+
+
+def holds(condition: bool | Tensor) -> bool:
+    """Whether a condition holds and can be looked at, for which the host waits; a graph or a tensor without data tells nothing."""
+    if not isinstance(condition, Tensor):
+        return condition
+    if torch.compiler.is_compiling() or (condition.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    try:
+        return bool(condition)
+    except RuntimeError:  # a fake tensor, one on the meta device or under vmap
+        return False
 
 
 def paged_requests(kwargs: Mapping[str, Any]) -> tuple[Tensor, PagedRequests] | None:

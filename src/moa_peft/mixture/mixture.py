@@ -17,22 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_peft.mixture.architecture import AttentionSite, LinearSite, Slot
 from moa_peft.mixture.config import ExpertConfig, RouterConfig
-from moa_peft.mixture.experts.base import AttentionExpert, Bottleneck, LinearExpert, attended
+from moa_peft.mixture.experts.base import AttentionExpert, Bottleneck, LinearExpert, ScaledPrompt
 from moa_peft.mixture.precision import in_float32
 from moa_peft.mixture.router import Router, Routing, joined_bias
+from moa_peft.mixture.sites import MIXER_INPUT, AttentionSite, LinearSite, Slot
 from moa_peft.mixture.token_masks import CallTokens
 
 PlacedExpert = tuple[ExpertConfig, LinearSite | AttentionSite]
 """The config of an expert and the site that it is built for."""
-
-PROJECTION_INPUT = "projections"
-"""Name of the input that q, k and v read. Other inputs have the name of the site that reads them."""
-_INPUTS = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "attention"), PROJECTION_INPUT),
-    **dict.fromkeys(("gate_proj", "up_proj", "mlp"), "mlp"),
-}
 
 Made = TypeVar("Made")
 Tell = Callable[[str, str, Routing], None]
@@ -51,7 +44,7 @@ class Place:
     @property
     def input_name(self) -> str:
         """Name of the input that its site reads, the same for sites that read the same tensor."""
-        return _INPUTS.get(self.site.name, self.site.name)
+        return self.site.reads
 
     @property
     def slot(self) -> Slot | None:
@@ -63,8 +56,8 @@ class Place:
 class Readers:
     """Everything that multiplies one input by a weight."""
 
-    places: list[Place] = field(default_factory=list)
-    """Bottlenecks."""
+    runs: list[list[Place]] = field(default_factory=list)
+    """Bottlenecks. Those of a run are gated by one product: plain ones of one size, in neighbouring columns of the gates."""
     routers: list[str] = field(default_factory=list)
     """By name: "" for the block's, the expert's for that of its copies."""
 
@@ -90,10 +83,13 @@ class Down(NamedTuple):
 
     weight: Tensor
     """[K in all, D_in]: the rows of bottlenecks, then those of routers."""
-    sizes: list[int]
-    """Rows of each bottleneck, then of all routers together."""
-    bottlenecks: list[tuple[Place, Bottleneck]]
     bias: Tensor | None
+    """[K in all], of an only bottleneck; every other bias is added after the product."""
+    sizes: list[int]
+    """Rows of each run of bottlenecks, then of all routers together."""
+    runs: list[tuple[list[Place], Bottleneck]]
+    """Experts that are gated together, and the first one's weights."""
+    router_bias: Tensor | None
     """At least float32, [rows of all routers]."""
     router_sizes: list[int]
     """Rows of each layer of each router."""
@@ -111,6 +107,8 @@ class Mixture(nn.Module):
         copy_routers: Routers of the experts with several copies at their site, by the expert's name.
         readers: What reads each input, by the input's name.
         modules_changed: What changes each module's output, by the module's path.
+        gate_widths: Into how wide pieces the block's gates are cut: one column, or those of a run.
+        gate_at: The piece of each column, and the column's place in it.
     """
 
     def __init__(
@@ -136,6 +134,7 @@ class Mixture(nn.Module):
         self.readers: dict[str, Readers] = {}
         self.modules_changed: dict[str, AtModule] = {}
         self._find_readers()
+        self.gate_widths, self.gate_at = self._find_gate_pieces()
         self._packed: dict[object, Any] | None = None
 
     @property
@@ -172,10 +171,13 @@ class Mixture(nn.Module):
         expert: AttentionExpert = self.experts[place.name]  # type: ignore[assignment]  # ModuleDict is untyped
         site = place.site
         assert isinstance(site, AttentionSite)
-        prompt = self._reused((place.name, query.dtype), lambda: expert.prompt(site, query.dtype))
-        if prompt is None:
-            return expert.change(site, query, scaling, gate)
-        return attended(query, prompt, scaling, gate)
+
+        def make() -> ScaledPrompt | None:
+            prompt = expert.prompt(site, query.dtype)
+            return None if prompt is None else prompt.scaled(scaling)
+
+        scaled = self._reused((place.name, query.dtype, scaling), make)
+        return expert.change(site, query, scaling, gate) if scaled is None else scaled.change(query, gate)
 
     def down(self, input_name: str, dtype: torch.dtype) -> Down:
         """Join the weights of everything that reads an input, in the dtype of the input."""
@@ -233,16 +235,22 @@ class Mixture(nn.Module):
         return packed[key]
 
     def _join_down(self, readers: Readers, dtype: torch.dtype) -> Down:
-        bottlenecks = [(place, self._bottleneck(place)) for place in readers.places]
+        bottlenecks = [[self._bottleneck(place) for place in run] for run in readers.runs]
         found = self.routers()
         layers = {name: found[name].projections() for name in readers.routers}
         routed = [layer for of_router in layers.values() for layer in of_router]
-        weights = [one.down for _, one in bottlenecks] + [one.weight for one in routed]
+        weights = [one.down for run in bottlenecks for one in run] + [one.weight for one in routed]
+        first = [run[0] for run in bottlenecks]
+        bias = first[0].down_bias if first and len(weights) == 1 else None
+        if bias is not None:  # added by the product
+            first, bias = [first[0]._replace(down_bias=None)], bias.to(dtype)
         return Down(
             weight=_joined(weights, 0).to(dtype),
-            sizes=[len(one.down) for _, one in bottlenecks] + [sum(len(one.weight) for one in routed)],
-            bottlenecks=bottlenecks,
-            bias=joined_bias(routed),
+            bias=bias,
+            sizes=[sum(len(one.down) for one in run) for run in bottlenecks]
+            + [sum(len(one.weight) for one in routed)],
+            runs=list(zip(readers.runs, first, strict=True)),
+            router_bias=joined_bias(routed),
             router_sizes=[len(one.weight) for one in routed],
             routers=[(name, found[name], len(of_router)) for name, of_router in layers.items()],
         )
@@ -259,17 +267,40 @@ class Mixture(nn.Module):
     def _find_readers(self) -> None:
         """Sort the experts and routers by the inputs that they read and the modules that they change."""
         if self.router is not None and self.router.reads_projection_input:
-            self.readers[PROJECTION_INPUT] = Readers(routers=[""])
+            self.readers[MIXER_INPUT] = Readers(routers=[""])
         for place in self.places:
             changes = self.modules_changed.setdefault(place.site.path, AtModule(place.input_name))
             expert = self.experts[place.name]
             if isinstance(expert, LinearExpert) and expert.bottleneck() is not None:
-                self.readers.setdefault(place.input_name, Readers()).places.append(place)
+                self._add_to_run(self.readers.setdefault(place.input_name, Readers()).runs, place)
                 changes.joined.setdefault(place.slot, []).append(place)
             else:
                 changes.others.append(place)
             if place.name in self.copy_routers:
                 self.readers.setdefault(place.input_name, Readers()).routers.append(place.name)
+
+    def _add_to_run(self, runs: list[list[Place]], place: Place) -> None:
+        """Gate a bottleneck together with its neighbour, if that is possible."""
+        if runs:
+            last = runs[-1][-1]
+            one, other = self._bottleneck(last), self._bottleneck(place)
+            alike = one.down.shape == other.down.shape and one.scale == other.scale
+            plain = one.is_plain and other.is_plain and not {last.name, place.name} & set(self.copy_routers)
+            if plain and alike and place.column == last.column + 1:
+                runs[-1].append(place)
+                return
+        runs.append([place])
+
+    def _find_gate_pieces(self) -> tuple[list[int], dict[int, tuple[int, int]]]:
+        """Cut the block's gates for those that use them: the widths of the pieces, and each column's piece and place in it."""
+        runs = {run[0].column: len(run) for reader in self.readers.values() for run in reader.runs}
+        widths: list[int] = []
+        at: dict[int, tuple[int, int]] = {}
+        while len(at) < len(self.gate_names):
+            width = runs.get(len(at), 1)
+            at |= {len(at) + offset: (len(widths), offset) for offset in range(width)}
+            widths.append(width)
+        return widths, at
 
     def _column(self, name: str, kind: str, router: RouterConfig | None) -> int:
         gate_name = kind if router is not None and router.gate_of == "kind" else name
@@ -311,7 +342,7 @@ class MixturePass:
         self._read: dict[str, Tensor] = {}  # inputs whose products are made
         self._gates: dict[
             str, Sequence[Tensor]
-        ] = {}  # by router, float32: a column [B, T or 1, 1] for each gate of the block
+        ] = {}  # by router, float32, [B, T or 1, N]; the block's in pieces
         self._inner: dict[str, Tensor] = {}  # by expert, [B, T, K]
 
     def route(self, x: Tensor, block_input: Tensor | None) -> None:
@@ -325,14 +356,14 @@ class MixturePass:
         if router is not None and not router.reads_projection_input:
             routed = x if router.config.router_input == "projection" else block_input
             assert routed is not None, "the block's input is noted before its projections run"
-            earlier = (self._call.earlier or {}).get(self._key)
+            earlier = self._call.earlier.get(self._key)
             if router.config.granularity == "token":
                 self._note("", router(routed, self._call.real))
             elif earlier is not None:  # observers were told of these in the first call on the cache
-                self._gates[""] = earlier.to(x.device).split(1, dim=-1)
+                self._gates[""] = earlier.to(x.device).split(self.mixture.gate_widths, dim=-1)
             else:
                 self._note("", self._instance_routing(router, routed))
-        self._multiply(PROJECTION_INPUT, x)
+        self._multiply(MIXER_INPUT, x)
 
     def add_changes(self, path: str, x: Tensor, frozen: Tensor, output: Tensor) -> Tensor:
         """Add the changes of a module's experts to its output.
@@ -362,7 +393,11 @@ class MixturePass:
 
     def gate(self, place: Place) -> Tensor | None:
         """The gate of an expert, float32, [B, T or 1, N]: the block's times that of its copies; None for 1."""
-        block = self._gates[""][place.column] if "" in self._gates else None
+        block = None
+        if "" in self._gates:
+            piece, column = self.mixture.gate_at[place.column]
+            block = self._gates[""][piece]
+            block = block if block.shape[-1] == 1 else block[..., column : column + 1]
         copies = self._gates.get(place.name)
         if copies is None:
             return block
@@ -379,20 +414,33 @@ class MixturePass:
             return
         self._read[input_name] = x
         down = self.mixture.down(input_name, x.dtype)
-        *inner, routed = F.linear(x, down.weight).split_with_sizes(down.sizes, -1)
+        *inner, routed = F.linear(x, down.weight, down.bias).split_with_sizes(down.sizes, -1)
         if down.routers:
-            routed = in_float32(routed, down.bias).split_with_sizes(down.router_sizes, -1)
+            routed = in_float32(routed, down.router_bias).split_with_sizes(down.router_sizes, -1)
             for name, router, layers in down.routers:
                 if (
                     name not in self._gates
                 ):  # one that reads a second tensor of that name has its gates already
                     self._note(name, router(x, self._call.real, routed[:layers]))
                 routed = routed[layers:]
-        for (place, one), part in zip(down.bottlenecks, inner, strict=True):
-            self._inner[place.name] = one.gated(part, self.gate(place))
+        for (places, first), part in zip(down.runs, inner, strict=True):
+            if len(places) == 1:
+                self._inner[places[0].name] = first.gated(part, self.gate(places[0]))
+            else:
+                self._gate_run(places, part.unflatten(-1, (len(places), -1)), first.scale)
+
+    def _gate_run(self, places: list[Place], inner: Tensor, scale: float) -> None:
+        """Gate the vectors [B, T, N, K] of a run of N plain bottlenecks, and round them to the dtype of the next product."""
+        rows = inner if scale == 1 else inner * scale
+        if "" in self._gates:
+            piece, _ = self.mixture.gate_at[places[0].column]
+            rows = (rows * self._gates[""][piece].unsqueeze(-1)).to(inner.dtype)
+        self._inner.update(zip([one.name for one in places], rows.unbind(-2), strict=True))
 
     def _note(self, router: str, routing: Routing) -> None:
-        self._gates[router] = (routing.gates,) if router else routing.gates.split(1, dim=-1)
+        self._gates[router] = (
+            (routing.gates,) if router else routing.gates.split(self.mixture.gate_widths, dim=-1)
+        )
         if self._tell is not None:
             self._tell(self.adapter, router, routing)
 

@@ -1,6 +1,7 @@
 """`MoAConfig`: what PEFT is given, saves and loads. Thin on purpose: the parts are frozen values of their own."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
@@ -86,6 +87,8 @@ class MoAConfig(PeftConfig):
 
     def parts(self) -> MixtureParts:
         """The frozen parts: mappings from files become configs, which check themselves."""
+        if not isinstance(self.experts, list | tuple):
+            raise UsageError(f"experts is {self.experts!r}: give a list of LoraExpert(...) and the like")
         return MixtureParts(
             experts=tuple(_expert(one) for one in self.experts),
             router=None if self.router is None else _config(RouterConfig, self.router, "router field"),
@@ -107,9 +110,23 @@ class MoAConfig(PeftConfig):
             isinstance(saved, list | tuple) and all(isinstance(one, str) for one in saved)
         ):
             wrong.append(f"modules_to_save is {saved!r}: give a list of names")
+        wrong += self._pattern_problems()
         if self.task_type != TaskType.CAUSAL_LM:
             wrong.append(f"task_type is {self.task_type}: mixtures work on causal language models, CAUSAL_LM")
         return wrong
+
+    def _pattern_problems(self) -> list[str]:
+        excluded = self.exclude_modules
+        if isinstance(excluded, str):
+            try:
+                re.compile(excluded)
+            except re.error as error:
+                return [f"exclude_modules is {excluded!r}: as a regular expression it has an error: {error}"]
+        elif excluded is not None and not (
+            isinstance(excluded, list | tuple | set) and all(isinstance(one, str) for one in excluded)
+        ):
+            return [f"exclude_modules is {excluded!r}: give a list of names, or a regular expression"]
+        return []
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:

@@ -96,6 +96,23 @@ def joined_bias(layers: Sequence[Projection]) -> Tensor | None:
     return at_least_float32(biases[0] if len(biases) == 1 else torch.cat(biases))
 
 
+def _kind(config: RouterConfig) -> type[Gate]:
+    kind = GATES[config.gate]
+    assert issubclass(kind, Gate), "register_gate takes gates only"
+    return kind
+
+
+def has_losses(config: RouterConfig) -> bool:
+    """Whether a loss of its own trains a router beside the model's."""
+    balance = _kind(config).default_balance if config.balance is None else config.balance
+    return balance > 0 or bool(config.target and config.sparsity != 0)
+
+
+def needs_tokens(config: RouterConfig) -> bool:
+    """Whether a routing depends on which tokens are real."""
+    return config.granularity == "instance" or has_losses(config)
+
+
 class Routing(NamedTuple):
     """A router's result for the tokens of a call."""
 
@@ -119,12 +136,11 @@ class Router(nn.Module):
     def __init__(self, inputs: int, num_experts: int, config: RouterConfig) -> None:
         super().__init__()
         self.config = config
-        kind = GATES[config.gate]
-        assert issubclass(kind, Gate), "register_gate takes gates only"
+        kind = _kind(config)
         self.logits = _LOGITS[config.kind](inputs, num_experts, config, kind.initial_logit(config))
         self.gate: Gate = kind(inputs, num_experts, config)
         self.balance = kind.default_balance if config.balance is None else config.balance
-        self.has_losses = self.balance > 0 or bool(config.target and config.sparsity != 0)
+        self.has_losses = has_losses(config)
         self.loss_scale: float | Tensor | None = None
 
     def projections(self) -> tuple[Projection, ...]:

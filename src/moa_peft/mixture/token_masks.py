@@ -1,61 +1,97 @@
-"""Which tokens of a call are real, which are the prompt, and what earlier calls of a cached sequence found.
+"""Which tokens of a call are real, and which of them are the prompt.
 
-Attention masks, labels and caches are known where the model is called; gates are made deep inside its blocks, and made
-again when a checkpointed block is recomputed. So the call is watched at the model, and what it says travels to each
-block as a keyword argument, which recomputation replays.
+Gates of a whole instance are made of its prompt, so every call has to know where that ends. Exactly these say so:
+
+1. a cache that holds tokens: its first call has left the gates with it (`PromptRecord`), and nothing is pooled again;
+2. the argument ``prompt_length``: real tokens at the start of each row;
+3. the labels: what comes before the first that counts, in each row or packed sequence (positions that begin again
+   without an attention mask tell these apart);
+4. ``generate``: the columns that it was given, in each of its own calls;
+5. in evaluation mode, a call that begins a cache: it reads a prompt, all of it.
+
+Where none of them does, or where they contradict each other, the call is refused as soon as a router needs the prompt.
 
 Sizes: B rows, T tokens of a row, D hidden size, S packed sequences.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.nn import functional as F
 
 from moa_peft.errors import UsageError
-from moa_peft.mixture.continuous_batching import PagedRequests, paged_requests
+from moa_peft.mixture.continuous_batching import PagedRequests, holds, paged_requests
+from moa_peft.mixture.gate_cache import PromptRecord, cache_of, record_of
 from moa_peft.mixture.precision import at_least_float32
-
-ARGUMENT = "moa_call_tokens"
-"""The keyword argument under which a block is told of its call's tokens."""
-CACHE_NAMES = ("cache", "past_key_values")
-"""What transformers calls the key-value cache, since 5.24 and before."""
 
 LENGTH_ARGUMENT = "prompt_length"
 """The keyword argument of the model that says how many of each row's real tokens are the prompt."""
+PROMPT_ARGUMENT = "moa_prompt"
+"""What our own callers say of the prompt: its columns (int), labels (Tensor), or why it cannot be known (str)."""
 IGNORED_LABEL = -100
+NOBODY_SAYS = (
+    "instance gates are made of the prompt, and nothing says where it ends in this call: give the model prompt_length=... (real "
+    "tokens at the start of each row), or labels that are -100 on the prompt. In evaluation mode a call that begins a cache "
+    "(use_cache=True) may be a prompt as a whole. Trainers that keep the labels from the model need prompt_length from the data "
+    "collator (label smoothing, compute_loss_func), or cannot train such gates (ORPO, CPO): RouterConfig(granularity='token') can"
+)
+PROMPT_IS_OPEN = (
+    "the cache holds a first part of the text whose call did not say where the prompt ends, so this call may go on with it, and "
+    "instance gates are made of the whole prompt in one call: read the prompt without a cache of its beginning, or give the first "
+    "call on the cache prompt_length=... if the prompt is over (else its answer goes on one token at a time)"
+)
+NO_RECORD = (
+    "the cache holds tokens but no instance gates of this adapter: another adapter, no adapter or a copy made by hand has filled it, "
+    "or it was cut within the prompt. Read the whole prompt into an empty cache"
+)
+SEVERAL_SEQUENCES = (
+    "positions begin again within a row, or a mask of 4 dimensions hides a token from the next, so the row holds several sequences, "
+    "and instance gates need a prompt for each: give packed rows with position_ids, labels and use_cache=False, and without an "
+    "attention mask, or give one sequence a row"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CallTokens:
     """What one call of the model says of its tokens."""
 
+    columns: int = 0
+    """T."""
     real: Tensor | None = None
     """Bool, [B, T], False at padding; None where every token is real."""
     prompt: Tensor | None = None
     """Bool, [B, T], the tokens whose mean makes instance gates; None where that is every token."""
+    is_told: bool = False
+    """Whether somebody said that the prompt ends in this call; else it is a prompt because it begins a cache."""
+    unknown: str | None = None
+    """Why the prompt cannot be known; None where it is."""
     sequences: Tensor | None = None
     """Int64, [B, T]: which packed sequence of its row a token belongs to; None where a row is one sequence."""
-    earlier: "Mapping[str, Tensor] | None" = None
-    """Instance gates of the first call on the same cache, by block and adapter; None in a first call."""
+    earlier: Mapping[str, Tensor] = field(default_factory=dict)
+    """Instance gates of the first call on the same cache, by block and adapter."""
     paged: PagedRequests | None = None
     """The requests of a call of continuous batching, which keeps their gates itself."""
     found: dict[str, Tensor] = field(default_factory=dict)
     """Instance gates of this call, by block and adapter, detached; for the calls that follow on its cache."""
 
+    def record(self) -> PromptRecord:
+        """What the calls that follow on this one's cache need."""
+        rows = len(next(iter(self.found.values())))
+        prompt = torch.ones(rows, self.columns, dtype=torch.bool) if self.prompt is None else self.prompt
+        return PromptRecord(gates=self.found, prompt=prompt, is_told=self.is_told)
+
     def starts(self) -> Tensor | None:
         """Mark the first token of each packed sequence, bool [B, T]: one for each instance; None without packing."""
         if self.sequences is None:
             return None
-        return torch.nn.functional.pad(self.sequences[:, 1:] != self.sequences[:, :-1], (1, 0), value=True)
+        return F.pad(self.sequences[:, 1:] != self.sequences[:, :-1], (1, 0), value=True)
 
     def mean(self, x: Tensor, *, everything: bool) -> Tensor:
-        """Take the mean token of each sequence.
+        """Take the mean token of each sequence's prompt.
 
         Args:
             x: Float, [B, T, D].
@@ -63,241 +99,161 @@ class CallTokens:
 
         Returns:
             Float32, [B, 1, D]; with packed sequences [B, T, D], each token with its own sequence's mean.
+
+        Raises:
+            UsageError: If the prompt is needed and unknown.
         """
+        if self.unknown is not None and not everything:
+            raise UsageError(self.unknown)
         if everything or (self.prompt is None and self.sequences is None):
             return at_least_float32(x).mean(dim=1, keepdim=True)
-        chosen = (
-            torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if self.prompt is None else self.prompt
-        )
-        weight = chosen.to(device=x.device, dtype=x.dtype)
+        weight = x.new_ones(x.shape[:2]) if self.prompt is None else self.prompt.to(x.device, x.dtype)
         if self.sequences is None:
             number = weight.float().sum(dim=1).clamp(min=1).view(-1, 1, 1)
             return at_least_float32(weight.unsqueeze(1) @ x) / number
         sequences = self.sequences.to(x.device)
-        same = (sequences.unsqueeze(2) == sequences.unsqueeze(1)).to(x.dtype) * weight.unsqueeze(
-            1
-        )  # [B, T, T]
+        same = (sequences.unsqueeze(2) == sequences.unsqueeze(1)) * weight.unsqueeze(1)  # [B, T, T]
         return at_least_float32(same @ x) / same.float().sum(dim=-1, keepdim=True).clamp(min=1)
 
 
-class _GateCache:
-    """Mixed into the class of a cache that remembers instance gates, so that they follow its rows."""
-
-    moa_instance_gates: dict[str, Tensor] | None
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[misc]  # the cache's own class comes next
-        self._each(lambda gates: gates.index_select(0, beam_idx.to(gates.device)))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)  # type: ignore[misc]  # the cache's own class comes next
-        self._each(lambda gates: gates[indices.to(gates.device)])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]  # the cache's own class comes next
-        self._each(lambda gates: gates.repeat_interleave(repeats, dim=0))
-
-    def reset(self) -> None:
-        super().reset()  # type: ignore[misc]  # the cache's own class comes next
-        self.moa_instance_gates = None
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.moa_instance_gates is not None:
-            self.moa_instance_gates = {key: change(gates) for key, gates in self.moa_instance_gates.items()}
-
-
-def remember_gates(past: Any, gates: dict[str, Tensor]) -> None:
-    """Keep instance gates with a cache, and let them follow whatever is done to its rows.
-
-    Args:
-        past: A cache of transformers.
-        gates: Float32, [B, 1, C] each, by block and adapter.
-    """
-    compiling = torch.compiler.is_compiling()  # a compiled graph cannot make a class
-    if not isinstance(past, _GateCache) and not compiling:
-        past.__class__ = _with_gates(type(past))
-    past.moa_instance_gates = gates
-
-
-@cache
-def _with_gates(kind: type) -> type:
-    return type(kind.__name__, (_GateCache, kind), {"__module__": kind.__module__})
-
-
-def prompt_lengths(model: nn.Module, lengths: Sequence[int]) -> dict[str, Tensor]:
-    """Say how long each row's prompt is, in a call whose rows go on after it.
-
-    Args:
-        model: The model that will be called; a model whose calls are not watched would not know the argument.
-        lengths: Real tokens at the start of each row.
-
-    Returns:
-        Keyword arguments for the call; none for a model without instance gates.
-    """
-    watches = (getattr(one, "watch", None) for one in model.modules())
-    watched = any(isinstance(watch, TokenWatch) and watch.attached for watch in watches)
-    return {LENGTH_ARGUMENT: torch.tensor(lengths)} if watched else {}
-
-
-class TokenWatch:
-    """Watches a model's calls and tells its blocks of their tokens. It lives as long as the model's hooks.
-
-    Attributes:
-        current: The tokens of the call that runs.
-    """
-
-    def __init__(self) -> None:
-        self.current: CallTokens | None = None
-        self._caller: nn.Module | None = None  # whose call began it
-        self._model: nn.Module | None = None
-        self._backbone_is_next = False
-        self._width: int | None = None
-        self._handles: list[RemovableHandle] = []
-
-    def attach(self, model: nn.Module, backbone: nn.Module) -> None:
-        """Watch a model's calls, and calls of its backbone alone; twice is once.
-
-        Args:
-            model: The causal language model.
-            backbone: The module that holds the decoder blocks.
-        """
-        if self._handles:
-            return
-        self._model = model
-        for module in dict.fromkeys((model, backbone)):
-            self._handles.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._end, with_kwargs=True, always_call=True))
-
-    def detach(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    @property
-    def attached(self) -> bool:
-        """Whether it watches a model."""
-        return bool(self._handles)
-
-    @contextmanager
-    def generating(self, width: int) -> Iterator[None]:
-        """While a text is generated, know its prompt also where no cache remembers the first call.
-
-        Args:
-            width: Columns of the prompt, padding included; whatever a call has beyond them is an answer.
-        """
-        outer, self._width = self._width, width
-        try:
-            yield
-        finally:
-            self._width = outer
-
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        length = kwargs.pop(LENGTH_ARGUMENT, None)
-        inside, self._backbone_is_next = self._backbone_is_next, module is self._model
-        if module is self._model or not inside:  # whatever an interrupted call has left
-            self._caller = module
-            self.current = call_tokens(args, kwargs, length, self._width)
-        return args, kwargs
-
-    def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ARG002
-        if module is not self._caller:
-            return
-        call, self.current, self._caller, self._backbone_is_next = self.current, None, None, False
-        _, cache = cache_of(output)
-        if call is not None and cache is not None and call.found:
-            remember_gates(cache, call.found)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "current": None, "_caller": None, "_width": None}
-
-
-def cache_of(values: Any) -> tuple[str, Any]:
-    """Find the key-value cache among a call's keyword arguments, or in what a model gives.
-
-    Args:
-        values: A mapping; anything else, as a tuple of outputs, holds none.
-
-    Returns:
-        Its name, "cache" from transformers 5.24 on and "past_key_values" before, and the cache; None where there is none.
-    """
-    found = values if isinstance(values, Mapping) else {}
-    held = ((name, found[name]) for name in CACHE_NAMES if name in found and found[name] is not None)
-    return next(held, (CACHE_NAMES[0], None))
-
-
 def call_tokens(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], prompt_length: Any = None, width: int | None = None
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, pools: bool
 ) -> CallTokens:
-    """Read a call's arguments.
+    """Read a call's arguments by the rule at the head of this file.
 
     Args:
-        args: The model's positional arguments; the first is the tokens, if any.
-        kwargs: Its keyword arguments; ``attention_mask``, ``labels``, ``position_ids`` and the cache are read.
-        prompt_length: Int, or int [B]: how many real tokens at the start of each row are the prompt.
-        width: In generation, the columns of the prompt.
-
-    Returns:
-        The prompt is what ``prompt_length`` says, or what comes before the first label that counts (the label of a
-        row's first token never does), or the first ``width`` columns; without any of them, every real token.
-
-    Raises:
-        UsageError: If ``prompt_length`` is given for packed sequences.
+        module: The model, or its backbone, that is called.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments; ``attention_mask``, ``labels``, ``position_ids``, ``use_cache``, the cache,
+            `LENGTH_ARGUMENT` and `PROMPT_ARGUMENT` are read.
+        pools: Whether gates are of whole instances; else only real tokens matter.
     """
-    ids = kwargs.get("input_ids")
-    ids = kwargs.get("inputs_embeds") if ids is None else ids
-    ids = args[0] if ids is None and args else ids
+    names = inspect.signature(module.forward).parameters if len(args) > 1 else ("input_ids",)
+    call = {**dict(zip(names, args, strict=False)), **kwargs}
+    ids = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
     if not isinstance(ids, Tensor):
-        return CallTokens()
-    shape, device = ids.shape[:2], ids.device
-    batched = paged_requests(kwargs)
-    if batched is not None:
-        return CallTokens(sequences=batched[0], paged=batched[1])
-    _, past = cache_of(kwargs)
-    earlier = getattr(past, "moa_instance_gates", None)
-    real = _real(kwargs.get("attention_mask"), shape)
-    may_be_packed = real is None and past is None and width is None
-    sequences = _sequences(kwargs, shape) if may_be_packed else None
-    labels = kwargs.get("labels")
-    prompt = real
-    if prompt_length is not None:
-        if sequences is not None:
-            raise UsageError(
-                f"{LENGTH_ARGUMENT} is given with packed sequences: give labels, or one sequence a row"
-            )
-        counted = torch.ones(shape, dtype=torch.bool, device=device) if real is None else real
-        limit = torch.as_tensor(prompt_length, device=device).reshape(-1, 1)
-        prompt = counted & (counted.cumsum(dim=1) <= limit)
-    elif isinstance(labels, Tensor) and labels.shape == shape:
-        prompt = _before_answers(labels, real, sequences)
-    elif width is not None and width < shape[1]:
-        prompt = (torch.arange(shape[1], device=device) < width).expand(shape)
-        prompt = prompt if real is None else prompt & real
-    return CallTokens(real=real, prompt=prompt, sequences=sequences, earlier=earlier)
+        return CallTokens(unknown=NOBODY_SAYS)
+    shape, past = ids.shape[:2], cache_of(call)[1]
+    if getattr(call.get("cache"), "cache_allocators", None) is not None:  # continuous batching
+        requests, paged = (paged_requests(call) if pools else None) or (None, None)
+        return CallTokens(sequences=requests, paged=paged)
+    tokens = CallTokens(columns=shape[1], real=_real(_plain_mask(call), shape))
+    if not pools:
+        return tokens
+    try:
+        if record_of(past) is not None or (past is not None and holds(past.get_seq_length() > 0)):
+            return replace(tokens, **_continued(call, record_of(past), shape[1]))
+        return replace(tokens, **_begun(module, call, tokens.real, ids))
+    except UsageError as error:
+        return replace(tokens, unknown=str(error))
+
+
+def _continued(call: Mapping[str, Any], record: PromptRecord | None, columns: int) -> dict[str, Any]:
+    """The gates of a call on a cache that holds tokens: those of its first call."""
+    if record is None or record.is_cut:
+        raise UsageError(NO_RECORD)
+    if isinstance(call.get(PROMPT_ARGUMENT), str):
+        raise UsageError(call[PROMPT_ARGUMENT])
+    if call.get(LENGTH_ARGUMENT) is not None:
+        raise UsageError(
+            f"{LENGTH_ARGUMENT} belongs into the first call on a cache, which keeps what it says"
+        )
+    if columns > 1 and not record.is_told:
+        raise UsageError(PROMPT_IS_OPEN)
+    return {"earlier": record.gates, "unknown": NO_RECORD}
+
+
+def _begun(module: nn.Module, call: Mapping[str, Any], real: Tensor | None, ids: Tensor) -> dict[str, Any]:
+    """The prompt of a call that goes on with nothing."""
+    shape, said, length = ids.shape[:2], call.get(PROMPT_ARGUMENT), call.get(LENGTH_ARGUMENT)
+    labels = said if isinstance(said, Tensor) else call.get("labels")
+    if isinstance(said, str):
+        raise UsageError(said)
+    if real is None and (mask := _plain_mask(call)) is not None:
+        raise UsageError(
+            f"instance gates cannot read padding off a {type(mask).__name__} as attention mask: give one of 2 dimensions"
+        )
+    keeps_cache = _keeps_cache(module, call)
+    sequences = None if isinstance(said, int) else _sequences(call, real, shape, keeps_cache=keeps_cache)
+    if length is not None:
+        return {"prompt": _first_tokens(length, real, sequences, ids), "is_told": True}
+    if isinstance(labels, Tensor) and labels.shape == shape:
+        return {"prompt": _before_answers(labels, real, sequences), "sequences": sequences}
+    if isinstance(said, int):
+        columns = (torch.arange(shape[1], device=ids.device) < said).expand(shape)
+        return {"prompt": columns if real is None else columns & real, "is_told": True}
+    if labels is not None or module.training or not keeps_cache:
+        raise UsageError(NOBODY_SAYS)
+    return {"prompt": real, "sequences": sequences}
+
+
+def _first_tokens(length: Any, real: Tensor | None, sequences: Tensor | None, ids: Tensor) -> Tensor:
+    """Mark the first real tokens of each row, as many as are the prompt."""
+    if sequences is not None:
+        raise UsageError(
+            f"{LENGTH_ARGUMENT} is given with packed sequences: give labels, or one sequence a row with its attention mask"
+        )
+    limit = torch.as_tensor(length, device=ids.device).reshape(-1, 1)
+    if holds(((limit < 1) | (limit > ids.shape[1])).any()):
+        raise UsageError(
+            f"{LENGTH_ARGUMENT} must lie in 1..{ids.shape[1]}, the tokens of the call: instance gates need the whole prompt in one"
+        )
+    counted = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device) if real is None else real
+    return counted & (counted.cumsum(dim=1) <= limit)
+
+
+def _keeps_cache(module: nn.Module, call: Mapping[str, Any]) -> bool:
+    """Whether a call leaves a cache behind."""
+    if cache_of(call)[1] is not None:
+        return True
+    config: Any = getattr(module, "config", None)
+    default = config is not None and getattr(config.get_text_config(), "use_cache", False)
+    return bool(default if call.get("use_cache") is None else call["use_cache"])
+
+
+def _plain_mask(call: Mapping[str, Any]) -> Any:
+    """The attention mask, or one of several for layers of several kinds."""
+    mask = call.get("attention_mask")
+    return next(iter(mask.values()), None) if isinstance(mask, Mapping) else mask
 
 
 def _real(mask: Any, shape: torch.Size) -> Tensor | None:
     """Find the real tokens of a call in a mask of 2 dimensions, or of 4 where a token that sees itself is real."""
-    if isinstance(mask, Mapping):
-        mask = next(iter(mask.values()), None)
-    if not isinstance(mask, Tensor):
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         return None
-    if mask.dim() == 2:
-        return mask[:, -shape[1] :].bool()
-    if mask.dim() == 4:
-        itself = mask[:, 0].diagonal(dim1=-2, dim2=-1).expand(shape)  # [B, T]
-        return itself if itself.dtype == torch.bool else itself > -1
+    return mask[:, -shape[1] :].bool() if mask.dim() == 2 else _seen(mask, 0).expand(shape)
+
+
+def _seen(mask: Tensor, back: int) -> Tensor:
+    """Whether each token sees the one so many before it, bool [B, T - back], in a mask of 4 dimensions, bool or added."""
+    found = mask[:, 0].diagonal(offset=-back, dim1=-2, dim2=-1)
+    return found if found.dtype == torch.bool else found > -1
+
+
+def _sequences(
+    call: Mapping[str, Any], real: Tensor | None, shape: torch.Size, *, keeps_cache: bool
+) -> Tensor | None:
+    """Number the packed sequences of each row by the positions, which begin again at each; None for one a row.
+
+    Raises:
+        UsageError: If sequences stand in a row whose attention transformers does not part by them.
+    """
+    mask, positions = _plain_mask(call), call.get("position_ids")
+    if shape[1] < 2:
+        return None
+    parted: list[Tensor] = []  # bool, [B or 1, T - 1] each: a token does not go on from the one before
+    if isinstance(positions, Tensor) and positions.dim() == 2:
+        parted.append(positions[:, 1:] != positions[:, :-1] + 1)
+    if mask is None and not keeps_cache:
+        if not parted or holds(~parted[0].any()):
+            return None
+        return F.pad(parted[0].expand(shape[0], -1).long().cumsum(dim=1), (1, 0))
+    if mask is not None and mask.dim() == 4:
+        parted.append(~_seen(mask, 1))
+    neighbours = True if real is None else real[:, 1:] & real[:, :-1]
+    if any(holds((one & neighbours).any()) for one in parted):
+        raise UsageError(SEVERAL_SEQUENCES)
     return None
-
-
-def _sequences(kwargs: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
-    """Number the packed sequences of each row by the positions, which begin again at each; None without positions."""
-    positions = kwargs.get("position_ids")
-    if not isinstance(positions, Tensor) or positions.dim() != 2 or shape[1] < 2:
-        return None
-    positions = positions.expand(shape)
-    starts = positions[:, 1:] != positions[:, :-1] + 1
-    return torch.nn.functional.pad(starts.long().cumsum(dim=1), (1, 0))
 
 
 def _before_answers(labels: Tensor, real: Tensor | None, sequences: Tensor | None) -> Tensor:

@@ -11,11 +11,7 @@ from moa_peft.training.output_folder import ADAPTER_CONFIG, RECIPE_FILE, disk_er
 
 
 def check_folder(out: Path, *, overwrite: bool) -> None:
-    """Check that an adapter may be written to a folder, before any work is done for it.
-
-    Args:
-        out: The folder; it need not exist.
-        overwrite: Whether an adapter in it may be replaced.
+    """Check that an adapter may be written to a folder, which need not exist, before any work is done for it.
 
     Raises:
         UsageError: If it is a file, or holds anything but an adapter that may be replaced.
@@ -39,10 +35,6 @@ def check_folder(out: Path, *, overwrite: bool) -> None:
 @contextmanager
 def adapter_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """Give a temporary folder that becomes ``out`` when its files are written; in an old one the adapter is replaced.
-
-    Args:
-        out: The folder.
-        overwrite: Whether an adapter in it may be replaced.
 
     Yields:
         The folder to write into. After an error it is gone and ``out`` as before.
@@ -70,17 +62,10 @@ def adapter_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
 
 @contextmanager
 def single_file(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Give a temporary path that becomes ``out`` when it is written.
-
-    Args:
-        out: The file.
-        overwrite: Whether a file of that name may be replaced.
-
-    Yields:
-        The path to write to. After an error it is gone and ``out`` as before.
+    """Give a temporary path that becomes ``out`` when it is written; after an error it is gone and ``out`` as before.
 
     Raises:
-        UsageError: If ``out`` is a folder, or is there and may not be replaced.
+        UsageError: As `check_file`.
         OSError: If the disk is full or closed.
     """
     check_file(out, overwrite=overwrite)

@@ -17,22 +17,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moa_peft.errors import UsageError, first_line
-from moa_peft.official.names import Layout, idle_kind_gates
+from moa_peft.official.names import Layout, idle_routers
 
 Value = TypeVar("Value")
 
 PICKLED = (".pth", ".pt", ".bin")
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 _PREFIXES = ("module.", "_orig_mod.", "base_model.model.")
-_BLOCK = re.compile(r"(?:model\.)?(layers\.(\d+)\..+)")
 _FORK_MODULES = re.compile(r"layers\.\d+\.(?:self_attn|mlp)\.")
 _NATIVE_MODULES = re.compile(r"layers\.\d+\.(?:attention|feed_forward)\.")
 _NATIVE_BASE = re.compile(
     r"(?:tok_embeddings|norm|output)\.weight|rope\.freqs"
     r"|layers\.\d+\.(?:attention\.w[qkvo]|feed_forward\.w[123]|attention_norm|ffn_norm)\.weight"
-)
-_ROUTER = re.compile(
-    r"(?:model\.)?layers\.(\d+)\.(?:adapter_(?:type_router|threshold_fn)|(?:lora|prompt|p_adapter)_gate)\."
 )
 
 
@@ -59,14 +55,11 @@ class OfficialCheckpoint:
 
 
 def read_checkpoint(path: Path, base_names: Collection[str]) -> OfficialCheckpoint:
-    """Read an official checkpoint.
+    """Read an official checkpoint. Prefixes of wrappers are taken off the names; the modules tell the layout.
 
     Args:
         path: The native ``adapter.pth``, a safetensors file, or a folder that holds one of them (or several shards).
         base_names: Names of the base model's own weights in transformers; such weights are left out.
-
-    Returns:
-        The adapter's weights. Prefixes of wrappers are off their names, and their layout is told by their modules.
 
     Raises:
         UsageError: If there is no such checkpoint, it is damaged, or it holds no adapter of this family.
@@ -103,10 +96,7 @@ def read_checkpoint(path: Path, base_names: Collection[str]) -> OfficialCheckpoi
 
 
 def checkpoint_files(path: Path) -> list[Path]:
-    """Find the files of a checkpoint: one, or all shards of a folder.
-
-    Args:
-        path: The file or folder.
+    """Find the files of a checkpoint: the file itself, or all shards of a folder.
 
     Raises:
         UsageError: If there is none, or it is not clear which it is.
@@ -146,14 +136,14 @@ def checkpoint_files(path: Path) -> list[Path]:
 def _is_peft_mixture(file: Path) -> bool:
     try:
         return json.loads(file.read_text(encoding="utf-8")).get("peft_type") == "MOA"
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 
 def _shards_of(index: Path) -> set[str]:
     try:
         return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UsageError(f"{index} is not an index of shards: copy the checkpoint again") from error
 
 
@@ -170,13 +160,14 @@ def _read_pickled(file: Path, path: Path) -> dict[str, Tensor]:
             f"{file} holds more than tensors, or is damaged, and is not loaded: save its weights alone where they come "
             "from, as in torch.save(checkpoint['model'], 'adapter.pth')"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # whatever torch's reader makes of bytes that are not its own
         raise UsageError(f"{file} is damaged or cut off: {first_line(error)}") from error
-    while isinstance(content, Mapping):
-        inner = [key for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
-        if not inner:
-            break
-        content = content[inner[0]]
+    for _ in _WRAPPERS:  # not for ever: a mapping may hold itself
+        inner = [
+            key for key in _WRAPPERS if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
+        ]
+        if inner:
+            content = content[inner[0]]
     if not isinstance(content, Mapping) or not content:
         raise UsageError(f"{path} holds no weights by name: give the official adapter.pth")
     odd = [key for key, one in content.items() if not (isinstance(key, str) and isinstance(one, Tensor))]
@@ -219,19 +210,5 @@ def _normalised(weights: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor
     is_fork = bool(fork) or (not native and any(name.startswith("model.layers.") for name in weights))
     prefix = "model." if is_fork else ""
 
-    def renamed(name: str) -> str:
-        found = _BLOCK.fullmatch(name)
-        return f"{prefix}{found[1]}" if found else name
-
-    return "fork" if is_fork else "native", {renamed(name): one for name, one in weights.items()}
-
-
-def idle_routers(weights: Mapping[str, Tensor]) -> set[str]:
-    """Name the router weights that gate nothing; the native code makes them all the same.
-
-    They are the routers of blocks that carry no expert, and UniPEFT's gates of kinds that their block lacks.
-    """
-    blocks = {name: found[2] for name in weights if (found := _BLOCK.fullmatch(name))}
-    carrying = {block for name, block in blocks.items() if not _ROUTER.match(name)}
-    alone = {name for name, block in blocks.items() if _ROUTER.match(name) and block not in carrying}
-    return alone | idle_kind_gates(weights)
+    renamed = {re.sub(r"^(model\.)?(?=layers\.\d+\.)", prefix, name): one for name, one in weights.items()}
+    return "fork" if is_fork else "native", renamed

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -13,7 +14,14 @@ from moa_peft.mixture.block_hooks import mixture_layers
 from moa_peft.mixture.config import ExpertConfig, RouterConfig, ThresholdConfig
 from moa_peft.mixture.experts import LoraExpert, ParallelAdapterExpert, PromptExpert
 from moa_peft.mixture.peft_config import MoAConfig
-from moa_peft.official.names import KIND_GATES, Destination, destinations, experts_of, layout_of
+from moa_peft.official.names import (
+    KIND_GATES,
+    Destination,
+    destinations,
+    experts_of,
+    has_kind_gates,
+    layout_of,
+)
 
 DEFAULT_ORDER = (
     "lora_q_proj", "lora_k_proj", "lora_v_proj", "prompt", "lora_o_proj", "lora_up_proj", "lora_gate_proj",
@@ -24,12 +32,10 @@ DEFAULT_ORDER = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OfficialSettings:
-    """What the weights of an official checkpoint do not tell."""
+    """What the weights of an official checkpoint do not tell; None where nothing is said."""
 
-    alpha: float
-    """LoRA's alpha."""
-    head_size: int
-    """Size of a head of the base model."""
+    alpha: float | None = None
+    """LoRA's alpha; a checkpoint with LoRA needs it."""
     expert_order: tuple[str, ...] = DEFAULT_ORDER
     """The gate columns, as names of experts in a mixture."""
     max_threshold: float | None = None
@@ -44,12 +50,19 @@ class OfficialSettings:
     """Coefficient of the balance loss; None is our own default."""
 
 
-def read_config(weights: Mapping[str, Tensor], settings: OfficialSettings) -> MoAConfig:
+def head_size(config: Any) -> int:
+    """The size of a head of a model, from its transformers config."""
+    text = config.get_text_config()
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+def read_config(weights: Mapping[str, Tensor], settings: OfficialSettings, head_size: int) -> MoAConfig:
     """Read a mixture's config off an official checkpoint.
 
     Args:
         weights: The checkpoint by its own names.
         settings: What the weights do not tell.
+        head_size: Size of a head of the base model.
 
     Returns:
         A config that reproduces the official arithmetic, its dead threshold included.
@@ -57,7 +70,7 @@ def read_config(weights: Mapping[str, Tensor], settings: OfficialSettings) -> Mo
     Raises:
         UsageError: If a weight belongs to nothing that a mixture has, or the settings contradict the weights.
     """
-    placed = placed_weights(weights, settings.head_size)
+    placed = placed_weights(weights, head_size)
     checkpoint = _Checkpoint(
         blocks=experts_of(placed),
         shapes={(one.block, one.parameter): tuple(weights[name].shape) for name, one in placed.items()},
@@ -97,15 +110,7 @@ def placed_weights(weights: Mapping[str, Tensor], head_size: int) -> dict[str, D
 
 
 def load_weights(model: PeftModel, weights: Mapping[str, Tensor], head_size: int) -> dict[str, Destination]:
-    """Copy an official checkpoint into a model whose mixture fits it.
-
-    Args:
-        model: The base with a mixture made of `read_config`'s config.
-        weights: The checkpoint by its own names.
-        head_size: Size of a head of the base model.
-
-    Returns:
-        Where each weight went.
+    """Copy an official checkpoint into a model whose mixture is of `read_config`'s config; tell where each weight went.
 
     Raises:
         UsageError: If a weight has no place, or a place gets no weight.
@@ -167,14 +172,16 @@ class _Checkpoint:
         """The shape of one copy's parameter, as "experts.{}.A" has it with the expert's name; None if there is none."""
         return self.shapes.get((min(self.blocks[expert]), parameter.format(expert)))
 
-    def copies(self, expert: str, parameter: str) -> int:
-        """The copies of a parameter."""
-        return self.parts[min(self.blocks[expert]), parameter.format(expert)]
+    def own(self, expert: str, parameter: str) -> tuple[int, int]:
+        """The rows of one copy's parameter of an expert, which has to have it, and its copies."""
+        place = (min(self.blocks[expert]), f"experts.{expert}.{parameter}")
+        if place not in self.shapes:
+            raise UsageError(f"the checkpoint has an expert {expert} without its {parameter}")
+        return self.shapes[place][0], self.parts[place]
 
 
 def _kind_position(expert: str) -> int:
-    kinds = list(KIND_GATES.values())
-    return next(place for place, kind in enumerate(kinds) if expert.startswith(kind))
+    return next(place for place, kind in enumerate(KIND_GATES.values()) if expert.startswith(kind))
 
 
 def _experts(order: Sequence[str], checkpoint: _Checkpoint, settings: OfficialSettings) -> list[ExpertConfig]:
@@ -188,53 +195,26 @@ def _experts(order: Sequence[str], checkpoint: _Checkpoint, settings: OfficialSe
     experts: list[ExpertConfig] = []
     for key, group in groupby(order, key=sort_key):
         names = list(group)
-        first, layers = names[0], checkpoint.layers(names[0])
-        if key[0] == "lora":
-            copies, router, shared = _copies(first, "A", "B", checkpoint, settings)
-            experts.append(
-                LoraExpert(
-                    targets=tuple(name.removeprefix("lora_") for name in names),
-                    rank=_length(checkpoint, first, "A"),
-                    alpha=settings.alpha,
-                    layers=layers,
-                    num_experts=copies,
-                    router=router,
-                    shared=shared,
-                )
-            )
-        elif key[0] == "prompt":
-            bias = checkpoint.shape(first, "copy_routers.{}.logits.linear_bias")
+        shared: dict[str, Any] = {
+            "layers": checkpoint.layers(names[0]), "router": _copy_router(names[0], checkpoint, settings),
+        }  # fmt: skip
+        if key[0] == "prompt":
+            bias = checkpoint.shape("prompt", "copy_routers.{}.logits.linear_bias")
             copies = bias[0] if bias else 1
-            length = _length(checkpoint, first, "vectors") // copies
-            router = _copy_router(first, checkpoint, settings)
-            experts.append(PromptExpert(length=length, layers=layers, num_experts=copies, router=router))
+            length, _ = checkpoint.own("prompt", "vectors")
+            experts.append(PromptExpert(length=length // copies, num_experts=copies, **shared))
+            continue
+        down, up = ("A", "B") if key[0] == "lora" else ("down_weight", "up_weight")
+        (_, copies), (size, reading) = checkpoint.own(names[0], up), checkpoint.own(names[0], down)
+        shared |= {"num_experts": copies, "shared": copies > 1 and reading == 1}
+        if key[0] == "lora":
+            targets = tuple(name.removeprefix("lora_") for name in names)
+            if settings.alpha is None:
+                raise UsageError("the checkpoint has LoRA: give alpha, by which LoRA is scaled")
+            experts.append(LoraExpert(targets=targets, rank=size, alpha=settings.alpha, **shared))
         else:
-            copies, router, shared = _copies(first, "down_weight", "up_weight", checkpoint, settings)
-            size = _length(checkpoint, first, "down_weight")
-            experts.append(
-                ParallelAdapterExpert(
-                    size=size, layers=layers, num_experts=copies, router=router, shared=shared
-                )
-            )
+            experts.append(ParallelAdapterExpert(size=size, **shared))
     return experts
-
-
-def _length(checkpoint: _Checkpoint, expert: str, parameter: str) -> int:
-    shape = checkpoint.shape(expert, f"experts.{{}}.{parameter}")
-    if shape is None:
-        raise UsageError(f"the checkpoint has an expert {expert} without its {parameter}")
-    return shape[0]
-
-
-def _copies(
-    expert: str, down: str, up: str, checkpoint: _Checkpoint, settings: OfficialSettings
-) -> tuple[int, RouterConfig | None, bool]:
-    """How many copies an expert has, their router, and whether they share what reads the input."""
-    if checkpoint.shape(expert, f"experts.{{}}.{up}") is None:
-        raise UsageError(f"the checkpoint has an expert {expert} without its {up}")
-    copies = checkpoint.copies(expert, f"experts.{{}}.{up}")
-    shared = copies > 1 and checkpoint.copies(expert, f"experts.{{}}.{down}") == 1
-    return copies, _copy_router(expert, checkpoint, settings), shared
 
 
 def _copy_router(expert: str, checkpoint: _Checkpoint, settings: OfficialSettings) -> RouterConfig | None:
@@ -260,7 +240,7 @@ def _router(
     sizes = checkpoint.shapes
     block = min(index for index, _ in sizes)
     router_input = "block" if layout == "native" else "projection"
-    if any(name.rpartition(".")[0].endswith(tuple(f".{gate}" for gate in KIND_GATES)) for name in weights):
+    if has_kind_gates(weights):
         return RouterConfig(
             kind="linear",
             granularity="instance",

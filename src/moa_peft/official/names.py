@@ -1,4 +1,4 @@
-"""Where each weight of an official checkpoint goes in a mixture.
+"""Where each weight of an official checkpoint goes in a mixture, and where a mixture's goes in a checkpoint.
 
 Two layouts: "native" (the official LLaMA code: ``layers.0.attention...``) and "fork" (the official transformers fork:
 ``model.layers.0.self_attn...``). The native code rotates interleaved pairs, transformers rotates halves, so the rows
@@ -9,7 +9,7 @@ Sizes: H heads of size D, r rank, N copies of an expert.
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,63 +20,64 @@ from moa_peft.errors import UsageError
 Layout = Literal["native", "fork"]
 Transform = Callable[[Tensor], Tensor]
 
-_PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
-_MLP_PROJECTIONS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 KIND_GATES = {"lora_gate": "lora", "prompt_gate": "prompt", "p_adapter_gate": "parallel_adapter"}
 """UniPEFT's three gates, in the order in which a mixture of the paper's experts has their kinds."""
 
+_LORA_MODULES = {
+    "lora_q_proj": {"native": "attention.lora_Q", "fork": "self_attn.lora_Q"},
+    "lora_k_proj": {"native": "attention.lora_K", "fork": "self_attn.lora_K"},
+    "lora_v_proj": {"native": "attention.lora_V", "fork": "self_attn.lora_V"},
+    "lora_o_proj": {"native": "attention.lora_O", "fork": "self_attn.lora_O"},
+    "lora_gate_proj": {"native": "feed_forward.lora_GATE", "fork": "mlp.lora_gate"},
+    "lora_up_proj": {"native": "feed_forward.lora_UP", "fork": "mlp.lora_up"},
+    "lora_down_proj": {"native": "feed_forward.lora_DOWN", "fork": "mlp.lora_down"},
+}
+_LORA_EXPERTS = {module: expert for expert, modules in _LORA_MODULES.items() for module in modules.values()}
+_ATTENTION = {"native": "attention", "fork": "self_attn"}
+
+_RULES: Sequence[tuple[str, str, Collection[str]]] = (
+    ("{lora}.lora_{side}.weight", "experts.{expert}.{side}", ("one",)),
+    ("{lora}.lora_{side}_l.{copy}.weight", "experts.{expert}.{side}", ("softmax",)),
+    ("{lora}.experts.{copy}.lora_{side}.weight", "experts.{expert}.{side}", ("top-k", "threshold")),
+    ("{lora}.router.{leaf}", "copy_routers.{expert}.logits.linear_{leaf}", ("softmax", "threshold")),
+    ("{lora}.router.topkroute_linear.{leaf}", "copy_routers.{expert}.logits.linear_{leaf}", ("top-k",)),
+    ("{lora}.router.noise_linear.{leaf}", "copy_routers.{expert}.gate.noise_{leaf}", ("top-k",)),
+    ("{lora}.threshold_fn.{leaf}", "copy_routers.{expert}.gate.threshold_{leaf}", ("threshold",)),
+    ("p_adapter.{part}_proj.{leaf}", "experts.parallel_adapter.{part}_{leaf}", ("one",)),
+    ("p_adapter.{part}_proj_l.{copy}.{leaf}", "experts.parallel_adapter.{part}_{leaf}", ("softmax",)),
+    ("p_adapter.router.{leaf}", "copy_routers.parallel_adapter.logits.linear_{leaf}", ("softmax",)),
+    ("{attention}.prompt.weight", "experts.prompt.vectors", ("one", "softmax")),
+    ("{attention}.prompt_gate", "experts.prompt.head_scale", ("one", "softmax")),
+    ("{attention}.prompt_router.{leaf}", "copy_routers.prompt.logits.linear_{leaf}", ("softmax",)),
+    ("adapter_type_router.{layer}.{leaf}", "router.logits.{layer}_{leaf}", ("expert",)),
+    ("adapter_type_router.{leaf}", "router.logits.linear_{leaf}", ("expert",)),
+    ("adapter_threshold_fn.{leaf}", "router.gate.threshold_{leaf}", ("expert",)),
+    ("{kind_gate}.{leaf}", "router.logits.linear_{leaf}", ("kind",)),
+)
+"""A weight's name in a block: the official one, ours in the block's `Mixture`, and for which forms; see `official_names`."""
+
+_FIELDS = {
+    "lora": "|".join(map(re.escape, _LORA_EXPERTS)),
+    "expert": "|".join(_LORA_MODULES),
+    "attention": "self_attn|attention",
+    "side": "[AB]",
+    "part": "down|up",
+    "layer": "w[123]",
+    "leaf": "weight|bias",
+    "kind_gate": "|".join(KIND_GATES),
+    "copy": r"\d+",
+}
 _BLOCK = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)")
-_LORA = re.compile(
-    r"(?:self_attn|attention)\.lora_(?P<attention>[QKVO])\.(?P<attention_part>.+)"
-    r"|(?:mlp|feed_forward)\.lora_(?P<mlp>gate|up|down|GATE|UP|DOWN)\.(?P<mlp_part>.+)"
-)
-_PROMPT = re.compile(r"(?:self_attn|attention)\.prompt")
-# Within the module of one LoRA: what a weight is, and which copy's.
-_LORA_PARTS = (
-    (re.compile(r"lora_([AB])\.weight"), lambda m: ("experts.{}." + m[1], None)),
-    (re.compile(r"lora_([AB])_l\.(\d+)\.weight"), lambda m: ("experts.{}." + m[1], int(m[2]))),
-    (re.compile(r"experts\.(\d+)\.lora_([AB])\.weight"), lambda m: ("experts.{}." + m[2], int(m[1]))),
-    (
-        re.compile(r"router\.(?:topkroute_linear\.)?(weight|bias)"),
-        lambda m: ("copy_routers.{}.logits.linear_" + m[1], None),
-    ),
-    (
-        re.compile(r"router\.noise_linear\.(weight|bias)"),
-        lambda m: ("copy_routers.{}.gate.noise_" + m[1], None),
-    ),
-    (re.compile(r"threshold_fn\.(weight|bias)"), lambda m: ("copy_routers.{}.gate.threshold_" + m[1], None)),
-)
-# Elsewhere in a block.
-_PARTS = (
-    (
-        re.compile(r"p_adapter\.(down|up)_proj\.(weight|bias)"),
-        lambda m: (f"experts.parallel_adapter.{m[1]}_{m[2]}", None),
-    ),
-    (
-        re.compile(r"p_adapter\.(down|up)_proj_l\.(\d+)\.(weight|bias)"),
-        lambda m: (f"experts.parallel_adapter.{m[1]}_{m[3]}", int(m[2])),
-    ),
-    (
-        re.compile(r"p_adapter\.router\.(weight|bias)"),
-        lambda m: (f"copy_routers.parallel_adapter.logits.linear_{m[1]}", None),
-    ),
-    (re.compile(r"(?:self_attn|attention)\.prompt\.weight"), lambda _: ("experts.prompt.vectors", None)),
-    (re.compile(r"(?:self_attn|attention)\.prompt_gate"), lambda _: ("experts.prompt.head_scale", None)),
-    (
-        re.compile(r"(?:self_attn|attention)\.prompt_router\.(weight|bias)"),
-        lambda m: (f"copy_routers.prompt.logits.linear_{m[1]}", None),
-    ),
-    (
-        re.compile(r"adapter_type_router\.(w[123])\.(weight|bias)"),
-        lambda m: (f"router.logits.{m[1]}_{m[2]}", None),
-    ),
-    (re.compile(r"adapter_type_router\.(weight|bias)"), lambda m: (f"router.logits.linear_{m[1]}", None)),
-    (re.compile(r"adapter_threshold_fn\.(weight|bias)"), lambda m: (f"router.gate.threshold_{m[1]}", None)),
-    (
-        re.compile(r"(lora_gate|prompt_gate|p_adapter_gate)\.(weight|bias)"),
-        lambda m: (f"router.logits.linear_{m[2]}", list(KIND_GATES).index(m[1])),
-    ),
-)
+
+
+def _pattern(form: str) -> re.Pattern[str]:
+    return re.compile(
+        re.sub(r"\\{(\w+)\\}", lambda field: f"(?P<{field[1]}>{_FIELDS[field[1]]})", re.escape(form))
+    )
+
+
+_READERS = [(_pattern(official), ours) for official, ours, _ in _RULES]
+_WRITERS = [(_pattern(ours), official, forms) for official, ours, forms in _RULES]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,8 +97,7 @@ class Destination:
 
     def official_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
         """The shape that the official weight of a parameter of ours has; None where it cannot have so many parts."""
-        columns = self.parameter.endswith((".B", ".up_weight"))
-        if parameter.shape[1 if columns else 0] % self.parts:
+        if parameter.shape[1 if self._stacks_columns else 0] % self.parts:
             return None
         return tuple(self.inverse(self.view(parameter)).shape)
 
@@ -107,8 +107,11 @@ class Destination:
             return parameter
         if self.parameter.endswith(".up_bias"):
             return parameter.unflatten(0, (-1, self.parts))[:, self.part]
-        stacked_columns = self.parameter.endswith((".B", ".up_weight"))
-        return parameter.chunk(self.parts, dim=1 if stacked_columns else 0)[self.part]
+        return parameter.chunk(self.parts, dim=1 if self._stacks_columns else 0)[self.part]
+
+    @property
+    def _stacks_columns(self) -> bool:
+        return self.parameter.endswith((".B", ".up_weight"))
 
 
 def layout_of(names: Iterable[str]) -> Layout:
@@ -137,14 +140,11 @@ def interleaved(rows: Tensor, head_size: int) -> Tensor:
 
 
 def destinations(names: Iterable[str], head_size: int) -> dict[str, Destination]:
-    """Find the place of every official weight.
+    """Find the place of every official weight, by its name.
 
     Args:
         names: The checkpoint's names.
         head_size: D of the base model.
-
-    Returns:
-        A `Destination` for each name.
 
     Raises:
         UsageError: If a name belongs to nothing that a mixture has, or a copy of an expert is missing.
@@ -175,6 +175,36 @@ def destinations(names: Iterable[str], head_size: int) -> dict[str, Destination]
     return placed
 
 
+def official_names(
+    block: int, parameter: str, layout: Layout, *, form: str, copies: int, kinds: Collection[str]
+) -> list[str]:
+    """The official names of a parameter of ours: one, or one for each copy of an expert, or for each kind's gate.
+
+    Args:
+        block: The block, from 0.
+        parameter: Its name in the block's `Mixture`.
+        layout: Which official code's names.
+        form: Of an expert's parameter the gate over its copies, "one" where there is one; of the router's, "expert" or
+            "kind", for what it has gates.
+        copies: Copies of the expert.
+        kinds: The kinds of experts in the block.
+
+    Raises:
+        UsageError: If the official code has no name for it.
+    """
+    for ours, official, forms in _WRITERS:
+        found = ours.fullmatch(parameter)
+        if found and form in forms:
+            fields = {**found.groupdict(), "attention": _ATTENTION[layout]}
+            if "expert" in fields:
+                fields["lora"] = _LORA_MODULES[fields["expert"]][layout]
+            gates = kind_gates(kinds) if "{kind_gate}" in official else [""]
+            numbers = range(copies) if "{copy}" in official else [0]
+            start = f"{'model.' if layout == 'fork' else ''}layers.{block}."
+            return [start + official.format(**fields, kind_gate=g, copy=n) for g in gates for n in numbers]
+    raise UsageError(f"the official code has no name for {parameter} of block {block}")
+
+
 def kind_gates(kinds: Collection[str]) -> list[str]:
     """Name UniPEFT's gates that gate something in a block, in the order of a mixture's columns.
 
@@ -189,43 +219,53 @@ def kind_gates(kinds: Collection[str]) -> list[str]:
     return [gate for kind, gate in official.items() if kind in kinds]
 
 
-def idle_kind_gates(names: Iterable[str]) -> set[str]:
-    """Name those of UniPEFT's gates in a checkpoint whose kind of expert their block lacks."""
-    gates: list[tuple[str, str, str]] = []
+def has_kind_gates(names: Iterable[str]) -> bool:
+    """Whether a checkpoint, whose names all have a place, has UniPEFT's gates of kinds."""
+    return any(name.split(".")[-2] in KIND_GATES for name in names)
+
+
+def idle_routers(names: Iterable[str]) -> set[str]:
+    """Name the router weights that gate nothing; the native code makes them all the same.
+
+    They are the routers of blocks that carry no expert, and UniPEFT's gates of kinds that their block lacks.
+    """
+    routers: list[tuple[str, str, str]] = []
     kinds: dict[str, set[str]] = defaultdict(set)
     for name in names:
-        block = _BLOCK.fullmatch(name)
-        if block is None:
-            continue
-        gate = block[2].partition(".")[0]
-        if gate in KIND_GATES:
-            gates.append((name, block[1], gate))
-        elif _LORA.fullmatch(block[2]):
-            kinds[block[1]].add("lora")
-        elif gate == "p_adapter":
-            kinds[block[1]].add("parallel_adapter")
-        elif _PROMPT.match(block[2]):
-            kinds[block[1]].add("prompt")
-    return {name for name, block, gate in gates if gate not in kind_gates(kinds[block])}
+        if block := _BLOCK.fullmatch(name):
+            parameter, _ = _read(block[2])
+            if parameter.startswith("router."):
+                routers.append((name, block[1], block[2].partition(".")[0]))
+            else:
+                expert = parameter.partition(".")[2]
+                kinds[block[1]].add("lora" if expert.startswith("lora_") else expert.partition(".")[0])
+    return {
+        name
+        for name, block, gate in routers
+        if block not in kinds or (gate in KIND_GATES and gate not in kind_gates(kinds[block]))
+    }
+
+
+def _read(official: str) -> tuple[str, int | None]:
+    """The parameter of ours that an official name within a block stands for, and which copy's; "" for none."""
+    for pattern, ours in _READERS:
+        if found := pattern.fullmatch(official):
+            fields = found.groupdict()
+            part = (
+                list(KIND_GATES).index(fields["kind_gate"]) if "kind_gate" in fields else fields.get("copy")
+            )
+            parameter = ours.format(**fields, expert=_LORA_EXPERTS.get(fields.get("lora", "")))
+            return parameter, None if part is None else int(part)
+    return "", None
 
 
 def _place(name: str) -> tuple[int, str, int | None]:
     """Find a weight's block, the name of the parameter it belongs to, and which copy's it is."""
     block = _BLOCK.fullmatch(name)
-    rest = block[2] if block else ""
-    lora = _LORA.fullmatch(rest)
-    if lora:
-        letter, part = lora["attention"] or lora["mlp"], lora["attention_part"] or lora["mlp_part"]
-        expert = "lora_" + {**_PROJECTIONS, **_MLP_PROJECTIONS}[letter.lower()]
-        rules, rest = _LORA_PARTS, part
-    else:
-        rules, expert = _PARTS, ""
-    for pattern, target in rules:
-        found = pattern.fullmatch(rest)
-        if found and block:
-            parameter, copy = target(found)
-            return int(block[1]), parameter.format(expert), copy
-    raise UsageError(f"cannot place the weight {name!r}: no part of a mixture goes by that name")
+    parameter, copy = _read(block[2]) if block else ("", None)
+    if block is None or not parameter:
+        raise UsageError(f"cannot place the weight {name!r}: no part of a mixture goes by that name")
+    return int(block[1]), parameter, copy
 
 
 def _transforms(parameter: str, head_size: int, native: bool) -> tuple[Transform, Transform]:

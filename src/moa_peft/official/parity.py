@@ -35,6 +35,7 @@ class Comparison:
     """What a reference file says against what we compute."""
 
     name: str
+    """The file's name."""
     errors: dict[str, float]
     """Largest absolute error by quantity; for "gradient" relative to the largest entry of each."""
     rule: str = "float32"
@@ -50,17 +51,11 @@ class Comparison:
 
 
 def compare(path: Path) -> Comparison:
-    """Compare one reference file.
+    """Compare one reference file (*.safetensors).
 
-    It holds if every error is within `LIMIT` with our side in float32, or else in float64, or else if what is beyond it
-    in float64 is as small as rounding: at most `ROUNDING` times as far as float32 moves the same tensor here, and at
+    It holds if every error is within `LIMIT` with our side in float32, or else each in float32 or float64, or else if what
+    is beyond it in both is as small as rounding: at most `ROUNDING` times as far as float32 moves the same tensor here, and at
     most `ROUNDING_LIMIT`. The reference stays as it is, in float32, with the rounding errors of its own.
-
-    Args:
-        path: The safetensors file.
-
-    Returns:
-        The errors.
 
     Raises:
         UsageError: If the file is missing or no sound reference file, or its model or method cannot be built here.
@@ -81,15 +76,11 @@ def compare(path: Path) -> Comparison:
 def base_model(reference: Reference) -> PreTrainedModel:
     """Build the frozen model of a reference file, in float32.
 
-    Args:
-        reference: From `read_reference`.
-
     Raises:
         UsageError: If its config makes no model, or its weights are not those of that model.
     """
-    values = dict(reference.config)
     try:
-        config = AutoConfig.for_model(reference.architecture, **values)
+        config = AutoConfig.for_model(reference.architecture, **reference.config)
         with torch.device("meta"):  # nothing is allocated before the sizes are known to be right
             shapes = {name: one.shape for name, one in _from_config(config).state_dict().items()}
     except (TypeError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
@@ -120,12 +111,15 @@ def _from_config(config: object) -> PreTrainedModel:
 def _compare(reference: Reference) -> Comparison:
     single = _ours(reference, torch.float32)
     theirs = _theirs(reference)
-    scales = {key: _scale(key, one) for key, one in theirs.items()}
+    tiny = torch.finfo(torch.float32).tiny
+    scales = {key: max(_largest(one), tiny) if key[0] == "gradient" else 1.0 for key, one in theirs.items()}
     errors = _errors(single, theirs, scales)
     if all(error <= LIMIT for error in errors.values()):
         return _comparison(reference, errors, "float32", ok=True)
     double = _ours(reference, torch.float64)
     exact = _errors(double, theirs, scales)
+    # float64 leaves something of a gradient that is 0 in float32, as of a saturated router: what held there still holds
+    exact = {key: error if error <= LIMIT else min(error, errors[key]) for key, error in exact.items()}
     if all(error <= LIMIT for error in exact.values()):
         return _comparison(reference, exact, "float64", ok=True)
     draws = [single, *(_ours(reference, torch.float32, draw=draw) for draw in (1, 2, 3))]
@@ -137,9 +131,9 @@ def _compare(reference: Reference) -> Comparison:
         or (key[0] == "gradient" and error <= floor / scales[key])
         for key, error in exact.items()
     )
-    return _comparison(
-        reference, exact if excused else errors, "rounding" if excused else "float32", ok=excused
-    )
+    if excused:
+        return _comparison(reference, exact, "rounding", ok=True)
+    return _comparison(reference, errors, "float32", ok=False)
 
 
 def _comparison(
@@ -156,16 +150,12 @@ def _theirs(reference: Reference) -> Values:
     values: Values = {("logits", ""): tensors["logits"], ("loss", ""): tensors["loss"]}
     if "load_balancing_loss" in tensors:
         values["balance loss", ""] = tensors["load_balancing_loss"]
-    placed = destinations(reference.adapter, reference.settings.head_size)
+    placed = destinations(reference.adapter, reference.head_size)
     for name, one in reference.gradients.items():
         values["gradient", name] = placed[name].transform(one) if name in placed else one
     if "greedy" in tensors:
         values["greedy", ""] = tensors["greedy"]
     return values
-
-
-def _scale(key: tuple[str, str], theirs: Tensor) -> float:
-    return max(_largest(theirs), torch.finfo(torch.float32).tiny) if key[0] == "gradient" else 1.0
 
 
 def _errors(
@@ -183,11 +173,8 @@ def _errors(
 def _ours(reference: Reference, dtype: torch.dtype, draw: int = 0) -> Values:
     """Compute all that a reference file compares.
 
-    Args:
-        reference: The file.
-        dtype: What to compute in.
-        draw: Above 0, every weight is moved at random by at most its last bit in float32, another way for each number:
-            a computation that is as right as the one with 0, and rounds otherwise.
+    With a ``draw`` above 0, every weight is moved at random by at most its last bit in float32, another way for each
+    number: a computation that is as right as the one with 0, and rounds otherwise.
     """
     model = _rebuild(reference).to(dtype)
     if draw:
@@ -206,15 +193,14 @@ def _ours(reference: Reference, dtype: torch.dtype, draw: int = 0) -> Values:
 
 def _rebuild(reference: Reference) -> PeftModel:
     base = base_model(reference)
-    settings = reference.settings
     torch.manual_seed(0)
-    config = read_config(reference.adapter, settings)
-    blocks = {one.block for one in destinations(reference.adapter, settings.head_size).values()}
+    config = read_config(reference.adapter, reference.settings, reference.head_size)
+    blocks = {one.block for one in destinations(reference.adapter, reference.head_size).values()}
     if len(blocks) < base.config.num_hidden_layers:
         config.layers_to_transform = sorted(blocks)
     model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
-    load_weights(model, reference.adapter, settings.head_size)
+    load_weights(model, reference.adapter, reference.head_size)
     set_loss_scale(model, 1.0 if reference.coefficient else 0.0)
     return model
 
@@ -242,7 +228,7 @@ def _forward(model: PeftModel, reference: Reference) -> Values:
 def _gradients(model: PeftModel, reference: Reference) -> Values:
     """The gradient of every official weight in our layout; zeros where there is none, as for a weight that gates nothing."""
     parameters = parameters_by_place(model)
-    placed = destinations(reference.adapter, reference.settings.head_size)
+    placed = destinations(reference.adapter, reference.head_size)
     values: Values = {}
     for name, theirs in reference.gradients.items():
         one = placed.get(name)

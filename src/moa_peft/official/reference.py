@@ -9,7 +9,7 @@ Sizes: B rows, T tokens of a row, V words.
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moa_peft.errors import UsageError
-from moa_peft.official.checkpoint import idle_routers
+from moa_peft.errors import UsageError, first_line
 from moa_peft.official.conversion import DEFAULT_ORDER, OfficialSettings
+from moa_peft.official.names import idle_routers
 
 ARCHITECTURES = ("llama", "qwen3")
 """The models that reference files are about."""
@@ -53,6 +53,11 @@ class Reference:
     """The file's other tensors."""
 
     @property
+    def head_size(self) -> int:
+        """Size of a head of the model."""
+        return self.config["head_dim"]
+
+    @property
     def prompt(self) -> int:
         """Tokens of each row that the greedy continuation starts from."""
         greedy, ids = self.tensors["greedy"], self.tensors["input_ids"]
@@ -62,13 +67,7 @@ class Reference:
 
 
 def read_reference(path: Path) -> Reference:
-    """Read a reference file.
-
-    Args:
-        path: The safetensors file.
-
-    Returns:
-        What is in it.
+    """Read a reference file (*.safetensors).
 
     Raises:
         UsageError: If it is no reference file, or parts of it are missing, malformed or contradict each other; each of
@@ -77,20 +76,23 @@ def read_reference(path: Path) -> Reference:
     metadata, tensors = read_file(path)
     wrong = _setting_problems(metadata)
     if not wrong:
-        wrong = _weight_problems(metadata, tensors) + _batch_problems(metadata["config"], tensors)
+        wrong = [*_weight_problems(metadata, tensors), *_batch_problems(metadata["config"], tensors)]
     if wrong:
         raise UsageError(f"{path} is not a sound reference file: {'; '.join(wrong)}")
     adapter = under("adapter.", tensors)
-    idle = idle_routers(adapter)
+    idle, given = idle_routers(adapter), under("grad.", tensors)
     return Reference(
         path=path,
         architecture=metadata.get("architecture") or ARCHITECTURES[0],
-        config=_model_config(metadata),
+        # no token ends a text, for the reference goes on whatever the token
+        config={**metadata["config"], "head_dim": _head_size(metadata), "eos_token_id": None},
         settings=_settings(metadata, adapter),
         coefficient=_coefficient(metadata.get("grad_of") or "loss") or 0.0,
         base=under("base.", tensors),
         adapter={name: one for name, one in adapter.items() if name not in idle},
-        gradients=_gradients(adapter, tensors),
+        gradients={name: given.get(name, torch.zeros_like(one)) for name, one in adapter.items()}
+        if given
+        else {},
         tensors={name: one for name, one in tensors.items() if not name.startswith(_WEIGHTS)},
     )
 
@@ -112,7 +114,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
     except (SafetensorError, OSError) as error:
         raise UsageError(
-            f"{path} is not a reference file, or it is damaged or cut off: {str(error).partition(chr(10))[0]}"
+            f"{path} is not a reference file, or it is damaged or cut off: {first_line(error)}"
         ) from error
     lacking = {"input_ids", "labels", "logits", "loss"} - tensors.keys()
     if lacking or "config" not in stored:
@@ -134,17 +136,15 @@ def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) in (int, float)
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return type(value) is int and value > 0
 
 
-def _are_names(value: Any, known: Mapping[str, str] | None = None) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(one, str) and (known is None or one in known) for one in value
-    )
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 _FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
@@ -153,7 +153,10 @@ _FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "head_dim": (_is_count, "a whole number above 0"),
     "settings": (lambda value: isinstance(value, dict), "an object with the native code's arguments"),
     "lora_alpha": (lambda value: _is_number(value) and value > 0, "a number above 0"),
-    "expert_order": (lambda value: _are_names(value, _ORDER), f"a list of {', '.join(_ORDER)}"),
+    "expert_order": (
+        lambda value: _are_names(value) and set(value) <= set(_ORDER),
+        f"a list of {', '.join(_ORDER)}",
+    ),
     "max_threshold": (_is_number, "a number"),
     "constant_threshold": (_is_number, "a number"),
     "top_k": (_is_count, "a whole number above 0"),
@@ -177,12 +180,10 @@ def _setting_problems(metadata: Mapping[str, Any]) -> list[str]:
     if wrong:
         return wrong
     config = metadata["config"]
+    given = [one for one in ("num_key_value_heads", "head_dim") if config.get(one) is not None]
     wrong += [
         f"{key!r} of its metadata 'config' is {config.get(key)!r}: it has to be a whole number above 0"
-        for key in (
-            *_SIZES,
-            *(one for one in ("num_key_value_heads", "head_dim") if config.get(one) is not None),
-        )
+        for key in (*_SIZES, *given)
         if not _is_count(config.get(key))
     ]
     if wrong:
@@ -199,88 +200,84 @@ def _setting_problems(metadata: Mapping[str, Any]) -> list[str]:
     return wrong
 
 
-def _weight_problems(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+def _weight_problems(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[str]:
     """What is wrong with weights, gradients, and what the settings say of them."""
-    adapter, gradients = under("adapter.", tensors), under("grad.", tensors)
+    adapter = under("adapter.", tensors)
     if not adapter:
-        return ["it has no weights 'adapter.*'"]
-    wrong = [
-        f"{name!r} holds values that are not finite floats"
-        for name, one in tensors.items()
-        if name.startswith(_WEIGHTS) and not _is_finite(one)
-    ]
+        yield "it has no weights 'adapter.*'"
+        return
+    for name, one in tensors.items():
+        if name.startswith(_WEIGHTS) and not _is_finite(one):
+            yield f"{name!r} holds values that are not finite floats"
     if any(name.endswith("lora_alpha") or ".lora_A" in name for name in adapter) and _alpha(metadata) is None:
-        wrong.append("its LoRA need 'lora_alpha' in the metadata, or in its 'settings', a number above 0")
-    if any(".router.topkroute_linear." in name for name in adapter) and metadata.get("top_k") is None:
-        wrong.append("its top-k routers need the metadata 'top_k', a whole number above 0")
-    without = metadata.get("no_gradient") or []
-    wrong += [
-        f"'no_gradient' names {name!r}, which is no weight in it" for name in without if name not in adapter
-    ]
-    wrong += [
-        f"'grad.{name}' is the gradient of no weight in it" for name in gradients if name not in adapter
-    ]
-    lacking = adapter.keys() - gradients.keys() - set(without) if gradients else set()
-    wrong += [
-        f"'grad.{name}' is missing, and 'no_gradient' does not name it"
-        for name in sorted(lacking - idle_routers(adapter))
-    ]
-    return wrong + [
-        f"'grad.{name}' is {list(one.shape)}, its weight {list(adapter[name].shape)}"
-        for name, one in gradients.items()
-        if name in adapter and one.shape != adapter[name].shape
-    ]
+        yield "its LoRA need 'lora_alpha' in the metadata, or in its 'settings', a number above 0"
+    if _has_top_k(adapter) and metadata.get("top_k") is None:
+        yield "its top-k routers need the metadata 'top_k', a whole number above 0"
+    yield from _gradient_problems(adapter, under("grad.", tensors), metadata.get("no_gradient") or [])
 
 
-def _batch_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+def _gradient_problems(
+    adapter: Mapping[str, Tensor], gradients: Mapping[str, Tensor], without: Sequence[str]
+) -> Iterator[str]:
+    for name in without:
+        if name not in adapter:
+            yield f"'no_gradient' names {name!r}, which is no weight in it"
+    for name, one in gradients.items():
+        if name not in adapter:
+            yield f"'grad.{name}' is the gradient of no weight in it"
+        elif one.shape != adapter[name].shape:
+            yield f"'grad.{name}' is {list(one.shape)}, its weight {list(adapter[name].shape)}"
+    lacking = adapter.keys() - gradients.keys() - set(without) - idle_routers(adapter) if gradients else set()
+    for name in sorted(lacking):
+        yield f"'grad.{name}' is missing, and 'no_gradient' does not name it"
+
+
+def _batch_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[str]:
     """What is wrong with the batch and with what came of it."""
     ids, words = tensors["input_ids"], config["vocab_size"]
-    if ids.dtype != torch.int64 or ids.dim() != 2 or not _within(ids, 0, words):
-        return [f"'input_ids' has to be int64 [B, T] within 0..{words - 1}"]
-    wrong: list[str] = []
+    if ids.dtype != torch.int64 or ids.dim() != 2 or not _within(ids, words):
+        yield f"'input_ids' has to be int64 [B, T] within 0..{words - 1}"
+        return
     labels = tensors["labels"]
-    counting = labels[labels != -100]
-    if labels.dtype != torch.int64 or labels.shape != ids.shape or not _within(counting, 0, words):
-        wrong.append(f"'labels' has to be int64 {list(ids.shape)} of -100 or 0..{words - 1}")
+    if labels.dtype != torch.int64 or labels.shape != ids.shape or not _within(labels[labels != -100], words):
+        yield f"'labels' has to be int64 {list(ids.shape)} of -100 or 0..{words - 1}"
     if tensors["logits"].shape != (*ids.shape, words):
-        wrong.append(f"'logits' is {list(tensors['logits'].shape)}: it has to be {[*ids.shape, words]}")
-    losses = [name for name in ("loss", "load_balancing_loss") if name in tensors]
-    wrong += [f"{name!r} has to be one number" for name in losses if tensors[name].numel() != 1]
-    wrong += [
-        f"{name!r} holds values that are not finite floats"
-        for name in ("logits", *losses)
-        if not _is_finite(tensors[name])
-    ]
-    greedy = tensors.get("greedy")
-    if greedy is None:
-        return wrong
+        yield f"'logits' is {list(tensors['logits'].shape)}: it has to be {[*ids.shape, words]}"
+    for name in tensors.keys() & {"logits", "loss", "load_balancing_loss"}:
+        if name != "logits" and tensors[name].numel() != 1:
+            yield f"{name!r} has to be one number"
+        if not _is_finite(tensors[name]):
+            yield f"{name!r} holds values that are not finite floats"
+    if "greedy" in tensors:
+        yield from _greedy_problems(tensors["greedy"], ids, words)
+
+
+def _greedy_problems(greedy: Tensor, ids: Tensor, words: int) -> Iterator[str]:
     rows = greedy.shape[0] if greedy.dim() == 2 else 0
-    if greedy.dtype != torch.int64 or rows != ids.shape[0] or not _within(greedy, 0, words):
-        wrong.append(f"'greedy' has to be int64 [{ids.shape[0]}, T] within 0..{words - 1}")
+    if greedy.dtype != torch.int64 or rows != ids.shape[0] or not _within(greedy, words):
+        yield f"'greedy' has to be int64 [{ids.shape[0]}, T] within 0..{words - 1}"
     elif not torch.equal(greedy[:, :1], ids[:, :1]):
-        wrong.append("'greedy' has to begin with tokens of 'input_ids', and does not")
+        yield "'greedy' has to begin with tokens of 'input_ids', and does not"
     elif greedy.shape[1] <= ids.shape[1] and torch.equal(greedy, ids[:, : greedy.shape[1]]):
-        wrong.append("'greedy' continues nothing: it has only tokens of 'input_ids'")
-    return wrong
+        yield "'greedy' continues nothing: it has only tokens of 'input_ids'"
+
+
+def _has_top_k(adapter: Mapping[str, Tensor]) -> bool:
+    return any(".router.topkroute_linear." in name for name in adapter)
 
 
 def _is_finite(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and bool(tensor.isfinite().all())
 
 
-def _within(tensor: Tensor, low: int, high: int) -> bool:
-    return tensor.numel() == 0 or bool(low <= tensor.min() and tensor.max() < high)
+def _within(tensor: Tensor, words: int) -> bool:
+    return tensor.numel() == 0 or bool(tensor.min() >= 0 and tensor.max() < words)
 
 
 def _head_size(metadata: Mapping[str, Any]) -> int:
     config = metadata["config"]
     stated = metadata.get("head_dim") or config.get("head_dim")
     return stated or config["hidden_size"] // config["num_attention_heads"]
-
-
-def _model_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's config; no token ends a text, for the reference goes on whatever the token."""
-    return {**metadata["config"], "head_dim": _head_size(metadata), "eos_token_id": None}
 
 
 def _alpha(metadata: Mapping[str, Any]) -> float | None:
@@ -290,14 +287,12 @@ def _alpha(metadata: Mapping[str, Any]) -> float | None:
 
 def _settings(metadata: Mapping[str, Any], adapter: Mapping[str, Tensor]) -> OfficialSettings:
     order = metadata.get("expert_order")
-    has_top_k = any(".router.topkroute_linear." in name for name in adapter)
     return OfficialSettings(
-        alpha=_alpha(metadata) or 1.0,
-        head_size=_head_size(metadata),
+        alpha=_alpha(metadata),
         expert_order=DEFAULT_ORDER if order is None else tuple(_ORDER[one] for one in order),
         max_threshold=metadata.get("max_threshold"),
         constant_threshold=metadata.get("constant_threshold"),
-        keep=metadata.get("top_k") if has_top_k else None,
+        keep=metadata.get("top_k") if _has_top_k(adapter) else None,
         instance_level="instance" in (metadata.get("method") or ""),
         # computed and compared always; where it is not part of the loss, its gradient is left out in training
         balance=_coefficient(metadata.get("grad_of") or "loss") or 1.0,
@@ -307,17 +302,10 @@ def _settings(metadata: Mapping[str, Any], adapter: Mapping[str, Tensor]) -> Off
 def _coefficient(loss: str) -> float | None:
     """Read the balance loss's coefficient out of "loss + 0.001 * load_balancing_loss"; None if it is not of that form."""
     found = _LOSS.fullmatch(loss)
-    if found is None:
-        return None
-    if "load_balancing_loss" not in loss:
-        return 0.0
+    if found is None or "load_balancing_loss" not in loss:
+        return None if found is None else 0.0
     try:
         value = float(found[1] or 1.0)
     except ValueError:
         return None
     return value if 0 <= value < float("inf") else None
-
-
-def _gradients(adapter: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    given = under("grad.", tensors)
-    return {name: given.get(name, torch.zeros_like(one)) for name, one in adapter.items()} if given else {}

@@ -1,46 +1,18 @@
 """The config of a study: what is compared on what, in one frozen value."""
 
-import dataclasses
-import math
-import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 from moa_peft.data.templates import Template
 from moa_peft.errors import UsageError, expanded, unknown
 from moa_peft.evaluation.options import Mode
 from moa_peft.mixture.config import from_mapping
-from moa_peft.training.recipe import FACTORS, REFUSED, TRAINER_DEFAULTS, factor_problems, merge, own_fields
+from moa_peft.study.config_checks import ChooseBy, is_list, problems_of
+from moa_peft.training.recipe import TRAINER_DEFAULTS, merge
 
 FROZEN = "frozen"
 """Label of the base model without an adapter, which every study evaluates."""
-
-EQUAL = (
-    "num_train_epochs",
-    "max_steps",
-    "learning_rate",
-    "train_sampling_strategy",
-    "length_column_name",
-    "data_seed",
-    "shuffle_dataset",
-    "packing",
-    "packing_strategy",
-    "dataloader_drop_last",
-    "dataloader_in_order",
-    "ignore_data_skip",
-    "accelerator_config",
-)
-"""Fields of the trainer that no method may have for itself: they decide which rows it meets, in which order, in how many
-steps. The batch is compared as a product."""
-
-ChooseBy = Literal["answer_loss", "accuracy"]
-
-SAME_ORDER = ("random", "sequential")
-"""Orders of the rows that follow from the seed alone; others draw on what the method's own weights have left."""
-
-_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,16 +137,7 @@ class StudyConfig:
     """Fields of `trl.SFTConfig` for every run: num_train_epochs, per_device_train_batch_size, save_steps ..."""
 
     def __post_init__(self) -> None:
-        problems = _form_problems(self)  # what follows looks into these values
-        if not problems:
-            problems = [*_number_problems(self), *_method_problems(self), *_trainer_problems(self)]
-        for name, given, known in (
-            ("template", self.template, get_args(Template)),
-            ("choose_by", self.choose_by, get_args(ChooseBy)),
-            ("mode", "likelihood" if self.mode is None else self.mode, get_args(Mode)),
-        ):
-            if given not in known:
-                problems.append(unknown(name, str(given), known))
+        problems = problems_of(self, reserved=FROZEN)
         if problems:
             raise UsageError("study: " + "; ".join(problems))
 
@@ -185,23 +148,18 @@ class StudyConfig:
         Raises:
             UsageError: If a key is unknown, a required one is missing, or a value is wrong.
         """
-        needed = [one.name for one in dataclasses.fields(cls) if one.default is dataclasses.MISSING]
-        needed = [name for name in needed if name in ("out", "data", "methods", "baseline")]
-        known = [one.name for one in dataclasses.fields(cls)]
-        for key in settings:
-            if key not in known:
-                raise UsageError(unknown("study key", key, known))
-        missing = [name for name in needed if not settings.get(name)]
+        missing = [name for name in ("out", "data", "methods", "baseline") if not settings.get(name)]
         if missing:
             raise UsageError(
                 f"the study has no {' and no '.join(missing)}: give --config FILE with it, or --{missing[0]} VALUE"
             )
-        settings = _without_empty(settings, ("trainer", "data_md5"))
-        entries = settings["methods"]
-        wrong = wrong_entries(entries)
-        if wrong:
-            raise UsageError("study: " + "; ".join(wrong))
-        methods = [
+        entries, out, form = settings["methods"], settings["out"], "each with method: NAME"
+        if not is_list(entries):
+            raise UsageError(f"study: methods is {entries!r}: give a list of entries, {form}")
+        for one in entries:
+            if not one or not isinstance(one, str | Mapping):
+                raise UsageError(f"study: methods holds {one!r}: give entries, {form}")
+        methods = tuple(
             from_mapping(
                 Method,
                 {"method": one}
@@ -210,10 +168,10 @@ class StudyConfig:
                 "field of a method",
             )
             for one in entries
-        ]
-        out = settings["out"]
+        )
+        given = _without_empty(settings, ("trainer", "data_md5"))
         out = str(expanded(out)) if isinstance(out, str) else out
-        return cls(**{**settings, "out": out, "methods": tuple(methods)})
+        return from_mapping(cls, {**given, "out": out, "methods": methods}, "study key")
 
     def task_names(self) -> str:
         """The tests with commas between."""
@@ -264,189 +222,15 @@ def studies_of(
         raise UsageError(f"domains is {domains!r}: give a mapping of names, each to the keys that it changes")
     if domain is not None and domain not in domains:
         raise UsageError(unknown("domain", domain, domains))
-    found = []
-    for name, changes in domains.items():
-        if domain in (None, name):
-            whole = merge(merge(shared, changes), flags)
-            found.append(
-                StudyConfig.from_mapping({**whole, "out": f"{whole.get('out', 'runs/study')}/{name}"})
-            )
-    return found
+    wholes = {
+        name: merge(merge(shared, one), flags) for name, one in domains.items() if domain in (None, name)
+    }
+    return [
+        StudyConfig.from_mapping({**whole, "out": f"{whole.get('out', 'runs/study')}/{name}"})
+        for name, whole in wholes.items()
+    ]
 
 
 def _without_empty(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """The settings without these keys where they are empty, as when all lines below them are commented out."""
     return {key: value for key, value in settings.items() if value is not None or key not in names}
-
-
-def _form_problems(config: StudyConfig) -> list[str]:
-    problems: list[str] = []
-    for name in ("out", "data", "baseline", "model", "data_root"):
-        problems += wrong_text(name, getattr(config, name))
-    if config.validation is not None:
-        problems += wrong_text("validation", config.validation)
-    problems += wrong_names("tasks", config.tasks)
-    problems += wrong_names("forgetting", config.forgetting) if config.forgetting else []
-    problems += wrong_fields("data_md5", config.data_md5) or [
-        one for name, md5 in config.data_md5.items() for one in wrong_text(f"data_md5.{name}", md5)
-    ]
-    problems += wrong_fields("trainer", config.trainer)
-    if config.finalists is not None and config.finalists != []:
-        problems += wrong_names("finalists", config.finalists)
-    for one in config.methods:
-        problems += wrong_text("label", one.label) + wrong_text("method", one.method)
-        problems += wrong_fields(f"{one.label}: mixture", one.mixture)
-        problems += wrong_fields(f"{one.label}: trainer", one.trainer)
-    return problems
-
-
-def _number_problems(config: StudyConfig) -> list[str]:
-    problems: list[str] = []
-    limits = (
-        "train_limit", "tuning_limit", "validation_limit", "test_limit", "forgetting_limit", "most_rates"
-    )  # fmt: skip
-    least = {
-        **dict.fromkeys(limits, 1),
-        "draw_seed": 0,
-        "max_length": 2,
-        "batch_size": 1,
-        "router_prompts": 0,
-    }
-    for name, low in least.items():
-        value = getattr(config, name)
-        if value is None and name in limits:
-            continue
-        if type(value) is not int or value < low:
-            problems.append(f"{name} is {value!r}: give a whole number of at least {low}")
-    for name in ("seeds", "tuning_seeds"):
-        values = getattr(config, name)
-        if not _is_list(values) or any(type(one) is not int or one < 0 for one in values):
-            problems.append(f"{name} is {values!r}: give a list of whole numbers from 0")
-        elif len(set(values)) < len(values):
-            problems.append(f"{name} is {list(values)}: give each seed once")
-    if _is_below(config.train_limit, config.tuning_limit):
-        problems.append(
-            f"tuning_limit is {config.tuning_limit}: give at most train_limit, {config.train_limit}"
-        )
-    return problems + _rate_problems(config)
-
-
-def _rate_problems(config: StudyConfig) -> list[str]:
-    problems: list[str] = []
-    rates = config.learning_rates
-    if not _is_list(rates) or any(
-        type(one) not in (int, float) or not 0 < one <= sys.float_info.max for one in rates
-    ):
-        problems.append(f"learning_rates is {rates!r}: give a list of numbers above 0")
-    elif len(set(rates)) < len(rates):
-        problems.append(f"learning_rates is {list(rates)}: give each rate once")
-    elif type(config.most_rates) is int and config.most_rates < len(rates):
-        problems.append(f"most_rates is {config.most_rates}: learning_rates has {len(rates)} already")
-    return problems
-
-
-def _method_problems(config: StudyConfig) -> list[str]:
-    problems: list[str] = []
-    labels = config.labels()
-    for label in dict.fromkeys(labels):
-        if not _LABEL.fullmatch(label) or label == FROZEN:
-            problems.append(
-                f"label is {label!r}: give letters, digits, dots and dashes, and not {FROZEN!r}, which is the bare model"
-            )
-        if labels.count(label) > 1:
-            problems.append(f"the label {label!r} stands twice: give each entry a label of its own")
-    if config.baseline not in labels:
-        problems.append(unknown("baseline", str(config.baseline), labels))
-    problems += [unknown("finalist", one, labels) for one in config.finalists or () if one not in labels]
-    for one in config.methods:
-        for name in FACTORS:
-            problems += [f"{one.label}: {wrong}" for wrong in factor_problems(name, getattr(one, name))]
-    return problems
-
-
-def _trainer_problems(config: StudyConfig) -> list[str]:
-    problems = [
-        f"trainer.{key}: {REFUSED[key]}"
-        for one in (config, *config.methods)
-        for key in one.trainer
-        if key in REFUSED
-    ]
-    own = own_fields()
-    problems += [
-        f"trainer.{key}: it is no field of the trainer; what it stands for is said by the study's own keys"
-        for one in (config, *config.methods)
-        for key in one.trainer
-        if key in own
-    ]
-    problems += [
-        "trainer.auto_find_batch_size: a method that needs more memory would get smaller batches; leave it out, and give "
-        "per_device_train_batch_size what the largest can hold"
-        for one in (config, *config.methods)
-        if one.trainer.get("auto_find_batch_size")
-    ]
-    if config.trainer.get("train_sampling_strategy", "random") not in SAME_ORDER:
-        problems.append(
-            f"trainer.train_sampling_strategy is {config.trainer['train_sampling_strategy']!r}: methods would meet the "
-            f"rows in different orders; give {' or '.join(SAME_ORDER)}, or leave it out"
-        )
-    if "learning_rate" in config.trainer:
-        problems.append("trainer.learning_rate: give learning_rates, the same for every method")
-    for one in config.methods:
-        problems += [
-            f"{one.label}: trainer.{key} differs from the other methods': give it once, in the study's trainer"
-            for key in EQUAL
-            if key in one.trainer
-        ]
-        own, others = _batch(config.trainer_of(one)), _batch({**TRAINER_DEFAULTS, **config.trainer})
-        if own is not None and others is not None and own != others:
-            problems.append(
-                f"{one.label}: per_device_train_batch_size times gradient_accumulation_steps differs from the other "
-                "methods'"
-            )
-    return problems
-
-
-def _batch(trainer: Mapping[str, Any]) -> int | None:
-    """The rows of a step; None where they are no numbers, which `check_trainer` says."""
-    parts = [trainer[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
-    return math.prod(parts) if all(type(one) is int for one in parts) else None
-
-
-def _is_below(most: object, given: object) -> bool:
-    return isinstance(most, int) and isinstance(given, int) and most < given
-
-
-def _is_list(values: object) -> bool:
-    return isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
-
-
-def wrong_text(name: str, value: object) -> list[str]:
-    """The problem of a value that is not text, or is empty; none where it is fine."""
-    return [] if isinstance(value, str) and value else [f"{name} is {value!r}: give text"]
-
-
-def wrong_names(name: str, value: object) -> list[str]:
-    """The problem of a value that is neither a list of names nor text with commas between them."""
-    listed = [value] if isinstance(value, str) else value
-    if isinstance(listed, Sequence) and listed and not any(wrong_text(name, one) for one in listed):
-        return []
-    return [f"{name} is {value!r}: give names, as a list or with commas between"]
-
-
-def wrong_fields(name: str, value: object) -> list[str]:
-    """The problems of a value that is no mapping, or has a key that is no name."""
-    if not isinstance(value, Mapping):
-        return [f"{name} is {value!r}: give fields, each as NAME: VALUE"]
-    return [f"{name} has the key {key!r}: give a name" for key in value if not isinstance(key, str)]
-
-
-def wrong_entries(methods: object) -> list[str]:
-    """The problems of a value that is no list of methods, or has an entry that is neither a name nor a mapping."""
-    form = "each with method: NAME"
-    if not isinstance(methods, Sequence) or isinstance(methods, str):
-        return [f"methods is {methods!r}: give a list of entries, {form}"]
-    return [
-        f"methods holds {one!r}: give entries, {form}"
-        for one in methods
-        if not isinstance(one, str | Mapping) or not one
-    ]

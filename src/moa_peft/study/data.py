@@ -49,12 +49,6 @@ class StudyData:
 def load_data(config: StudyConfig) -> StudyData:
     """Read the rows of a study and check them.
 
-    Args:
-        config: The study.
-
-    Returns:
-        The rows.
-
     Raises:
         UsageError: If rows cannot be read, a file is not the one of ``data_md5``, or a training or validation row is
             in a test or in both.
@@ -118,16 +112,7 @@ def questions_md5(task: Task) -> str:
 
 
 def draw(task: Task, limit: int | None, seed: int) -> Task:
-    """Draw some of a task's questions, in their order; the same on every machine.
-
-    Args:
-        task: The task.
-        limit: How many; None or more than there are for all.
-        seed: Seed of the draw. Fewer are part of more.
-
-    Returns:
-        The task with those questions.
-    """
+    """Draw so many of a task's questions, all for None, in their order; the same on every machine, fewer part of more."""
     places = range(len(task.questions))
     if limit is None or limit >= len(places):
         return task
@@ -188,9 +173,8 @@ def check_apart(train: Task, validation: Task, tests: Sequence[Task]) -> None:
         for test in tests:
             shared = [asked.row for asked in test.questions if row_key(asked.row) in rows]
             if shared:
-                wrong.append(
-                    f"{len(shared)} rows of the test {test.name} are {name} rows too, such as {_begin(shared[0])}"
-                )
+                what = f"{len(shared)} rows of the test {test.name} are {name} rows too"
+                wrong.append(f"{what}, such as {_begin(shared[0])}")
     shared = [row for key, row in seen[validation.name].items() if key in seen[train.name]]
     if shared:
         wrong.append(f"{len(shared)} validation rows are training rows too, such as {_begin(shared[0])}")

@@ -23,16 +23,12 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """One held-out sentence with both answers."""
+    """One held-out sentence, its sentiment in the data, and what both models answer."""
 
     sentence: str
-    """The sentence."""
     label: str
-    """Its sentiment in the data."""
     frozen: str
-    """What the frozen model answers."""
     tuned: str
-    """What the tuned model answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,16 +107,14 @@ def run_demo(
     [task] = load_tasks("demo", limit=questions)
     tell(f"1/3  the frozen model on {len(task.questions)} held-out sentences")
     base = load()
-    frozen_options = EvaluationOptions(out=folder.with_name(f"{folder.name}-frozen"))
-    frozen = evaluate(base.model, base.tokenizer, task, frozen_options)
+    out = folder.with_name(f"{folder.name}-frozen")
+    frozen = evaluate(base.model, base.tokenizer, task, EvaluationOptions(out=out))
     del base
     tell(f"2/3  {steps} steps of {method} on the training sentences")
     training = train(demo_recipe(method, steps, target), on_plan)
     tell("3/3  the tuned model on the same held-out sentences")
-    tuned_model = load(adapter=read_adapter(str(target)))
-    tuned = evaluate(
-        tuned_model.model, tuned_model.tokenizer, task, EvaluationOptions(out=target / "evaluation")
-    )
+    best = load(adapter=read_adapter(str(target)))
+    tuned = evaluate(best.model, best.tokenizer, task, EvaluationOptions(out=target / "evaluation"))
     gain, error = paired_difference(tuned.correct(), frozen.correct())
     assert error is not None, "the demo has more than one sentence"
     result = DemoResult(
@@ -132,10 +126,8 @@ def run_demo(
         examples=choose_examples(task, frozen, tuned),
         seconds=round(time.perf_counter() - start, 1),
     )
-    rows = {"frozen": dataclasses.asdict(frozen.row), "tuned": dataclasses.asdict(tuned.row)}
-    append_result(
-        target, {"kind": "demo", "method": method} | dataclasses.asdict(result) | rows | provenance()
-    )
+    row = {"kind": "demo", "method": method, **dataclasses.asdict(result), **provenance()}
+    append_result(target, row | {"frozen": row["frozen"]["row"], "tuned": row["tuned"]["row"]})
     return result
 
 

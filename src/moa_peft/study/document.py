@@ -2,48 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 
 import jinja2
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; background: #fff; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
-th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #d0d0d0; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-.wide { overflow-x: auto; margin: 1rem 0; }
-figure { margin: 1rem 0; }
-svg { max-width: 100%; height: auto; }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-{% for section in sections %}
-{% if section.title %}<h2>{{ section.title }}</h2>
-{% endif %}
-{% for text in section.texts %}<p>{{ text }}</p>
-{% endfor %}
-{% if section.items %}<ul>
-{% for text in section.items %}<li>{{ text }}</li>
-{% endfor %}</ul>
-{% endif %}
-{% if section.table %}<div class="wide"><table>
-<thead><tr>{% for cell in section.table.head %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in section.table.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>
-{% endif %}
-{% for picture in section.pictures %}<figure role="img" aria-label="{{ picture.says }}">{{ picture.svg | safe }}</figure>
-{% endfor %}
-{% endfor %}
-</body>
-</html>
-"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,11 +38,8 @@ class Section:
     texts: Sequence[str] = ()
     """Paragraphs of plain text."""
     items: Sequence[str] = ()
-    """A list."""
     table: Table | None = None
-    """A table."""
     pictures: Sequence[Picture] = ()
-    """Drawings."""
 
 
 def as_markdown(title: str, sections: Sequence[Section]) -> str:
@@ -101,7 +59,8 @@ def as_html(title: str, sections: Sequence[Section]) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
-    return environment.from_string(_PAGE).render(title=title, sections=sections)
+    page = (resources.files("moa_peft.study") / "report.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(page).render(title=title, sections=sections)
 
 
 def _markdown_table(table: Table) -> str:

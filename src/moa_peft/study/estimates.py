@@ -23,7 +23,6 @@ class Estimate:
     """A mean of independent values."""
 
     mean: float
-    """The mean."""
     error: float | None
     """Its standard error from their spread; None for a single value."""
 

@@ -1,13 +1,10 @@
-"""The folder of a study: one process at a time, and nothing in it that another config has made."""
+"""The folder of a study: nothing in it that another config has made."""
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from moa_peft.errors import UsageError
 from moa_peft.json_lines import append_rows, drop_torn_line
@@ -23,23 +20,6 @@ STUDY_FILE = "study.json"
 
 TRAINING_FILE = "training.json"
 """Written last of a training run, in its folder: what it gave."""
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Hold a study's folder, so that no second process works in it; a kill gives it back.
-
-    Raises:
-        UsageError: If another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise UsageError(
-            f"another process works on the study in {folder}: wait for it, or give another --out"
-        ) from error
 
 
 def check_same_study(
@@ -89,11 +69,6 @@ def check_same_study(
 def check_run_folders(config: StudyConfig, runs: Sequence[Run], data: StudyData) -> None:
     """Check that the folders of the runs hold what this config trains: rows and settings may be gone, weights not.
 
-    Args:
-        config: The study as it is given now.
-        runs: Every run that it may come to.
-        data: Its rows.
-
     Raises:
         UsageError: If a run there was trained, or begun, with other settings.
     """
@@ -119,12 +94,8 @@ def write_study(
 ) -> None:
     """Write down what the runs have in common; methods and tests that an earlier call had are kept."""
     before = read_study(folder) or {"methods": {}, "tests": {}}
-    methods = {one.label: method_settings(one) for one in config.methods}
-    study = {
-        "settings": dict(shared),
-        "methods": {**before["methods"], **methods},
-        "tests": {**before["tests"], **tests},
-    }
+    methods = before["methods"] | {one.label: method_settings(one) for one in config.methods}
+    study = {"settings": dict(shared), "methods": methods, "tests": {**before["tests"], **tests}}
     if study != before:
         write_text(folder / STUDY_FILE, json.dumps(study, indent=1) + "\n")
 
@@ -141,7 +112,7 @@ def read_study(folder: Path) -> dict[str, Any] | None:
     try:
         study = json.loads(file.read_text(encoding="utf-8"))
         return {name: dict(study[name]) for name in ("settings", "methods", "tests")}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
             f"{file} is damaged: get the file of this study again, or give another --out"
         ) from error

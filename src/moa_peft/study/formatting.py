@@ -47,21 +47,15 @@ def points(value: float | None) -> str:
     return NONE if value is None else f"{100 * value:.1f}"
 
 
-def difference_cells(one: Difference | None) -> list[str]:
-    """The cells of a difference: itself, its errors, the least detectable one, seeds."""
+def difference_cells(one: Difference | None, *, is_loss: bool = False) -> list[str]:
+    """The cells of a difference, in points or nats: itself, its errors, the least detectable one, seeds, the claim."""
     if one is None:
-        return [NONE] * 6
-    errors = (one.error, one.by_questions, one.by_seeds, one.detectable)
-    return [f"{100 * one.mean:+.1f}", *map(points, errors), str(one.seeds)]
-
-
-def loss_cells(one: Difference | None) -> list[str]:
-    """The cells of a difference in loss: itself, its errors, the least detectable one, seeds, what may be claimed."""
-    if one is None:
-        return [NONE] * 7
-    errors = (one.error or one.by_questions, one.by_questions, one.by_seeds, one.detectable)
-    found = "none" if not one.is_found else "better" if one.mean < 0 else "worse"
-    return [f"{one.mean:+.4f}", *map(plain, errors), str(one.seeds), found]
+        return [*[NONE] * 6, "none"]
+    write, mean, error = points, f"{100 * one.mean:+.1f}", one.error
+    if is_loss:
+        write, mean, error = plain, f"{one.mean:+.4f}", one.error or one.by_questions
+    errors = (error, one.by_questions, one.by_seeds, one.detectable)
+    return [mean, *map(write, errors), str(one.seeds), claim(one, is_loss=is_loss)]
 
 
 def nats(one: Estimate | None) -> str:
@@ -79,11 +73,11 @@ def signed(one: Difference | None) -> str:
     return f"{100 * one.mean:+.1f}{error}{' *' if one.is_found else ''}"
 
 
-def claim(one: Difference | None) -> str:
+def claim(one: Difference | None, *, is_loss: bool = False) -> str:
     """What a study may say of a difference."""
     if one is None or not one.is_found:
         return "none"
-    return "better" if one.mean > 0 else "worse"
+    return "better" if (one.mean < 0) == is_loss else "worse"
 
 
 def plain(value: float | None) -> str:

@@ -2,10 +2,12 @@
 
 import copy
 
-from moa_peft.data.base_model import empty_model, resolve_model
+import torch
+
+from moa_peft.data.base_loading import BaseSettings, empty_model, find_base, told_init_kwargs
 from moa_peft.errors import UsageError
 from moa_peft.quiet import quiet_libraries
-from moa_peft.study.config import Method, StudyConfig
+from moa_peft.study.config import StudyConfig
 from moa_peft.study.schedule import Run, recipe_of
 from moa_peft.training.recipe import Recipe, build_peft_config
 from moa_peft.training.trainer_settings import build_settings, check_trainer
@@ -14,34 +16,29 @@ from moa_peft.training.trainer_settings import build_settings, check_trainer
 def check_methods(config: StudyConfig) -> None:
     """Check that every method can be built, and its adapter put onto the base model, whose weights are not read.
 
-    Args:
-        config: The study.
-
     Raises:
         UsageError: If a method or a field of the trainer is wrong, there is no such model, or an adapter does not fit
             it.
     """
-    recipes = {one.label: _recipe(config, one) for one in config.methods}
+    recipes: dict[str, Recipe] = {}
+    for one in config.methods:
+        run = Run(label=one.label, method=one, learning_rate=float(config.learning_rates[0]), seed=0)
+        recipes[one.label] = recipe_of(config, run, data=config.data, data_md5="", folder=config.out)
     for recipe in recipes.values():
         check_trainer(recipe)
         build_peft_config(recipe)
         with quiet_libraries():
-            build_settings(copy.deepcopy(recipe), has_validation=False, cuda=False)
-    path = resolve_model(config.model)
+            build_settings(copy.deepcopy(recipe), has_validation=False, cuda=torch.cuda.is_available())
+    base = find_base(config.model, told_init_kwargs(config.trainer))
     for label, recipe in recipes.items():
         with quiet_libraries():
-            _check_fit(label, recipe, path)
+            _check_fit(label, recipe, base)
 
 
-def _recipe(config: StudyConfig, method: Method) -> Recipe:
-    run = Run(label=method.label, method=method, learning_rate=float(config.learning_rates[0]), seed=0)
-    return recipe_of(config, run, data=config.data, data_md5="", folder=config.out)
-
-
-def _check_fit(label: str, recipe: Recipe, path: str) -> None:
+def _check_fit(label: str, recipe: Recipe, base: BaseSettings) -> None:
     from peft import get_peft_model
 
-    model = empty_model(path, recipe.model)
+    model = empty_model(base)
     try:
         get_peft_model(model, build_peft_config(recipe))
     except ValueError as error:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moa_peft.data.base_loading import told_init_kwargs
 from moa_peft.data.row import Row
 from moa_peft.data.templates import Template
 from moa_peft.errors import UsageError
-from moa_peft.evaluation.loading import load, read_adapter
+from moa_peft.evaluation.loading import default_dtype, load, read_adapter
 from moa_peft.evaluation.options import EvaluationOptions
 from moa_peft.evaluation.result_key import ModelIdentity, identify
 from moa_peft.evaluation.run import evaluate
@@ -27,7 +28,7 @@ from moa_peft.study.data import RowSet, StudyData, questions_md5, source_of
 from moa_peft.study.folder import TRAINING_FILE
 from moa_peft.study.rows import RunRow, Scores
 from moa_peft.study.schedule import Job, recipe_of
-from moa_peft.study.training_cost import StepLog, peak_memory_mib, start_peak_memory, step_time
+from moa_peft.study.training_cost import PeakMemory, StepLog, step_time
 from moa_peft.training.checkpoints import find_checkpoints, unmark
 from moa_peft.training.output_folder import RECIPE_FILE, write_text
 from moa_peft.training.prepare import prepare
@@ -56,11 +57,8 @@ class Order:
     """All that a process needs to do one run."""
 
     config: StudyConfig
-    """The study."""
     data: StudyData
-    """Its rows."""
     job: Job
-    """The run, its stage and its tests."""
     config_hash: str
     """Hash of all that decides the run."""
     command: str
@@ -81,9 +79,11 @@ class Order:
         return self.data.train if self.job.run.rows is None else self.data.short
 
     @property
-    def dtype(self) -> str | None:
-        """The dtype that the base model is scored in; None for the one that `load` chooses."""
-        return "bfloat16" if reads_bf16(self.config, self.job.run.method) else None
+    def init_kwargs(self) -> dict[str, Any]:
+        """How the base model is loaded for scoring: as for training, in `default_dtype` where the study gives none."""
+        method = self.job.run.method
+        told = told_init_kwargs(self.config.trainer if method is None else self.config.trainer_of(method))
+        return told | ({"dtype": default_dtype()} if told.get("dtype") == "auto" else {})
 
 
 class OtherBaseError(UsageError):
@@ -97,9 +97,6 @@ def reads_bf16(config: StudyConfig, method: Method | None) -> bool:
 
 def execute(order: Order) -> RunRow:
     """Do a run as far as its stage asks; what an earlier process had finished is not done again.
-
-    Args:
-        order: The run.
 
     Returns:
         Its row. An error ends in a row with the failure, so that a study goes on.
@@ -141,10 +138,7 @@ def check_base(order: Order, identity: ModelIdentity) -> None:
 
 
 def train_once(order: Order) -> dict[str, Any]:
-    """Train a run, or go on with it, or read what it gave.
-
-    Args:
-        order: A run with a method.
+    """Train a run with a method, or go on with it, or read what it gave.
 
     Returns:
         Fields of `RunRow` about the training. The adapter then lies in the run's folder, without checkpoints.
@@ -152,10 +146,8 @@ def train_once(order: Order) -> dict[str, Any]:
     folder = order.folder
     done = folder / TRAINING_FILE
     if not done.exists():
-        if (
-            order.base_fingerprint is not None
-        ):  # as scoring reads it, which may be another dtype than training does
-            check_base(order, identify(load(order.config.model, dtype=order.dtype).model))
+        if order.base_fingerprint is not None:  # as scoring reads it: training's dtype may be another
+            check_base(order, identify(load(order.config.model, init_kwargs=order.init_kwargs).model))
             _free()
         recipe = run_recipe(order)
         begun = (folder / RECIPE_FILE).exists()
@@ -163,10 +155,10 @@ def train_once(order: Order) -> dict[str, Any]:
             shutil.rmtree(folder, ignore_errors=True)  # cut off before its first step
         preparation = prepare(dataclasses.replace(recipe, resume=begun))
         preparation.trainer.add_callback(StepLog(preparation.clock, folder / STEPS_FILE))
-        start_peak_memory()
+        memory = PeakMemory()
         outcome = train(preparation)
         trained = {name: getattr(outcome, name) for name in _TRAINED}
-        write_text(done, json.dumps({**trained, "peak_mem_mib": peak_memory_mib()}) + "\n")
+        write_text(done, json.dumps({**trained, "peak_mem_mib": memory.mib()}) + "\n")
     for checkpoint in (*find_checkpoints(folder).complete, *find_checkpoints(folder).incomplete):
         unmark(checkpoint)
         shutil.rmtree(checkpoint)
@@ -189,19 +181,13 @@ def run_recipe(order: Order) -> Recipe:
 
 
 def score(order: Order) -> dict[str, Any]:
-    """Score a run on the validation rows and on the tests that are missing.
+    """Score a run on the validation rows and on the tests that are missing, as fields of `RunRow`.
 
     The model is read from the disk, so that a run cut off after its training scores as one that was not.
-
-    Args:
-        order: The run.
-
-    Returns:
-        Fields of `RunRow` about the scores.
     """
     start, config, run = time.perf_counter(), order.config, order.job.run
     adapter = None if run.method is None else read_adapter(str(order.folder))
-    loaded = load(config.model, adapter, dtype=order.dtype)
+    loaded = load(config.model, adapter, init_kwargs=order.init_kwargs)
     identity = identify(
         loaded.model,
         base_model=config.model,
@@ -230,6 +216,7 @@ def score(order: Order) -> dict[str, Any]:
         prompts = [one.row for one in order.data.validation.questions[: config.router_prompts]]
         router = router_summary(loaded.model, loaded.tokenizer, prompts, config.template)
     return {
+        "base_settings": loaded.base_settings,
         "base_fingerprint": identity.base_fingerprint,
         "adapter_fingerprint": identity.adapter_fingerprint,
         "validation": validation,
@@ -262,9 +249,8 @@ def describe(order: Order, found: Mapping[str, Any], failure: str | None) -> Run
     config, run = order.config, order.job.run
     trained = run.method is not None
     names = {one.name for one in dataclasses.fields(RunRow)}
-    empty = dict.fromkeys(
-        (*_TRAINED, "step_ms", "peak_mem_mib", "base_fingerprint", "adapter_fingerprint", "validation"),
-    ) | {"router": None, "evaluate_s": None, "tests": {}}
+    empty = dict.fromkeys((*_TRAINED, "step_ms", "peak_mem_mib", "base_fingerprint", "adapter_fingerprint"))
+    empty |= {"validation": None, "router": None, "evaluate_s": None, "tests": {}}
     values: dict[str, Any] = {
         "stage": order.job.stage,
         "label": run.label,
@@ -290,8 +276,9 @@ def describe(order: Order, found: Mapping[str, Any], failure: str | None) -> Run
 def mixture_config(recipe: Recipe) -> dict[str, Any]:
     """The parts of a recipe's method, with every field, as JSON holds them."""
     whole = build_peft_config(recipe).to_dict()
-    parts = {name: whole.get(name) for name in ("experts", "router", "layers_to_transform")}
-    return json.loads(json.dumps(parts))
+    return json.loads(
+        json.dumps({name: whole.get(name) for name in ("experts", "router", "layers_to_transform")})
+    )
 
 
 def _free() -> None:
@@ -304,29 +291,9 @@ def _free() -> None:
 def router_summary(
     model: Any, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row], template: Template
 ) -> dict[str, float | None] | None:
-    """Sum up what the routers of a model do.
-
-    Args:
-        model: The model with its adapter.
-        tokenizer: Its tokenizer.
-        rows: Questions whose prompts it reads.
-        template: How a row becomes text.
-
-    Returns:
-        Figures by name, as in `COLUMNS`; None without a router.
-    """
-    from moa_peft.mixture.block_hooks import mixture_layers
-
-    routers = [
-        one
-        for _, layer in mixture_layers(model)
-        for mixture in layer.mixtures().values()
-        for one in mixture.routers()
-    ]
-    if not routers:
-        return None
+    """Sum up what a model's routers do on the prompts of rows, by the names in `COLUMNS`; None without a router."""
     from moa_peft.inspection.prompts import as_prompt
     from moa_peft.inspection.results import routing_summary
 
-    prompts = [as_prompt(row, template, tokenizer) for row in rows]
-    return dict(routing_summary(model, tokenizer, prompts))
+    found = routing_summary(model, tokenizer, [as_prompt(row, template, tokenizer) for row in rows])
+    return None if found["active_experts"] is None else found

@@ -23,14 +23,7 @@ _MARKERS = ("o", "s", "^", "D")
 
 
 def draw_plots(summary: StudySummary) -> list[Picture]:
-    """Draw a study.
-
-    Args:
-        summary: The study.
-
-    Returns:
-        The plots for which there is anything to show.
-    """
+    """Draw the plots for which a study has anything to show."""
     kinds: Sequence[tuple[str, str, Callable[[MethodSummary], float | None]]] = (
         ("accuracy_parameters", "trained parameters", lambda one: one.rows[0].trainable_parameters),
         ("accuracy_step_time", "time of a step, ms", median_step_ms),
@@ -61,26 +54,18 @@ def _draw(points: Sequence[Any], axis: str, frozen: float | None) -> str:
         plot = figure.add_subplot()
         for place, (label, cost, mean) in enumerate(points):
             error = None if mean.error is None else 100 * mean.error
-            plot.errorbar(
-                [cost],
-                [100 * mean.mean],
-                yerr=error,
-                linestyle="",
-                capsize=3,
-                color=f"C{place % 10}",
-                marker=_MARKERS[place // 10 % len(_MARKERS)],
-                label=label,
-            )
+            look = {
+                "color": f"C{place % 10}",
+                "marker": _MARKERS[place // 10 % len(_MARKERS)],
+                "label": label,
+            }
+            plot.errorbar([cost], [100 * mean.mean], yerr=error, linestyle="", capsize=3, **look)
         figure.legend(loc="outside right upper", frameon=False)
         if frozen is not None:
             plot.axhline(100 * frozen, linestyle="--", linewidth=1, color="0.5")
+            place = (1, 100 * frozen)
             plot.annotate(
-                FROZEN,
-                (1, 100 * frozen),
-                xycoords=("axes fraction", "data"),
-                ha="right",
-                va="bottom",
-                color="0.4",
+                FROZEN, place, xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4"
             )
         plot.set_xscale("log")
         plot.margins(x=0.2, y=0.2)

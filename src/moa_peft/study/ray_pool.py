@@ -18,11 +18,8 @@ from moa_peft.study.runner import Pool
 def ray_pool(*, cpus: int = 1) -> Iterator[tuple[Pool, int]]:
     """Start Ray, or join the cluster that the variable RAY_ADDRESS names, and do runs in its processes.
 
-    A run takes ``cpus`` processors, and a GPU where there are any. All machines must see the same folders under the
-    same paths.
-
-    Args:
-        cpus: Processors, and threads, of a run.
+    A run takes ``cpus`` processors, each a thread, and a GPU where there are any. All machines must see the same folders
+    under the same paths.
 
     Yields:
         What does the runs, and how many it does at once.

@@ -86,6 +86,8 @@ class RunRow:
     """The fields of `trl.SFTConfig` that were set."""
     model: str
     """The base model, as it was named."""
+    base_settings: Mapping[str, Any] | None = None
+    """How it was loaded for scoring; none in older rows."""
     base_fingerprint: str | None
     """Hash of its weights."""
     adapter_fingerprint: str | None
@@ -142,12 +144,10 @@ class RunRow:
         """Whether the run failed, as a whole or with one of these tests; scores of tests before that are no failure."""
         return self.failure is not None and not (self.tests and all(name in self.tests for name in tests))
 
-    def has_weights_of(self, other: Self) -> bool:
-        """Whether both are of the same base model and the same adapter, weight for weight."""
-        return (self.base_fingerprint, self.adapter_fingerprint) == (
-            other.base_fingerprint,
-            other.adapter_fingerprint,
-        )
+    @property
+    def weights(self) -> tuple[str | None, str | None]:
+        """Hashes of the weights of the base model and of the adapter."""
+        return self.base_fingerprint, self.adapter_fingerprint
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
@@ -158,21 +158,12 @@ class RunRow:
         nested["tests"] = {name: Scores(**one) for name, one in values["tests"].items()}
         return cls(**{**values, **nested})
 
-    def to_mapping(self) -> dict[str, Any]:
-        """Write the row as JSON holds it."""
-        return dataclasses.asdict(self)
-
 
 def read_results(folder: Path) -> list[RunRow]:
-    """Read the rows of a study, the rows of one run made into one.
+    """Read the rows in a study's folder, one for each run and stage, in the order of their first rows.
 
-    Args:
-        folder: The study's folder.
-
-    Returns:
-        One row for each run and stage, in the order of their first rows. A later row takes the place of an earlier
-        one, and keeps its tests where they are of the same weights; one that failed after a good one leaves it all it
-        had, and its failure.
+    A later row of a run takes the place of an earlier one, and keeps its tests where they are of the same weights; one
+    that failed after a good one leaves it all it had, and its failure.
 
     Raises:
         UsageError: If the file holds something else.
@@ -191,7 +182,7 @@ def read_results(folder: Path) -> list[RunRow]:
         if before is not None and before.validation is not None:
             if row.failure is not None:
                 row = dataclasses.replace(before, failure=row.failure)
-            elif row.has_weights_of(before):
+            elif row.weights == before.weights:
                 row = dataclasses.replace(row, tests={**before.tests, **row.tests})
         found[key] = row
     return list(found.values())

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moa_peft.folder_lock import claimed
 from moa_peft.study.config import StudyConfig
 from moa_peft.study.data import StudyData, load_data, questions_md5
-from moa_peft.study.folder import append_row, check_run_folders, check_same_study, claimed, write_study
+from moa_peft.study.folder import append_row, check_run_folders, check_same_study, write_study
 from moa_peft.study.methods import check_methods
 from moa_peft.study.one_run import Order, execute, reads_bf16
 from moa_peft.study.rows import RunRow, Stage, read_results
@@ -38,7 +39,7 @@ class StudyProgress:
     """Progress of a study: counts its runs and estimates the time left from those done so far.
 
     Args:
-        planned: How many runs are to be trained ("train"), and how many only to be scored ("score").
+        planned: From `planned`.
         at_once: How many are done at the same time.
     """
 
@@ -56,12 +57,7 @@ class StudyProgress:
         return f"[{self._begun}/{max(self._total, self._begun)}] {job.run.name} ({what}), {self._times()}"
 
     def done(self, row: RunRow, *, needs_training: bool) -> str:
-        """The line for a run that has ended.
-
-        Args:
-            row: Its row.
-            needs_training: Whether it was to be trained.
-        """
+        """The line for a run that has ended, which was to be trained or only to be scored."""
         self._done += 1
         kind = "train" if needs_training else "score"
         if row.failure is None:
@@ -84,9 +80,7 @@ class Study:
     """A study whose config and rows are checked."""
 
     config: StudyConfig
-    """The config."""
     data: StudyData
-    """The rows."""
     shared: dict[str, Any]
     """All that decides its runs beside method, learning rate and seed."""
 
@@ -144,12 +138,6 @@ class Study:
 
 def open_study(config: StudyConfig) -> Study:
     """Check a study before its first run: methods, trainer, model, files, rows, and what its folder holds already.
-
-    Args:
-        config: The study.
-
-    Returns:
-        The study, ready to run.
 
     Raises:
         UsageError: If it cannot be run as asked.
@@ -211,8 +199,8 @@ def stages(config: StudyConfig, *, retry_failed: bool) -> list[tuple[Stage, bool
     for tests that a run had with other weights, before it was retrained for a new test.
     """
     added = max(0, (config.most_rates or 0) - len(config.learning_rates))
-    order: list[tuple[Stage, bool]] = [("tuning", place == 0 and retry_failed) for place in range(1 + added)]
-    return [*order, ("final", retry_failed), ("final", False)]
+    again: list[tuple[Stage, bool]] = [("tuning", False)] * added
+    return [("tuning", retry_failed), *again, ("final", retry_failed), ("final", False)]
 
 
 def one_by_one(say: Callable[[str], None], study_progress: StudyProgress) -> Pool:
@@ -227,12 +215,7 @@ def one_by_one(say: Callable[[str], None], study_progress: StudyProgress) -> Poo
 
 
 def planned(study: Study, rows: Sequence[RunRow], *, retry_failed: bool = False) -> dict[str, int]:
-    """Count what is left of a study, by what it takes.
-
-    Args:
-        study: The study.
-        rows: What is done.
-        retry_failed: Whether runs that failed are done again.
+    """Count what is left of a study beyond its rows.
 
     Returns:
         ``train``: runs to train; ``score``: runs that are trained already, or need no training; before the learning
@@ -243,18 +226,13 @@ def planned(study: Study, rows: Sequence[RunRow], *, retry_failed: bool = False)
     chosen = choose_rates(config, study.shared, rows)
     rates = {label: rate or float(config.learning_rates[0]) for label, rate in chosen.items()}
     undecided = {one.run.label for one in tuning}
-    finals = pending(
-        [
-            one
-            for one in final_runs(config, rates)
-            if chosen.get(one.label) is not None or one.label in undecided or one.method is None
-        ],
-        "final",
-        rows,
-        shared=study.shared,
-        tests=list(study.tests),
-        retry_failed=retry_failed,
-    )
+    runs = [
+        one
+        for one in final_runs(config, rates)
+        if chosen.get(one.label) is not None or one.label in undecided or one.method is None
+    ]
+    tests = list(study.tests)
+    finals = pending(runs, "final", rows, shared=study.shared, tests=tests, retry_failed=retry_failed)
     score = [one for one in finals if not needs_training(config, one)]
     return {"train": len(tuning) + len(finals) - len(score), "score": len(score)}
 

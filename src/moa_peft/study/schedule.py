@@ -1,10 +1,13 @@
-"""The runs of a study: which there are, which are done, and which come next."""
+"""The runs of a study: which there are, which are done, and which come next.
+
+``shared`` is everywhere what `shared_settings` gives, ``rows`` the results so far.
+"""
 
 import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from moa_peft.study.config import FROZEN, Method, StudyConfig
@@ -21,11 +24,8 @@ class Run:
     label: str
     """The method's label."""
     method: Method | None = None
-    """The method; None for the base model."""
     learning_rate: float | None = None
-    """The learning rate."""
     seed: int | None = None
-    """The seed."""
     rows: int | None = None
     """Training rows where they are fewer than the study's, as while learning rates are tried; None for those."""
 
@@ -43,10 +43,9 @@ class Job:
     """A run that is to be done, as far as its stage asks."""
 
     run: Run
-    """The run."""
     stage: Stage
     """Whether the validation rows are enough, or tests follow."""
-    tests: tuple[str, ...] = field(default=())
+    tests: tuple[str, ...] = ()
     """Tests that are missing."""
 
 
@@ -57,17 +56,11 @@ def rate_text(rate: float) -> str:
 
 
 def shared_settings(config: StudyConfig, train_md5: str, validation_md5: str) -> dict[str, Any]:
-    """All that decides the runs of a study beside the method, the learning rate and the seed.
+    """All that decides the runs of a study beside the method, the learning rate and the seed, by name.
 
-    Args:
-        config: The study.
-        train_md5: MD5 of the training rows.
-        validation_md5: MD5 of the validation rows.
-
-    Returns:
-        Values by name. Where files lie, how often is logged and saved, and what only the report reads is left out.
+    Where files lie, how often is logged and saved, and what only the report reads is left out.
     """
-    trainer = {key: value for key, value in config.trainer_of(Method(method="")).items() if _decides(key)}
+    trainer = _deciding(config.trainer_of(Method(method="")))
     return {
         "model": config.model,
         "template": config.template,
@@ -79,16 +72,14 @@ def shared_settings(config: StudyConfig, train_md5: str, validation_md5: str) ->
         "train_md5": train_md5,
         "validation_md5": validation_md5,
         **({} if config.mode is None else {"mode": config.mode}),
-        **{f"trainer.{key}": value for key, value in sorted(trainer.items())},
+        **{f"trainer.{key}": value for key, value in trainer.items()},
     }
 
 
 def method_settings(method: Method) -> dict[str, Any]:
     """All of a method's entry that decides its runs."""
-    trainer = {key: value for key, value in sorted(method.trainer.items()) if _decides(key)}
-    return {"method": method.method, "mixture": _plain(method.mixture), "trainer": trainer} | factors_of(
-        method
-    )
+    entry = {"method": method.method, "mixture": _plain(method.mixture), "trainer": _deciding(method.trainer)}
+    return entry | factors_of(method)
 
 
 def factors_of(method: Method) -> dict[str, float]:
@@ -97,15 +88,7 @@ def factors_of(method: Method) -> dict[str, float]:
 
 
 def run_hash(shared: Mapping[str, Any], run: Run) -> str:
-    """Hash what decides a run; its label and the tests are left out.
-
-    Args:
-        shared: From `shared_settings`.
-        run: The run.
-
-    Returns:
-        16 hexadecimal digits.
-    """
+    """Hash what decides a run, to 16 hexadecimal digits; its label and the tests are left out."""
     entry = None if run.method is None else method_settings(run.method)
     rows = [] if run.rows is None else [run.rows]
     text = json.dumps([shared, entry, run.learning_rate, run.seed, *rows], sort_keys=True)
@@ -113,17 +96,7 @@ def run_hash(shared: Mapping[str, Any], run: Run) -> str:
 
 
 def recipe_of(config: StudyConfig, run: Run, *, data: str, data_md5: str, folder: str) -> Recipe:
-    """Write the recipe of a run.
-
-    Args:
-        config: The study.
-        run: A run with a method.
-        data: Source of the training rows.
-        data_md5: Their MD5.
-        folder: The run's folder.
-
-    Returns:
-        The recipe.
+    """Write the recipe of a run with a method, on training rows of a source and their MD5, for its folder.
 
     Raises:
         UsageError: If a value is wrong.
@@ -151,9 +124,7 @@ def recipe_of(config: StudyConfig, run: Run, *, data: str, data_md5: str, folder
 def tuning_runs(config: StudyConfig, tried: Mapping[str, Sequence[float]] | None = None) -> list[Run]:
     """The runs that choose a learning rate for each method; none where there is nothing to choose.
 
-    Args:
-        config: The study.
-        tried: The learning rates of each method by label, from `tried_rates`; None for those of the list.
+    ``tried`` has the learning rates of each method by label, from `tried_rates`; None is those of the list.
     """
     tried = tried or {one.label: [float(rate) for rate in config.learning_rates] for one in config.methods}
     if not config.has_tuning:
@@ -173,54 +144,48 @@ def _tuning_run(config: StudyConfig, method: Method, rate: float, seed: int) -> 
 def tried_rates(
     config: StudyConfig, shared: Mapping[str, Any], rows: Sequence[RunRow]
 ) -> dict[str, list[float]]:
-    """The learning rates of each method: the list's, and those added while its choice lies at an end.
+    """The learning rates of each method by label: the list's in its order, then those added while the choice lies at an end.
 
-    Args:
-        config: The study.
-        shared: From `shared_settings`.
-        rows: What is done; a rate is added once all before it are done.
-
-    Returns:
-        By label, the list's own in its order and those added behind them; at most ``most_rates``.
+    A rate is added once all before it are done, up to ``most_rates``.
     """
     done = {row.config_hash: row for row in rows if row.stage == "tuning"}
     found: dict[str, list[float]] = {}
     for method in config.methods:
         rates = found[method.label] = [float(one) for one in config.learning_rates]
         while len(rates) < (config.most_rates or 0):
-            best = _best(_tuning_rows(config, shared, method, rates, done), config.choose_by)
+            best = _best_rate(config, shared, method, rates, done)
             if best is None or min(rates) < best < max(rates):
                 break
             rates.append(best / 2 if best == min(rates) else best * 2)
     return found
 
 
-def _tuning_rows(
+def _best_rate(
     config: StudyConfig,
     shared: Mapping[str, Any],
     method: Method,
     rates: Sequence[float],
     done: Mapping[str, RunRow],
-) -> dict[float, list[RunRow | None]]:
-    """The rows of a method's tuning runs by learning rate, seed by seed; None for one that is not done."""
-    return {
-        rate: [
-            done.get(run_hash(shared, _tuning_run(config, method, rate, seed)))
-            for seed in config.tuning_seeds
-        ]
-        for rate in rates
-    }
+) -> float | None:
+    """The rate that `choose_rates` chooses among those tried."""
+    costs: list[tuple[float, float]] = []
+    for rate in rates:
+        runs = [_tuning_run(config, method, rate, seed) for seed in config.tuning_seeds]
+        rows = [done[one] for one in (run_hash(shared, run) for run in runs) if one in done]
+        if len(rows) < len(runs):
+            return None
+        scores = [row.validation for row in rows if row.failure is None and row.validation is not None]
+        figures = [one for score in scores if (one := getattr(score, config.choose_by)) is not None]
+        if len(figures) == len(rows):
+            mean = statistics.fmean(figures)
+            costs.append((mean if config.choose_by == "answer_loss" else -mean, rate))
+    return min(costs)[1] if costs else None
 
 
 def final_runs(config: StudyConfig, chosen: Mapping[str, float | None]) -> list[Run]:
     """The base model and every method with every seed, seed by seed, so that a part of a study is comparable.
 
-    Args:
-        config: The study.
-        chosen: The learning rate of each method by label, from `choose_rates`; a method without one is left out.
-
-    Returns:
-        The runs.
+    ``chosen`` has the learning rate of each method by label, from `choose_rates`; a method without one is left out.
     """
     runs = [Run(label=FROZEN)]
     for seed in config.seeds:
@@ -247,7 +212,7 @@ def possible_runs(config: StudyConfig, tried: Mapping[str, Sequence[float]]) -> 
     return list({run.name: run for run in (*tuning_runs(config, tried), *final)}.values())
 
 
-def needs_training(config: StudyConfig, job: "Job") -> bool:
+def needs_training(config: StudyConfig, job: Job) -> bool:
     """Whether a job trains; the base model does not, nor does a tuning seed's run where tuning had as many rows."""
     if job.run.method is None:
         return False
@@ -260,11 +225,6 @@ def choose_rates(
 ) -> dict[str, float | None]:
     """Choose the learning rate of each method from the validation rows of its tuning runs.
 
-    Args:
-        config: The study.
-        shared: From `shared_settings`.
-        rows: What is done.
-
     Returns:
         By label the rate with the best mean over the tuning seeds, the smallest of equals; one that failed with any of
         them is out. None while a tuning run is missing, or when all failed.
@@ -273,30 +233,7 @@ def choose_rates(
         return dict.fromkeys(config.labels(), float(config.learning_rates[0]))
     done = {row.config_hash: row for row in rows if row.stage == "tuning"}
     tried = tried_rates(config, shared, rows)
-    return {
-        one.label: _best(_tuning_rows(config, shared, one, tried[one.label], done), config.choose_by)
-        for one in config.methods
-    }
-
-
-def _best(tried: Mapping[float, Sequence[RunRow | None]], choose_by: str) -> float | None:
-    costs: list[tuple[float, float]] = []
-    for rate, rows in tried.items():
-        if any(one is None for one in rows):
-            return None
-        values = [validation_figure(one, choose_by) for one in rows if one is not None]
-        known = [one for one in values if one is not None]
-        if len(known) == len(values):
-            mean = statistics.fmean(known)
-            costs.append((mean if choose_by == "answer_loss" else -mean, rate))
-    return min(costs)[1] if costs else None
-
-
-def validation_figure(row: RunRow, choose_by: str) -> float | None:
-    """The figure of a run that chooses its learning rate; None where it failed or has none."""
-    if row.failure is not None or row.validation is None:
-        return None
-    return row.validation.answer_loss if choose_by == "answer_loss" else row.validation.accuracy
+    return {one.label: _best_rate(config, shared, one, tried[one.label], done) for one in config.methods}
 
 
 def pending(
@@ -308,19 +245,7 @@ def pending(
     tests: Sequence[str] = (),
     retry_failed: bool = False,
 ) -> list[Job]:
-    """Find what is still to be done.
-
-    Args:
-        runs: The runs of a stage.
-        stage: Which.
-        rows: What is done.
-        shared: From `shared_settings`.
-        tests: Names of the tests, in stage "final".
-        retry_failed: Whether a run that failed is done again.
-
-    Returns:
-        The jobs, in the order of the runs.
-    """
+    """Find which runs of a stage are still to be done, with which tests; those that failed too where that is asked."""
     done = {row.config_hash: row for row in rows if row.stage == stage}
     jobs: list[Job] = []
     for run in runs:
@@ -331,8 +256,8 @@ def pending(
     return jobs
 
 
-def _decides(key: str) -> bool:
-    return key not in FREE_ON_RESUME
+def _deciding(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in sorted(trainer.items()) if key not in FREE_ON_RESUME}
 
 
 def _plain(value: Any) -> Any:

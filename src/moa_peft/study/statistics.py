@@ -27,7 +27,6 @@ class MethodSummary:
     """One method with the learning rate chosen for it, over its seeds."""
 
     label: str
-    """Its label."""
     rows: tuple[RunRow, ...]
     """Its finished runs, one a seed."""
     tests: Mapping[str, Estimate]
@@ -76,7 +75,6 @@ class StudySummary:
     """What there is of a study, and what is missing."""
 
     config: StudyConfig
-    """The study."""
     tests: tuple[str, ...]
     """Names of its tests, in the config's order."""
     forgetting: tuple[str, ...]
@@ -114,9 +112,6 @@ def summarise(
         tests: Names of its tests; what rows have beside them is left out.
         rows: Rows of its folder; those of runs that the config does not name are left out.
         forgetting: Names of the tasks that tell what training took away.
-
-    Returns:
-        The summary.
     """
     found_rows = {(row.stage, row.config_hash): row for row in rows}
 
@@ -128,6 +123,7 @@ def summarise(
     tuning: dict[tuple[str, float], tuple[RunRow | None, ...]] = {}
     missing: list[str] = []
     used: list[RunRow] = []
+    tasks = [*tests, *forgetting]
     tried = tuning_runs(config, tried_rates(config, shared, rows))
     for run in tried:
         assert run.learning_rate is not None, "only methods are tuned"
@@ -141,7 +137,7 @@ def summarise(
     for run in final_runs(config, chosen):
         row = done("final", run)
         used += [row] if row is not None else []
-        missing += _missing(run, row, [*tests, *forgetting])
+        missing += _missing(run, row, tasks)
         if row is not None and (row.failure is None or row.tests):
             found[run.label].append(row)
     missing += [
@@ -155,14 +151,12 @@ def summarise(
         tests=tuple(tests),
         forgetting=tuple(forgetting),
         methods=tuple(
-            _method(label, some, found, config.baseline, tests, forgetting)
-            for label, some in found.items()
-            if some
+            _method(label, found, config.baseline, tests, forgetting) for label, rows in found.items() if rows
         ),
         chosen=chosen,
         tuning=tuning,
         choices=_choices(config.baseline, chosen, tuning),
-        failures=tuple(row for row in used if row.failed([*tests, *forgetting])),
+        failures=tuple(row for row in used if row.failed(tasks)),
         missing=tuple(missing),
         rows=tuple(used),
         planned=len(tried) + 1 + len(finalists) * len(config.seeds),
@@ -221,19 +215,19 @@ def median_step_ms(method: MethodSummary) -> float | None:
 
 def _missing(run: Run, row: RunRow | None, tests: Sequence[str]) -> list[str]:
     if row is None:
-        return [f"{run.name}"]
+        return [run.name]
     lacking = [name for name in tests if name not in row.tests]
     return [f"{run.name}: {', '.join(lacking)}"] if lacking and not row.failed(tests) else []
 
 
 def _method(
     label: str,
-    rows: Sequence[RunRow],
     found: Mapping[str, Sequence[RunRow]],
     baseline: str,
     tests: Sequence[str],
     forgetting: Sequence[str],
 ) -> MethodSummary:
+    rows = found[label]
     pairs = [] if label == baseline else _pairs(rows, found[baseline])
     before = [(row, frozen) for row in rows for frozen in found[FROZEN]]
     _, forgotten = _by_test(answers, rows, before, forgetting)
@@ -246,10 +240,10 @@ def _method(
     if label == FROZEN:  # one run: its error is that of the questions
         scores = rows[0].tests
         by_test = {
-            name: dataclasses.replace(one, error=scores[name].standard_error) for name, one in by_test.items()
+            name: Estimate(mean=one.mean, error=scores[name].standard_error) for name, one in by_test.items()
         }
         by_loss = {
-            name: dataclasses.replace(one, error=scores[name].answer_loss_standard_error)
+            name: Estimate(mean=one.mean, error=scores[name].answer_loss_standard_error)
             for name, one in by_loss.items()
         }
         errors = [one.error or 0.0 for one in by_test.values()]

@@ -3,6 +3,7 @@
 
 import re
 import statistics
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,8 @@ class StepLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write what is new."""
-        self._write(state.global_step)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Write what is left."""
-        self._write(state.global_step)
-
-    def _write(self, step: int) -> None:
         seconds = self._clock.seconds
-        first = step - len(seconds) + 1
+        first = state.global_step - len(seconds) + 1
         rows = [
             {"step": first + place, "seconds": seconds[place], "warm": place > 0}
             for place in range(self._written, len(seconds))
@@ -52,16 +44,11 @@ class StepLog(TrainerCallback):
             append_rows(self._file, rows)
         self._written = len(seconds)
 
+    on_train_end = on_save
+
 
 def step_time(file: Path) -> StepTime | None:
-    """Sum up the times of a run's steps.
-
-    Args:
-        file: What `StepLog` wrote; need not exist.
-
-    Returns:
-        The quartiles; None for fewer than two steps that were warm.
-    """
+    """Quartiles of the times in what `StepLog` wrote, which need not exist; None for fewer than two steps that were warm."""
     by_step = {row["step"]: row for row in read_rows(file)}  # a step done twice counts as it was done last
     times = [1000 * row["seconds"] for row in by_step.values() if row["warm"]]
     if len(times) < 2:
@@ -70,24 +57,34 @@ def step_time(file: Path) -> StepTime | None:
     return StepTime(lower=lower, median=median, upper=upper, steps=len(times))
 
 
-def start_peak_memory() -> None:
-    """Forget the most memory held so far."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif _RESET.exists():
-        try:
-            _RESET.write_text("5")  # proc(5): sets the peak of the resident set to what it is now
-        except OSError:
-            return
+class PeakMemory:
+    """The most memory held from now on, in 2**20 bytes.
 
-
-def peak_memory_mib() -> float | None:
-    """The most memory held since `start_peak_memory`, 2**20 bytes.
-
-    Returns:
-        On a GPU what torch allocated; else the resident set of the process, None where the system does not tell.
+    On a GPU what torch allocated; else the resident set of the process. Some systems cannot forget the peak of what ran
+    in the process before: there `mib` tells a peak only if it is a new one.
     """
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    found = re.search(r"^VmHWM:\s*(\d+) kB", _STATUS.read_text(), re.MULTILINE) if _STATUS.exists() else None
+
+    def __init__(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            return
+        with suppress(OSError):
+            if _RESET.exists():
+                _RESET.write_text("5")  # proc(5): sets the peak of the resident set to what it is now
+        now, self._old_peak = _status_mib("VmRSS"), _status_mib("VmHWM")
+        if now is not None and self._old_peak is not None and self._old_peak <= 1.01 * now:
+            self._old_peak = 0.0
+
+    def mib(self) -> float | None:
+        """The peak so far; None where the system does not tell it."""
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated() / 2**20
+        peak = _status_mib("VmHWM")
+        return peak if peak is not None and self._old_peak is not None and peak > self._old_peak else None
+
+
+def _status_mib(field: str) -> float | None:
+    found = (
+        re.search(rf"^{field}:\s*(\d+) kB", _STATUS.read_text(), re.MULTILINE) if _STATUS.exists() else None
+    )
     return None if found is None else int(found.group(1)) / 1024

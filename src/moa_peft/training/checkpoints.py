@@ -19,6 +19,8 @@ from moa_peft.training.recipe import Recipe
 
 MANIFEST = "complete.json"
 _NAME = re.compile(r"checkpoint-([0-9]+)")
+_OPTIMIZER_FILES = ("optimizer*", "global_step*")
+"""Where the trainer keeps the optimizer's state: its own file or FSDP's, and DeepSpeed's folder."""
 
 
 FREE_ON_RESUME = frozenset(
@@ -94,7 +96,7 @@ def is_complete(checkpoint: Path) -> bool:
     try:
         sizes = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["sizes"]
         return bool(sizes) and all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 
@@ -160,6 +162,19 @@ def choose(output_dir: Path, resume: bool | str) -> Path | None:
     return complete[-1] if complete else None
 
 
+def check_state(checkpoint: Path) -> None:
+    """Check that training can go on from a checkpoint as if it had never stopped.
+
+    Raises:
+        UsageError: If it holds weights alone (``save_only_model``): optimizer and schedule would start over.
+    """
+    if not any(any(checkpoint.glob(pattern)) for pattern in _OPTIMIZER_FILES):
+        raise UsageError(
+            f"{checkpoint} holds no state of the optimizer, as save_only_model leaves it out: optimizer and schedule would "
+            "start over; start a new run in another output_dir"
+        )
+
+
 def names(checkpoints: Sequence[Path]) -> str:
     """The folders' names, for a message."""
     return ", ".join(one.name for one in checkpoints)
@@ -183,6 +198,11 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """
     new = json.loads(json.dumps(new))  # as the old one was written: keys as text, tuples as lists
     old = {"validation_md5": new.get("validation_md5"), **old}  # earlier runs did not record it
+    before, init_kwargs = (one.get("model_init_kwargs") or {} for one in (old, new))
+    found = {
+        key: before[key] for key in ("dtype",) if key in before
+    }  # a run writes down the dtype that it found
+    old, new = old | {"model_init_kwargs": before}, new | {"model_init_kwargs": found | init_kwargs}
     free = FREE_ON_RESUME - (_CHOOSE_THE_BEST if new.get("load_best_model_at_end") else frozenset())
     differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key) and key not in free]
     return [key.removesuffix("_md5") for key in differing]

@@ -70,6 +70,8 @@ def card_text(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     settings = [
         f"| {name} | `{_cell(value)}` |" for name, value in sorted(recipe.items()) if name not in _UNSAID
     ]
+    revision = (recipe.get("model_init_kwargs") or {}).get("revision")
+    revision = "" if revision is None else f', revision="{revision}"'  # transformers takes the name alone
     share = 100 * row["trainable_parameters"] / row["total_parameters"]
     return "\n".join(
         [
@@ -93,7 +95,7 @@ def card_text(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
             "import moa_peft  # makes the method known to PEFT",
             "from transformers import AutoModelForCausalLM",
             "",
-            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+            f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{revision})',
             "```",
             "",
             "## How it was made",

@@ -1,4 +1,4 @@
-"""The folder of a run: made sure of at the start, its files complete or absent at any moment."""
+"""The folder of a run: its files are complete or absent at any moment."""
 
 import errno
 import json
@@ -12,36 +12,37 @@ from pathlib import Path
 from typing import Any
 
 from moa_peft.errors import UsageError
+from moa_peft.folder_lock import LOCK_FILE
 from moa_peft.json_lines import append_rows, drop_torn_line
 
 RECIPE_FILE = "moa_recipe.json"
 RESULTS_FILE = "results.jsonl"
 ADAPTER_CONFIG = "adapter_config.json"
+_DRAFT = ".adapter-"
 
 
-def claim(output_dir: Path) -> None:
-    """Make the folder of a new run, and see that it can be written to.
+def check_unused(output_dir: Path) -> None:
+    """Check that a new run may write into a folder.
 
     Args:
-        output_dir: The folder; its parents are made as well.
+        output_dir: The folder, held by `moa_peft.folder_lock.claimed`.
 
     Raises:
-        UsageError: If it exists and holds anything, or is not a folder.
-        OSError: If it cannot be made or written to; the file's name is in it.
+        UsageError: If it holds anything but the recipe of a start that failed.
     """
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError(f"output_dir {output_dir} is not a folder: choose another one") from error
-    if any(
-        one.name != RECIPE_FILE for one in output_dir.iterdir()
-    ):  # a start that failed leaves the recipe alone
+    if any(one.name not in (RECIPE_FILE, LOCK_FILE) for one in output_dir.iterdir()):
         raise UsageError(
             f"output_dir {output_dir} exists and is not empty: choose another one, delete it, or add --resume to go "
             "on with the run in it"
         )
-    with tempfile.TemporaryFile(dir=output_dir):
-        pass
+
+
+def sweep(output_dir: Path) -> None:
+    """Remove what a killed run was writing: drafts of files and of the adapter."""
+    for draft in output_dir.glob(".*.tmp"):
+        draft.unlink(missing_ok=True)
+    for draft in output_dir.glob(f"{_DRAFT}*"):
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -68,7 +69,7 @@ def read_recipe(output_dir: Path) -> dict[str, Any]:
     """
     try:
         recipe = json.loads((output_dir / RECIPE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         recipe = None
     if not isinstance(recipe, dict):
         raise UsageError(
@@ -97,7 +98,7 @@ def replacing(output_dir: Path) -> Iterator[Path]:
     Yields:
         The folder to write into. After an error it is gone and the run's folder as before.
     """
-    draft = Path(tempfile.mkdtemp(dir=output_dir, prefix=".adapter-"))
+    draft = Path(tempfile.mkdtemp(dir=output_dir, prefix=_DRAFT))
     try:
         yield draft
         (output_dir / ADAPTER_CONFIG).unlink(missing_ok=True)

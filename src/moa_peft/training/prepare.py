@@ -1,29 +1,30 @@
 """Preparing a run: everything is checked, loaded and counted before its first step."""
 
-import contextlib
 import copy
 import dataclasses
 import math
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback
 
-from moa_peft.data.base_model import load_model, resolve_model
-from moa_peft.errors import UsageError, expanded, first_line
+from moa_peft.data.base_loading import BaseSettings, find_base, load_base, load_tokenizer, told_init_kwargs
+from moa_peft.errors import UsageError, expanded, library_errors
+from moa_peft.folder_lock import claimed
 from moa_peft.mixture.block_hooks import mixture_layers
 from moa_peft.quiet import quiet_libraries
-from moa_peft.training.checkpoints import find_resumption
-from moa_peft.training.output_folder import claim
+from moa_peft.training.checkpoints import check_state, find_resumption, step_of
+from moa_peft.training.output_folder import check_unused, sweep
 from moa_peft.training.progress import ProgressLines, StepClock
 from moa_peft.training.recipe import FACTORS, Recipe, build_peft_config
 from moa_peft.training.router_health import RouterFigures
 from moa_peft.training.rows import TrainingRows, encode, read_rows
 from moa_peft.training.trainer import AdapterTrainer
-from moa_peft.training.trainer_settings import build_settings, check_trainer
+from moa_peft.training.trainer_settings import REFUSED_BY_TRAINER, build_settings, check_trainer
 
 _LEAST_CHECKPOINTS = 20
 
@@ -99,14 +100,19 @@ class Preparation:
     """The recipe, with the MD5 of its rows."""
     plan: Plan
     """What it will do."""
-    model_path: str
-    """Where the base model was found."""
+    base: BaseSettings
+    """The base model."""
     trainer: AdapterTrainer
     """What will do it."""
     clock: StepClock
     """What takes its time."""
+    progress: ProgressLines
+    """What a person sees; opened by the first step."""
+    claim: ExitStack
+    """Holds the output folder until it is closed; a new folder that is still empty then goes."""
 
 
+@library_errors(REFUSED_BY_TRAINER)
 def prepare(recipe: Recipe) -> Preparation:
     """Check everything, load model and rows, and build the trainer. A failure leaves no new folder behind.
 
@@ -114,34 +120,30 @@ def prepare(recipe: Recipe) -> Preparation:
         recipe: What to do.
 
     Returns:
-        The run, ready to start.
+        The run, ready to start; no other process can work in its folder until it has ended or is discarded.
 
     Raises:
-        UsageError: If the recipe cannot be followed.
+        UsageError: If the recipe cannot be followed, or another process works in ``output_dir``.
         OSError: If ``output_dir`` cannot be written to.
     """
     recipe = dataclasses.replace(recipe, output_dir=str(expanded(recipe.output_dir)))
     check_trainer(recipe)
     build_peft_config(recipe)  # reports a wrong method before anything is loaded
     folder = Path(recipe.output_dir)
-    is_new = not folder.exists()
-    if not recipe.resume and is_main():
-        claim(folder)
-    try:
+    with ExitStack() as claim:
+        if is_main():
+            claim.enter_context(claimed(folder))
+            sweep(folder)
+            if not recipe.resume:
+                check_unused(folder)
         with quiet_libraries():
-            return _prepare(recipe, folder)
-    except BaseException:
-        if is_new and is_main():
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
+            preparation = _prepare(recipe, folder)
+        return dataclasses.replace(preparation, claim=claim.pop_all())
 
 
 def discard(preparation: Preparation) -> None:
-    """Undo what preparing has left: the empty folder of a run that will not be started."""
-    folder = Path(preparation.plan.output_dir)
-    if is_main() and not any(folder.iterdir()):
-        folder.rmdir()
+    """Give the folder of a run that will not be started back."""
+    preparation.claim.close()
 
 
 def is_main() -> bool:
@@ -153,13 +155,15 @@ def _prepare(recipe: Recipe, folder: Path) -> Preparation:
     rows = read_rows(recipe)
     recipe = rows.recipe
     resume_from, skipped = find_resumption(recipe, folder)
-    path = resolve_model(recipe.model)
-    tokenizer = _load_tokenizer(path, recipe)
+    base = find_base(recipe.model, told_init_kwargs(recipe.to_mapping()))
+    tokenizer = load_tokenizer(base)
     encoded = encode(rows, tokenizer)
-    model = _load_model(path, recipe)
-    trainer, clock = _build_trainer(recipe, model, tokenizer, encoded)
+    model = _load_model(base, tokenizer, recipe)
+    trainer, clock, progress = _build_trainer(recipe, model, tokenizer, encoded)
     steps = _count_steps(trainer)
-    recipe = _with_checkpoints(recipe, trainer, steps)
+    if resume_from is not None and step_of(resume_from) < steps:
+        check_state(resume_from)
+    recipe = _with_dtype(_with_checkpoints(recipe, trainer, steps), model)
     trained = [one.numel() for one in trainer.wrapped.parameters() if one.requires_grad]
     plan = Plan(
         method=recipe.method,
@@ -176,7 +180,15 @@ def _prepare(recipe: Recipe, folder: Path) -> Preparation:
         resumed=bool(recipe.resume),
         skipped=tuple(one.name for one in skipped),
     )
-    return Preparation(recipe=recipe, plan=plan, model_path=path, trainer=trainer, clock=clock)
+    return Preparation(
+        recipe=recipe,
+        plan=plan,
+        base=base,
+        trainer=trainer,
+        clock=clock,
+        progress=progress,
+        claim=ExitStack(),
+    )
 
 
 def _with_checkpoints(recipe: Recipe, trainer: AdapterTrainer, steps: int) -> Recipe:
@@ -187,64 +199,68 @@ def _with_checkpoints(recipe: Recipe, trainer: AdapterTrainer, steps: int) -> Re
     return dataclasses.replace(recipe, trainer={**recipe.trainer, "save_steps": trainer.args.save_steps})
 
 
+def _with_dtype(recipe: Recipe, model: Any) -> Recipe:
+    """Write down which dtype the base model came in, for whoever loads it later."""
+    found = {"dtype": str(model.dtype).removeprefix("torch.")}
+    told = found | (recipe.trainer.get("model_init_kwargs") or {})
+    return dataclasses.replace(recipe, trainer={**recipe.trainer, "model_init_kwargs": told})
+
+
 def _build_trainer(
     recipe: Recipe, model: Any, tokenizer: Any, encoded: TrainingRows
-) -> tuple[AdapterTrainer, StepClock]:
+) -> tuple[AdapterTrainer, StepClock, ProgressLines]:
     settings = build_settings(
         copy.deepcopy(recipe), has_validation=encoded.validation is not None, cuda=torch.cuda.is_available()
     )
+    peft_config = build_peft_config(recipe)
+    peft_config.revision = (recipe.trainer.get("model_init_kwargs") or {}).get("revision")
     trainer = AdapterTrainer(
         model=model,
         args=settings,
         train_dataset=encoded.train,
         eval_dataset=encoded.validation,
         processing_class=tokenizer,
-        peft_config=build_peft_config(recipe),
+        peft_config=peft_config,
     )
     given = {name: factor for name in FACTORS if (factor := getattr(recipe, name)) is not None}
     trainer.lr_factors = given or None
     trainer.keep_checkpoints = recipe.to_mapping()["save_total_limit"]
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    clock = StepClock()
+    clock, progress = StepClock(), ProgressLines()
     trainer.add_callback(clock)
     if not recipe.trainer.get("disable_tqdm"):
-        trainer.add_callback(ProgressLines())
+        trainer.add_callback(progress)
     layers = mixture_layers(trainer.wrapped)
     if layers:
         figures = RouterFigures(trainer.wrapped, layers)
         trainer.add_callback(figures)
         trainer.extra_figures = figures.collect
-    return trainer, clock
+    return trainer, clock, progress
 
 
-def _load_tokenizer(path: str, recipe: Recipe) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(path, **_loading(recipe))
-    except (OSError, ValueError) as error:
+def _load_model(base: BaseSettings, tokenizer: Any, recipe: Recipe) -> Any:
+    """Load the base model, a float16 one in float32 unless fp16 scales the loss: small gradients would become 0."""
+    model = load_base(base, tokenizer)
+    if recipe.trainer.get("fp16") or all(one.dtype != torch.float16 for one in model.parameters()):
+        return model
+    if base.init_kwargs["dtype"] != "auto" or getattr(model, "is_quantized", False):
         raise UsageError(
-            f"the tokenizer of {recipe.model!r} cannot be loaded: {first_line(error)}"
-        ) from error
-
-
-def _load_model(path: str, recipe: Recipe) -> Any:
-    settings = recipe.to_mapping()
-    options = {"dtype": torch.bfloat16 if settings["bf16"] else "auto"} | dict(
-        recipe.trainer.get("model_init_kwargs") or {}
-    )
-    return load_model(path, recipe.model, **options, **_loading(recipe))
-
-
-def _loading(recipe: Recipe) -> dict[str, Any]:
-    return {"trust_remote_code": bool(recipe.trainer.get("trust_remote_code", False))}
+            f"the model {recipe.model!r} is in float16, whose small gradients become 0 where nothing scales the loss: give "
+            "model_init_kwargs dtype float32 or bfloat16, or fp16 on a GPU"
+        )
+    return model.float()
 
 
 def _count_steps(trainer: AdapterTrainer) -> int:
     settings = trainer.args
+    rows, at_once = len(trainer.train_dataset), settings.train_batch_size * settings.world_size  # type: ignore[arg-type]  # sized
+    whole = rows // at_once if settings.dataloader_drop_last else math.ceil(rows / at_once)
+    if not whole:
+        raise UsageError(
+            f"dataloader_drop_last leaves nothing to train on: the {rows} rows are fewer than the {at_once} of a batch; leave "
+            "it out, or give a smaller per_device_train_batch_size"
+        )
     if settings.max_steps > 0:
         return settings.max_steps
-    batches = len(trainer.train_dataset) / (settings.train_batch_size * settings.world_size)  # type: ignore[arg-type]  # sized
-    whole = math.floor(batches) if settings.dataloader_drop_last else math.ceil(batches)
-    return math.ceil(
-        settings.num_train_epochs * max(math.ceil(whole / settings.gradient_accumulation_steps), 1)
-    )
+    return math.ceil(settings.num_train_epochs * math.ceil(whole / settings.gradient_accumulation_steps))

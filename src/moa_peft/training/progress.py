@@ -85,6 +85,10 @@ class ProgressLines(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the bar where it is open, so that what follows starts on a line of its own."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

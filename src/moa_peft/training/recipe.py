@@ -37,6 +37,9 @@ TRAINER_DEFAULTS: Mapping[str, Any] = {
 """What moa sets differently from `trl.SFTConfig`, or wants said; a recipe's own value goes before it."""
 
 TOKENISED_HERE = "the rows are tokenised by moa: use template and max_length"
+_HUB = (
+    "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"
+)  # fmt: skip
 REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
         (
@@ -54,7 +57,15 @@ REFUSED: Mapping[str, str] = {
     ),
     "resume_from_checkpoint": "use resume",
     "remove_unused_columns": "moa prepares the columns itself: leave it out",
-    "push_to_hub": "moa writes to a folder: upload it afterwards with `hf upload NAME FOLDER`",
+    **dict.fromkeys(_HUB, "moa writes to a folder: upload it afterwards with `hf upload NAME FOLDER`"),
+    **dict.fromkeys(
+        ("do_train", "do_eval", "do_predict", "label_names", "include_for_metrics", "batch_eval_metrics"),
+        "moa trains, and measures the loss of held-out rows: use validation",
+    ),
+    **dict.fromkeys(
+        ("bf16_full_eval", "fp16_full_eval"), "held-out rows are scored as in training: leave it out"
+    ),
+    **dict.fromkeys(("local_rank", "parallelism_config"), "use `accelerate launch`, which sets it"),
     "logging_nan_inf_filter": "moa stops at a non-finite loss and must see it: leave it out",
 }
 """Fields of `trl.SFTConfig` that have no meaning here, and what to do instead."""
@@ -208,6 +219,18 @@ def factor_problems(name: str, factor: object) -> list[str]:
     return [f"{name} is {factor!r}: give a number above 0, or leave it out"]
 
 
+MOST = 2**32 - 1
+"""The largest whole number of a recipe or a study: seeds beyond it are none of numpy's."""
+
+
+def whole_number_problems(name: str, value: object, least: int) -> list[str]:
+    """Problems of a value that must be a whole number from ``least`` to `MOST`."""
+    if type(value) is int and least <= value <= MOST:
+        return []
+    most = f", below {MOST + 1:,}" if type(value) is int and value > MOST else ""
+    return [f"{name} is {value!r}: give a whole number of at least {least}{most}"]
+
+
 def _text_problems(recipe: Recipe) -> list[str]:
     values = {name: getattr(recipe, name) for name in ("data", "output_dir", "model", "method")}
     wrong = {name: value for name, value in values.items() if not isinstance(value, str) or not value}
@@ -220,8 +243,7 @@ def _number_problems(recipe: Recipe) -> list[str]:
         value = getattr(recipe, name)
         if value is None and name == "limit":
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            problems.append(f"{name} is {value!r}: give a whole number of at least {least}")
+        problems += whole_number_problems(name, value, least)
     for name in FACTORS:
         problems += factor_problems(name, getattr(recipe, name))
     share = recipe.validation

@@ -1,13 +1,14 @@
 """The training run: from a recipe to an adapter, its card, its checkpoints and a row of results."""
 
-import contextlib
 import time
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moa_peft.data.base_model import model_fingerprint
+from moa_peft.data.base_loading import model_fingerprint
+from moa_peft.errors import UsageError, library_errors
 from moa_peft.provenance import provenance
 from moa_peft.quiet import quiet_libraries
 from moa_peft.training.checkpoints import forget_later_checkpoints, step_of
@@ -15,6 +16,7 @@ from moa_peft.training.model_card import write_card
 from moa_peft.training.output_folder import append_result, disk_errors_named, replacing, write_recipe
 from moa_peft.training.prepare import Plan, Preparation, TrainingOutcome, prepare
 from moa_peft.training.recipe import Recipe
+from moa_peft.training.trainer_settings import REFUSED_BY_TRAINER
 
 
 def train(recipe: Recipe, on_plan: Callable[[Plan], None] | None = None) -> TrainingOutcome:
@@ -38,8 +40,9 @@ def train(recipe: Recipe, on_plan: Callable[[Plan], None] | None = None) -> Trai
     return run(preparation)
 
 
+@library_errors(REFUSED_BY_TRAINER)
 def run(preparation: Preparation) -> TrainingOutcome:
-    """Train, and write what a run leaves.
+    """Train, and write what a run leaves. Whatever comes, the progress bar is closed and the folder given back.
 
     Args:
         preparation: What `prepare` gave; it can be run once.
@@ -48,9 +51,14 @@ def run(preparation: Preparation) -> TrainingOutcome:
         What came out.
 
     Raises:
-        UsageError: If the loss stops being finite.
+        UsageError: If the loss stops being finite, or the trainer refuses a setting.
         OSError: If the disk is full or must not be written to.
     """
+    with preparation.claim, closing(preparation.progress):
+        return _run(preparation)
+
+
+def _run(preparation: Preparation) -> TrainingOutcome:
     trainer, plan = preparation.trainer, preparation.plan
     folder = Path(plan.output_dir)
     written = preparation.recipe.to_mapping() | {"resume": False}
@@ -65,12 +73,14 @@ def run(preparation: Preparation) -> TrainingOutcome:
         else:
             trainer.train(resume_from_checkpoint=plan.resume_from)
         train_s = time.perf_counter() - start
+        if not trainer.state.global_step:
+            raise UsageError("the trainer has made no step: nothing was trained, and nothing is saved")
         trainer.refuse_non_finite()
         outcome = _outcome(preparation, train_s)
         row = _result_row(preparation, outcome, written) if main else {}
         with (
             disk_errors_named(folder),
-            replacing(folder) if main else contextlib.nullcontext(folder) as draft,
+            replacing(folder) if main else nullcontext(folder) as draft,
         ):
             trainer.save_model(str(draft), _internal_call=True)
             if main:
@@ -116,7 +126,7 @@ def _result_row(preparation: Preparation, outcome: TrainingOutcome, recipe: dict
         "kind": "train",
         **{name: recipe[name] for name in ("method", "seed", "data", "data_md5")},
         "base_model": recipe["model"],
-        "base_file_sha256": model_fingerprint(preparation.model_path),
+        "base_file_sha256": model_fingerprint(preparation.base),
         "base_dtype": str(next(one.dtype for one in parameters if not one.requires_grad)),
         "adapter_dtype": str(next(one.dtype for one in parameters if one.requires_grad)),
         **asdict(outcome),

@@ -14,6 +14,7 @@ from trl.trainer import utils as trl_forward
 from trl.trainer.sft_trainer import SFTTrainer
 
 from moa_peft.errors import UsageError
+from moa_peft.mixture.token_watch import prompt_labels
 from moa_peft.training import checkpoints
 from moa_peft.training.optimizer import parameter_groups
 from moa_peft.training.output_folder import disk_errors_named
@@ -74,7 +75,7 @@ class AdapterTrainer(SFTTrainer):
         return kind, settings
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss as TRL does.
+        """Compute the loss as TRL does; a loss of its own, such as label smoothing, keeps the labels from the model.
 
         TRL has waited for the device by then, to count right tokens, so looking at the loss costs no further wait.
 
@@ -84,6 +85,8 @@ class AdapterTrainer(SFTTrainer):
         Raises:
             UsageError: If the loss is not finite, before it reaches the gradients.
         """
+        if self.label_smoother is not None or self.compute_loss_func is not None:
+            inputs = {**inputs, **prompt_labels(self.wrapped, inputs["labels"])}
         with answers_only_head(self.args.device):
             result = super().compute_loss(model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result

@@ -8,11 +8,12 @@ import math
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moa_peft.errors import UsageError
+from moa_peft.errors import UsageError, library_errors
 from moa_peft.training.recipe import REFUSED, TRAINER_DEFAULTS, Recipe, own_fields
 
 if TYPE_CHECKING:
@@ -27,17 +28,45 @@ _COUNT: _Range = (lambda value: value >= 1, "a whole number of at least 1")
 _FROM_0: _Range = (lambda value: 0 <= value < math.inf, "a number from 0")
 _ABOVE_0: _Range = (lambda value: 0 < value < math.inf, "a number above 0")
 _BELOW_1: _Range = (lambda value: 0 <= value < 1, "a number from 0 to below 1")
+_PROCESSES: _Range = (lambda value: 0 <= value <= 256, "a whole number from 0 to 256")
 
+_COUNTS = (
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "save_total_limit",
+    "eval_accumulation_steps", "dataloader_prefetch_factor", "pad_to_multiple_of", "ddp_bucket_cap_mb", "ddp_timeout",
+    "torch_empty_cache_steps",
+)  # fmt: skip
+_AMOUNTS = (
+    "learning_rate",
+    "weight_decay",
+    "adam_epsilon",
+    "warmup_steps",
+    "eval_delay",
+    "neftune_noise_alpha",
+)
 _RANGES: Mapping[str, _Range] = {
-    **dict.fromkeys(
-        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), _COUNT
-    ),
-    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps"), _FROM_0),
+    **dict.fromkeys(_COUNTS, _COUNT),
+    **dict.fromkeys(_AMOUNTS, _FROM_0),
     "max_grad_norm": (lambda value: value >= 0, "a number from 0"),
+    "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1 for num_train_epochs"),
+    "data_seed": (lambda value: 0 <= value < 2**32, "a whole number from 0, below 2**32"),
     **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "eval_steps"), _ABOVE_0),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), _BELOW_1),
+    **dict.fromkeys(("dataloader_num_workers", "dataset_num_proc"), _PROCESSES),
 }
 """Numbers that optimiser, loader or trainer would refuse only after everything is loaded, or not at all."""
+
+_FILES = ("accelerator_config", "fsdp_config", "deepspeed")
+"""Mappings that may also lie in a file."""
+
+_WORDS: Mapping[str, tuple[Any, ...]] = {
+    "include_num_input_tokens_seen": ("all", "non_padding", "no", True, False),
+    "metric_for_best_model": ("loss", "eval_loss"),
+    "pad_to_multiple_of": ("auto",),
+    "debug": ("underflow_overflow", "tpu_metrics_debug"),
+}
+"""Words that the trainer does not look at, or only at its first evaluation, beside those that its fields list themselves."""
+
+REFUSED_BY_TRAINER = "the trainer refuses these settings"
 
 
 @cache
@@ -63,10 +92,10 @@ def check_trainer(recipe: Recipe) -> None:
     Raises:
         UsageError: If one is not; the message lists all of them.
     """
-    hints = trainer_fields()
+    hints, words = trainer_fields(), {**_field_words(), **_WORDS}
     ignored = _ignored(recipe.trainer)
     problems = [
-        _problem(name, value, hints[name], any_number=name in ignored)
+        _problem(name, value, hints[name], words.get(name), any_number=name in ignored)
         for name, value in recipe.trainer.items()
     ]
     wrong = [one for one in problems if one is not None]
@@ -74,6 +103,16 @@ def check_trainer(recipe: Recipe) -> None:
         raise UsageError("recipe: " + "; ".join(wrong))
 
 
+@cache
+def _field_words() -> dict[str, tuple[Any, ...]]:
+    """The words that fields of `trl.SFTConfig` list as their choices; the trainer does not check them all."""
+    from trl.trainer.sft_config import SFTConfig
+
+    listed = {one.name: one.metadata.get("choices") for one in dataclasses.fields(SFTConfig)}
+    return {name: tuple(words) for name, words in listed.items() if words}
+
+
+@library_errors(REFUSED_BY_TRAINER)
 def build_settings(recipe: Recipe, *, has_validation: bool, cuda: bool) -> "SFTConfig":
     """Make the trainer's config: moa's defaults, then the recipe's values, then what moa decides itself.
 
@@ -99,7 +138,7 @@ def build_settings(recipe: Recipe, *, has_validation: bool, cuda: bool) -> "SFTC
     values["logging_nan_inf_filter"] = False
     packing = bool(values.get("packing"))
     try:
-        return SFTConfig(
+        settings = SFTConfig(
             output_dir=recipe.output_dir,
             seed=recipe.seed,
             max_length=recipe.max_length,
@@ -108,13 +147,32 @@ def build_settings(recipe: Recipe, *, has_validation: bool, cuda: bool) -> "SFTC
             },  # the rows are tokens already; packing is still due
             **values,
         )
-    except (ValueError, TypeError, KeyError) as error:
-        if values["bf16"] and "bf16" in str(error):  # it knows of more devices than CUDA's
-            raise UsageError(
-                "bf16 is true and no device here takes it: leave it out, or add use_cpu (--use_cpu true) to train in "
-                "bfloat16 on the CPU"
-            ) from error
-        raise UsageError(f"the trainer refuses these settings: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        if not values["bf16"] or "bf16" not in str(error):
+            raise
+        raise UsageError(  # it knows of more devices than CUDA's
+            "bf16 is true and no device here takes it: leave it out, or add use_cpu (--use_cpu true) to train in "
+            "bfloat16 on the CPU"
+        ) from error
+    _check_possible(settings, has_validation=has_validation)
+    return settings
+
+
+def _check_possible(settings: "SFTConfig", *, has_validation: bool) -> None:
+    """Refuse what needs held-out rows or a GPU where there are none; the trainer notices late, or never.
+
+    Raises:
+        UsageError: If a setting does.
+    """
+    import torch
+
+    if (settings.eval_strategy != "no" or settings.eval_on_start) and not has_validation:
+        raise UsageError(
+            "eval_strategy or eval_on_start asks for held-out rows: give them (--validation 0.1, or a source), or leave it out"
+        )
+    for name, instead in (("fp16", "bf16"), ("activation_offloading", "gradient_checkpointing")):
+        if getattr(settings, name) and (settings.use_cpu or not torch.accelerator.is_available()):
+            raise UsageError(f"{name} is true and needs a GPU: leave it out, or give {instead}")
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
@@ -133,9 +191,16 @@ def _ignored(trainer: Mapping[str, Any]) -> set[str]:
     return ignored | ({"num_train_epochs"} if isinstance(most, int) and most > 0 else set())
 
 
-def _problem(name: str, value: object, hint: Any, *, any_number: bool) -> str | None:
+def _problem(
+    name: str, value: object, hint: Any, words: Sequence[Any] | None, *, any_number: bool
+) -> str | None:
     if not _fits(value, hint):
         return f"{name} is {value!r}: give {_said(hint)}"
+    if isinstance(value, str) and dict in _kinds(hint) and not (name in _FILES and Path(value).is_file()):
+        return f"{name} is {value!r}: give a mapping{' or the path of a file' if name in _FILES else ''}"
+    given = value if isinstance(value, list) else [value]
+    if words is not None and any(isinstance(one, str | bool) and one not in words for one in given):
+        return f"{name} is {value!r}: give {' or '.join(map(str, words))}"
     if name in _RANGES and not any_number and isinstance(value, int | float):
         is_allowed, allowed = _RANGES[name]
         if not is_allowed(value):
@@ -143,8 +208,12 @@ def _problem(name: str, value: object, hint: Any, *, any_number: bool) -> str | 
     return None
 
 
+def _kinds(hint: Any) -> list[Any]:
+    return [typing.get_origin(one) or one for one in _choices(hint)]
+
+
 def _fits(value: object, hint: Any) -> bool:
-    choices = [typing.get_origin(one) or one for one in _choices(hint)]
+    choices = _kinds(hint)
     if value is None:
         return type(None) in choices
     if bool in choices and isinstance(value, bool):
@@ -161,8 +230,7 @@ def _fits(value: object, hint: Any) -> bool:
 def _said(hint: Any) -> str:
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
     words |= {list: "a list", type(None): "null"}
-    choices = [typing.get_origin(one) or one for one in _choices(hint)]
-    return " or ".join(words[one] for one in choices if one in words)
+    return " or ".join(words[one] for one in _kinds(hint) if one in words)
 
 
 def field_docs(config_class: type) -> dict[str, str]:

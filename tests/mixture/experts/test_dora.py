@@ -26,8 +26,8 @@ from expert_checks import (
     ways_of_loading_that_differ,
 )
 from moa_peft import DoraExpert, RouterConfig, UsageError
-from moa_peft.mixture.architecture import Slot
 from moa_peft.mixture.experts.dora import WeightDecomposedChange
+from moa_peft.mixture.sites import Slot
 from tiny import FAMILIES, base_model, tokens
 
 SIX = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")

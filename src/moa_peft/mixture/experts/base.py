@@ -6,8 +6,8 @@ A new kind is one file that registers a config (what the user writes) and a modu
     @dataclass(frozen=True, kw_only=True, slots=True)
     class MyExpert(ExpertConfig): ...       # kind, fields, site_names(), build()
 
-Sizes: B rows, T tokens of a row, D_in and D_out of a site, H heads of size D, N copies of an expert at
-its site.
+Sizes: B rows, T tokens of a row, D_in and D_out of a site, H query heads of size D, G key/value heads, P vectors of a
+prompt, N copies of an expert at its site.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from moa_peft.errors import UsageError, unknown
 from moa_peft.mixture.config import ExpertConfig, from_mapping
-from moa_peft.mixture.precision import at_least_float32
 
 if TYPE_CHECKING:
-    from moa_peft.mixture.architecture import AttentionSite
+    from moa_peft.mixture.sites import AttentionSite
 
 Kind = TypeVar("Kind", bound=type[ExpertConfig])
 _KINDS: dict[str, type[ExpertConfig]] = {}
@@ -44,6 +43,16 @@ class Bottleneck(NamedTuple):
     up_bias: Tensor | None = None
     """[D_out * N], the N of one output adjacent."""
     activation: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its gate is all that is between its two products: one copy, no bias, no activation."""
+        return (
+            self.activation is None
+            and self.down_bias is None
+            and self.up_bias is None
+            and len(self.down) == self.up.shape[1]
+        )
 
     def gated(self, inner: Tensor, gate: Tensor | None) -> Tensor:
         """Go from what the down-projection gives to what multiplies `ups`.
@@ -81,39 +90,53 @@ class Bottleneck(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """Keys and values that queries attend to beside the text, for ``attended``.
+    """Keys and values that queries attend to beside the text.
 
     Those of N copies are stacked, P / N each; the softmax is over all P.
     """
 
     keys: Tensor
-    """[H, P, D]."""
+    """[P, G, D], a head for each group of query heads."""
     values: Tensor
-    """[H, P, D]."""
+    """[P, G, D]."""
     head_scale: Tensor
     """[H]."""
 
+    def scaled(self, scaling: float) -> "ScaledPrompt":
+        """Give each query head its keys, times the factor of the attention scores, and its values, times its scale."""
+        by_group = self.head_scale.view(self.keys.shape[1], -1, 1)
+        keys = self.keys.unsqueeze(2).expand(-1, -1, by_group.shape[1], -1) * scaling  # [P, G, H / G, D]
+        values = (self.values.unsqueeze(2) * by_group).to(self.values.dtype)
+        return ScaledPrompt(keys.flatten(1, 2).permute(1, 2, 0), values.flatten(1, 2).transpose(0, 1))
 
-def attended(query: Tensor, prompt: Prompt, scaling: float, gate: Tensor) -> Tensor:
-    """Let queries attend to a prompt: ``head_scale_h * sum_n gate_n softmax(Q_h K_h^T * scaling)_n V_h``.
 
-    Args:
-        query: Float, [B, H, T, D], after rotary embedding.
-        prompt: Keys and values in the dtype of the queries.
-        scaling: Factor of the attention scores.
-        gate: Float32, broadcastable to [B, T, N].
+class ScaledPrompt(NamedTuple):
+    """What queries are multiplied by: ``sum_n gate_n softmax(Q_h keys_h)_n values_h``."""
 
-    Returns:
-        [B, T, H, D] in the dtype of ``query``.
-    """
-    scores = at_least_float32(query @ prompt.keys.transpose(-1, -2) * scaling)  # [B, H, T, P]
-    weight = prompt.head_scale.to(scores.dtype).view(-1, 1, 1) * gate.unsqueeze(1)  # [B, H, T, N]
-    share = scores.softmax(dim=-1)
-    if weight.shape[-1] == 1:
-        share = share * weight
-    else:
-        share = (share.unflatten(-1, (weight.shape[-1], -1)) * weight.unsqueeze(-1)).flatten(-2)
-    return (share.to(query.dtype) @ prompt.values).transpose(1, 2)
+    keys: Tensor
+    """[H, D, P]."""
+    values: Tensor
+    """[H, P, D]."""
+
+    def change(self, query: Tensor, gate: Tensor) -> Tensor:
+        """Let queries attend to the prompt.
+
+        Args:
+            query: Float, [B, H, T, D], after rotary embedding, in the dtype of the prompt.
+            gate: Float32, broadcastable to [B, T, N].
+
+        Returns:
+            [B, T, H, D] in the dtype of ``query``.
+        """
+        tokens = query.shape[0], query.shape[2]
+        rows = query.transpose(1, 2).flatten(0, 1).transpose(0, 1)  # [H, B * T, D], mostly without a copy
+        share = (rows @ self.keys).softmax(dim=-1)  # [H, B * T, P]
+        gate = gate.expand(*tokens, -1).flatten(0, 1)  # [B * T, N]
+        if gate.shape[-1] == 1:
+            share = share * gate
+        else:
+            share = (share.unflatten(-1, (gate.shape[-1], -1)) * gate.unsqueeze(-1)).flatten(-2)
+        return (share.to(query.dtype) @ self.values).transpose(0, 1).unflatten(0, tokens)
 
 
 class LinearExpert(nn.Module):
@@ -184,7 +207,7 @@ class AttentionExpert(nn.Module):
         prompt = self.prompt(site, query.dtype)
         if prompt is None:
             raise NotImplementedError(f"{type(self).__name__} has neither prompt() nor change()")
-        return attended(query, prompt, scaling, gate)
+        return prompt.scaled(scaling).change(query, gate)
 
     def prompt(self, site: "AttentionSite", dtype: torch.dtype) -> Prompt | None:  # noqa: ARG002  # for subclasses
         """The keys and values of an expert that is a prompt, in ``dtype``, as its weights are now; None for one that is none."""

@@ -19,7 +19,7 @@ from moa_peft.mixture.experts.targets import target_problems
 from moa_peft.mixture.precision import at_least_float32
 
 if TYPE_CHECKING:
-    from moa_peft.mixture.architecture import LinearSite
+    from moa_peft.mixture.sites import LinearSite
 
 
 @register_expert

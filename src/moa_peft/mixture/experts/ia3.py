@@ -15,7 +15,7 @@ from moa_peft.mixture.experts.lora import PROJECTIONS
 from moa_peft.mixture.experts.targets import target_problems
 
 if TYPE_CHECKING:
-    from moa_peft.mixture.architecture import LinearSite
+    from moa_peft.mixture.sites import LinearSite
 
 RESCALED_INPUT = "down_proj"
 """The one projection whose input is rescaled: the MLP's inner activation."""

@@ -14,7 +14,7 @@ from moa_peft.mixture.experts.base import Bottleneck, LinearExpert, register_exp
 from moa_peft.mixture.experts.targets import target_problems
 
 if TYPE_CHECKING:
-    from moa_peft.mixture.architecture import LinearSite
+    from moa_peft.mixture.sites import LinearSite
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

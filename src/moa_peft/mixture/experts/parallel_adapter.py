@@ -11,7 +11,7 @@ from moa_peft.mixture.config import CopiedExpertConfig
 from moa_peft.mixture.experts.base import Bottleneck, LinearExpert, register_expert
 
 if TYPE_CHECKING:
-    from moa_peft.mixture.architecture import LinearSite
+    from moa_peft.mixture.sites import LinearSite
 
 
 @register_expert

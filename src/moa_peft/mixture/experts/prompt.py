@@ -10,7 +10,7 @@ from moa_peft.mixture.config import CopiedExpertConfig
 from moa_peft.mixture.experts.base import AttentionExpert, Prompt, register_expert
 
 if TYPE_CHECKING:
-    from moa_peft.mixture.architecture import AttentionSite
+    from moa_peft.mixture.sites import AttentionSite
 
 
 @register_expert

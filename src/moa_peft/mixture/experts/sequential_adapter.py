@@ -13,7 +13,7 @@ from moa_peft.mixture.experts.base import LinearExpert, register_expert
 from moa_peft.mixture.experts.targets import target_problems
 
 if TYPE_CHECKING:
-    from moa_peft.mixture.architecture import LinearSite
+    from moa_peft.mixture.sites import LinearSite
 
 PLACES = ("o_proj", "mlp")
 
