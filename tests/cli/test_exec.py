@@ -32,8 +32,6 @@ def test_a_process_knows_the_method_as_soon_as_it_imports_peft_and_pays_nothing_
     done = run(code, with_autoload(os.environ))
     assert (done.returncode, done.stdout.split()) == (0, ["MOA", "True", "peft", "True"]), done.stderr
     assert not done.stderr
-    bare = dict(os.environ)
-    assert "ValueError" in run("import peft\npeft.PeftType('MOA')", bare).stderr
 
 
 def test_children_inherit_it_and_the_machines_own_module_of_that_name_still_runs(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@ import errno
 import json
 import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -115,12 +114,15 @@ def test_an_unknown_key_in_a_file_is_refused_before_anything_is_loaded(
         raise done.exception or AssertionError(done.output)
 
 
-def test_a_wrong_method_ends_in_one_line_and_exit_code_2(tiny: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from moa_peft.cli import main; main()", "train", *tiny]
-    command += ["--output_dir", str(tmp_path / "run"), "--method", "soft-mao"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
+def test_a_wrong_method_ends_in_one_line_and_exit_code_2(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--output_dir", str(tmp_path / "run"), "--method", "soft-mao"]
+    monkeypatch.setattr(sys, "argv", ["moa", "train", *tiny, *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("moa: error: unknown method 'soft-mao': did you mean 'soft-moa'")
 
 

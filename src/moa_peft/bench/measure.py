@@ -126,6 +126,8 @@ def measure(options: BenchOptions, on_turn: Callable[[], None] = lambda: None) -
         pieces = {label: partial(_piece, run, ids, options) for label, run in runs.items()}
         times = take_turns(pieces, options.pairs, on_turn=on_turn)
         del pieces, runs
+    same = ("kind", "baseline", "model", "batch_size", "length", "dtype", "checkpointing", "compiled")
+    asked: dict[str, Any] = {one: getattr(options, one) for one in same}
     made = provenance()
     frozen: Mapping[str, float] = {}
     for name, count in variants:
@@ -137,14 +139,10 @@ def measure(options: BenchOptions, on_turn: Callable[[], None] = lambda: None) -
         largest, error = _errors(model, _as_run(model, options), ids)
         peak, device = _peaks(model, ids, name, count, options) if options.kind == "memory" else (None, None)
         yield BenchRow(
-            kind=options.kind,
+            **asked,
             method=name,
-            baseline=options.baseline,
-            model=options.model,
             num_layers=layers,
             work=options.said,
-            batch_size=options.batch_size,
-            length=options.length,
             new_tokens=options.new_tokens if options.kind == "decode" else None,
             num_experts=count,
             trainable_parameters=sum(one.numel() for one in subjects.trainable(model)),
@@ -161,9 +159,6 @@ def measure(options: BenchOptions, on_turn: Callable[[], None] = lambda: None) -
             max_abs_err=largest,
             rms_err=error,
             err_limit=None if error is None else ERR_LIMITS[options.dtype],
-            dtype=options.dtype,
-            checkpointing=options.checkpointing,
-            compiled=options.compiled,
             provenance=made,
         )
 

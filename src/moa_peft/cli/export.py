@@ -92,15 +92,9 @@ def export(
             raise UsageError(f"{', '.join(given)} belongs to --format lora: leave it out")
         from moa_peft.official.exporter import export_official
 
+        base = {"base": model, "init_kwargs": init_kwargs}
         with quiet_libraries():
-            report = export_official(
-                read_adapter(adapter),
-                out,
-                layout=layout,
-                base=model,
-                init_kwargs=init_kwargs,
-                overwrite=overwrite,
-            )
+            report = export_official(read_adapter(adapter), out, layout=layout, overwrite=overwrite, **base)
         print(json.dumps(dataclasses.asdict(report))) if as_json else print_official(report)
         return
     if layout is not None:

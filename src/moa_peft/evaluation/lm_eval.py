@@ -32,22 +32,16 @@ class HarnessOptions:
 
     tasks: tuple[str, ...]
     """Names of tasks, groups or tags, as the harness knows them; `*` stands for any letters."""
-
     task_folder: Path | None = None
     """A folder of more task files; None for the harness's own alone."""
-
     limit: int | None = None
     """Only so many questions of each task, from the start; None for all."""
-
     num_fewshot: int | None = None
     """Worked examples before each question; None for what each task says."""
-
     batch_size: int = 16
     """Most requests in a forward pass; one where gates are of whole instances."""
-
     chat: bool = False
     """Whether prompts are put through the tokenizer's chat template."""
-
     out: Path | None = None
     """Folder for results.jsonl and the examples; None keeps everything in memory."""
 
@@ -68,7 +62,7 @@ class HarnessOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HarnessRow:
-    """What the harness found on one task, with what is needed to repeat it."""
+    """What the harness found on one task, with what is needed to repeat it; what has no line here is as in `ResultRow`."""
 
     kind: Literal["lm-eval"] = "lm-eval"
     """What the row is of."""
@@ -89,41 +83,25 @@ class HarnessRow:
     chat: bool
     """Whether prompts went through the chat template."""
     batch_size: int
-    """Most requests in a forward pass."""
     dtype: str
-    """Of the base model's weights."""
     base_model: str
-    """The base model, as it was named."""
     base_settings: Mapping[str, Any]
-    """How it was loaded: arguments of `from_pretrained`, and the commit of one from the hub."""
     base_fingerprint: str
-    """Hash of its weights."""
     adapter: str | None
-    """The adapter's folder; None for the bare model."""
     adapter_fingerprint: str | None
-    """Hash of its weights; None for the bare model."""
     method: str
-    """The adapter's method; "frozen" for the bare model."""
     seed: int | None
-    """Seed that the adapter was trained with."""
     seconds: float
     """Time taken by all tasks of the call together, loading not included."""
     lm_eval_version: str
     """Of the harness."""
     versions: Mapping[str, str | None]
-    """Of Python and the libraries."""
     commit: str | None
-    """Of moa-peft's source; None for an installed package."""
     dirty: bool | None
-    """Whether the source differed from that commit."""
     command: str
-    """The command line."""
     device: str
-    """What it ran on."""
     threads: int
-    """CPU threads."""
     taken_at: str
-    """UTC, ISO 8601."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

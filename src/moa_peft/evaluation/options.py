@@ -41,26 +41,19 @@ class EvaluationOptions:
     mode: Mode | None = None
     """Compare replies that name the choices by likelihood, or generate, or compare the texts of the choices as lm-eval
     does; None generates only where a task has answers but no choices, and never compares texts."""
-
     extraction: str | None = None
     """The rule behind the headline accuracy; all are recorded. Of generated replies: "stated" (default), what the reply
     says its answer is, or "official". Of likelihoods: "sum" (default), or "per_token"; of texts, "per_character"."""
-
     template: Template = "paper"
     """How a row becomes text; the one that the adapter was trained with. Mode text has its own prompts."""
-
     batch_size: int = 16
     """Most questions in a forward pass."""
-
     max_new_tokens: int | None = None
     """Most tokens of a generated reply; None for 32 where a choice is asked for, 512 for a program, else 256."""
-
     allow_code_execution: bool = False
     """Whether programs that the model wrote may be run, in the sandbox of `moa_peft.evaluation.code_execution`."""
-
     out: Path | None = None
     """Folder for results.jsonl and the examples; None keeps everything in memory."""
-
     progress: bool = True
     """Show a bar on standard error for what takes over two seconds."""
 

@@ -21,19 +21,14 @@ class Method:
 
     method: str
     """The method of the family to start from; `moa methods` lists them."""
-
     label: str = ""
     """What tables and folders call it; the method's name unless given. Each label stands once."""
-
     mixture: Mapping[str, Any] = field(default_factory=dict)
     """Changes to the method, as in a recipe: router.kind, experts.0.rank ..."""
-
     trainer: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `trl.SFTConfig` for this method alone; not its epochs, steps, learning rate, batch or order of rows."""
-
     router_lr_factor: float | None = None
     """Times the learning rate for routers, as in a recipe."""
-
     lora_b_lr_factor: float | None = None
     """Times the learning rate for the B of each LoRA, as in a recipe."""
 
@@ -52,87 +47,60 @@ class StudyConfig:
 
     out: str
     """Folder of the study: results.jsonl, the report, and a folder for each run."""
-
     data: str
     """Training rows: a folder under data_root, or what a recipe's data takes; its split "train". Several, with commas
     between, give one row each in turn."""
-
     methods: Sequence[Method]
     """The methods; each an entry with method, and where wanted label, mixture and trainer."""
-
     baseline: str
     """Label of the method that the others are compared with, question by question."""
-
     tasks: str | Sequence[str] = "commonsense"
     """The tests, as `moa evaluate --tasks` names them: a list, or names with commas between."""
-
     model: str = "smollm2"
     """Base model: a folder, a name on the hub, or "smollm2"."""
-
     validation: str | None = None
     """Rows to choose the learning rate on, given like data; its split "validation". None for those of data."""
-
     data_root: str = "../shared/data"
     """Folder with a folder of rows for each task."""
-
     data_md5: Mapping[str, str] = field(default_factory=dict)
     """MD5 of the unzipped file of rows for each task, and for "train" and "validation"; other files are refused."""
-
     seeds: Sequence[int] = (0, 125, 1225)
     """Seeds of the adapter's initial weights, the order of the rows and dropout; a run for each."""
-
     learning_rates: Sequence[float] = (7.5e-4,)
     """Learning rates, the same for every method; the best on the validation rows is chosen for each method."""
-
     most_rates: int | None = None
     """Learning rates that each method may try in all: while its choice lies at an end of those tried, twice or half of it
     is tried too. None tries those of the list alone."""
-
     tuning_seeds: Sequence[int] = (0,)
     """Seeds that the learning rates are tried with."""
-
     tuning_limit: int | None = None
     """Training rows while learning rates are tried, from the start of the file; None for those of train_limit."""
-
     finalists: Sequence[str] | None = None
     """Labels of the methods that are run with every seed and tested; None for all, [] to only try learning rates."""
-
     choose_by: ChooseBy = "answer_loss"
     """What chooses: the lowest "answer_loss" or the highest "accuracy" on the validation rows, mean over tuning_seeds."""
-
     train_limit: int | None = None
     """Use only so many training rows, from the start of the file; None for all."""
-
     validation_limit: int | None = None
     """Use only so many validation rows, drawn with draw_seed; None for all."""
-
     test_limit: int | None = None
     """Use only so many rows of each test, drawn with draw_seed, the same for every run; None for all."""
-
     draw_seed: int = 0
     """Seed of these draws. A smaller draw is part of a larger one."""
-
     mode: Mode | None = None
     """How tests are scored, as `moa evaluate --mode` has it; "likelihood" takes of tests without choices the loss alone."""
-
     forgetting: str | Sequence[str] = ()
     """Tasks that tell what training took away: the accuracy by the texts of their choices, less the frozen model's."""
-
     forgetting_limit: int | None = None
     """Use only so many questions of each of them, drawn with draw_seed; None for all."""
-
     template: Template = "paper"
     """How a row becomes text."""
-
     max_length: int = 512
     """Tokens kept of a training example."""
-
     batch_size: int = 16
     """Most questions in a forward pass of the evaluation; no result depends on it."""
-
     router_prompts: int = 32
     """Validation prompts that the figures of the router are taken on; 0 for none."""
-
     trainer: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `trl.SFTConfig` for every run: num_train_epochs, per_device_train_batch_size, save_steps ..."""
 
