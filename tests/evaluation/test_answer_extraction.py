@@ -1,6 +1,7 @@
 import json
 import re
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -295,3 +296,25 @@ def test_an_unknown_rule_is_named_with_the_nearest_one() -> None:
     assert find_rule("official") is RULES["official"]
     with pytest.raises(UsageError, match="unknown extraction rule 'oficial': did you mean 'official'"):
         find_rule("oficial")
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ("\n" * 20_000, WORDS),
+        ("\\boxed{" * 1_500, NUMBER),
+        ("the answer is " * 1_000, NUMBER),
+        ("x = 1\n" * 500 + "def f(:\n" + "y\n" * 500, AnswerForm(kind="code", entry_point="f")),
+    ],
+    ids=["lines", "boxes", "leads", "code"],
+)
+def test_a_long_reply_is_read_at_once(text: str, form: AnswerForm) -> None:
+    """Each took from 10 seconds to minutes: every place that an answer could start at read all of the rest."""
+    start = time.process_time()
+    stated(text, form)
+    assert time.process_time() - start < 2
+
+
+def test_of_a_reply_its_first_characters_are_read_and_the_last_answer_in_them_counts() -> None:
+    assert stated("The answer is 3. Then the answer is 4." + " " * 70_000 + "The answer is 5.", NUMBER) == "4"
+    assert stated("The answer is" + " well" * 150 + " 5. No.", NUMBER) == "5"

@@ -1,7 +1,7 @@
 import pytest
 
 from moa_peft.evaluation.answer_forms import AnswerForm
-from moa_peft.evaluation.code_answers import CodeCheck, defines, has_ended, stated_code
+from moa_peft.evaluation.code_answers import defines, has_ended, stated_code
 from moa_peft.evaluation.extraction_rules import official, stated
 
 FORM = AnswerForm(kind="code", entry_point="twice")
@@ -13,7 +13,7 @@ def value(code: str | None, head: str = "") -> object:
     """What the program's function makes of 4."""
     assert code is not None
     names: dict[str, object] = {}
-    exec(CodeCheck(head=head, tests="found = twice(4)").program(code), names)
+    exec(f"{head}{code}\nfound = twice(4)", names)
     return names["found"]
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from moa_peft.errors import UsageError
+from moa_peft.evaluation.code_answers import CodeCheck
 from moa_peft.evaluation.code_execution import check_isolation, run_programs
 from moa_peft.evaluation.code_tasks import code_question
 from moa_peft.evaluation.extraction_rules import official, stated
@@ -39,34 +40,30 @@ def task(name: str) -> Task:
     return found
 
 
-def passed(programs: list[str]) -> list[bool]:
+def passed(programs: list[tuple[str, CodeCheck]]) -> list[bool]:
     return [one.verdict == "passed" for one in run_programs(programs)]
 
 
 def test_a_question_of_humaneval_gives_the_head_as_input_and_tests_what_goes_on_from_it() -> None:
     found = code_question(HUMANEVAL, "row 1")
     assert found is not None
-    row, name, check = found
+    row, check = found
     assert row.input == HUMANEVAL["prompt"].rstrip()
     assert row.output == 'def twice(x):\n    """Double."""\n    return 2 * x'
-    assert (row.answer, name) == ("", "twice")
-    exec(check.program("    return x + x"), {})
-    with pytest.raises(AssertionError):
-        exec(check.program("    return x"), {})
+    assert (row.answer, check.entry_point) == ("", "twice")
+    assert passed([("    return x + x", check), ("    return x", check)]) == [True, False]
 
 
 def test_a_question_of_mbpp_shows_its_tests_and_sets_them_up_after_the_answer() -> None:
     found = code_question(MBPP, "row 1")
     assert found is not None
-    row, name, check = found
+    row, check = found
     assert row.instruction == (
         "Write a function to double. Your code should pass these tests:\n\ntwo = Two.n\nassert twice(two) == 4"
     )
     assert "\r" not in row.output
-    assert name == "twice"
-    exec(check.program(row.output), {})
-    with pytest.raises(AssertionError):
-        exec(check.program(row.output.replace("2", "3")), {})
+    assert check.entry_point == "twice"
+    assert passed([(row.output, check), (row.output.replace("2", "3"), check)]) == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +90,7 @@ def test_every_reference_solution_of_humaneval_passes_whole_or_as_what_goes_on()
     humaneval = task("humaneval")
     records = [json.loads(line) for line in (DATA / "humaneval/test.jsonl").read_text().splitlines()]
     assert len(humaneval.questions) == len(records) == 164
-    programs: list[str] = []
+    programs: list[tuple[str, CodeCheck]] = []
     for question, record in zip(humaneval.questions, records, strict=True):
         assert question.code is not None
         goes_on = record["canonical_solution"]
@@ -103,7 +100,7 @@ def test_every_reference_solution_of_humaneval_passes_whole_or_as_what_goes_on()
         assert whole.split() == question.row.output.split()
         read = stated(goes_on, question.form)
         assert read is not None
-        programs += [question.code.program(one) for one in (whole, goes_on, read)]
+        programs += [(one, question.code) for one in (whole, goes_on, read)]
     assert passed(programs[::3]) == [True] * 164
     assert passed([*programs[1::24], *programs[2::24]]) == [True] * 42
 
@@ -112,12 +109,12 @@ def test_every_reference_solution_of_humaneval_passes_whole_or_as_what_goes_on()
 def test_every_reference_solution_of_mbpp_passes() -> None:
     mbpp = task("mbpp")
     assert len(mbpp.questions) == 500
-    programs: list[str] = []
+    programs: list[tuple[str, CodeCheck]] = []
     for question in mbpp.questions:
         assert question.code is not None
         code = stated(question.row.output, question.form)
         assert code is not None
-        programs.append(question.code.program(code))
+        programs.append((code, question.code))
     assert passed(programs) == [True] * 500
 
 
@@ -127,4 +124,4 @@ def test_an_empty_answer_and_one_to_another_question_fail_every_task() -> None:
         for place, question in enumerate(questions):
             assert question.code is not None
             other = questions[place - 1].row.output
-            assert passed([question.code.program(""), question.code.program(other)]) == [False, False]
+            assert passed([("", question.code), (other, question.code)]) == [False, False]

@@ -10,6 +10,14 @@ ROW: dict[str, Any] = {
     "validation_loss": 1.5,
     "trainable_parameters": 1234,
     "total_parameters": 123400,
+    "placements": [
+        {
+            "kind": "state space",
+            "blocks": (0, 1),
+            "experts": ("lora in_proj",),
+            "left_out": ("prompt attention (it has no softmax attention)",),
+        }
+    ],
     "rows_kept": 7000,
     "steps": 55,
 }
@@ -43,6 +51,7 @@ def test_a_card_names_base_method_data_sizes_settings_and_paper(tmp_path: Path) 
     }
     wanted = ["pip install moa-peft", "1,234 (1.00 % of all)", "7,000 rows of `demo` (MD5 abc)", "2506.05928"]
     wanted += [
+        "- lora in_proj in 2 blocks of state space; left out: prompt attention (it has no softmax attention)",
         "| learning_rate | `0.0001` |",
         "| validation | `a\\|b` |",
         "| held-out loss, at the end | 1.5000 |",

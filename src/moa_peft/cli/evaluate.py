@@ -72,7 +72,7 @@ def evaluate(
         bool,
         typer.Option(
             "--allow-code-execution",
-            help="Run the programs that the model writes, in a sandbox; the code tasks need it. Linux only.",
+            help="Run the programs that the model writes, in a sandbox; the code tasks need it. Linux with bubblewrap only.",
         ),
     ] = False,
     data_root: Annotated[

@@ -111,6 +111,7 @@ def plan_text(plan: "Plan") -> str:
     lines = [
         f"  model       {plan.model}",
         f"  method      {plan.method}: {plan.trainable_parameters:,} trainable parameters, {share:.2f} % of all",
+        *(f"  experts     {one.text()}" for one in plan.placements),
         f"  data        {plan.rows_kept:,} rows{_dropped(plan.rows_dropped)}{held_out}",
         f"  steps       {plan.steps:,}",
         f"  output_dir  {plan.output_dir}",

@@ -13,7 +13,7 @@ from moa_peft.evaluation.answer_forms import AnswerForm, parse_number
 from moa_peft.extras import require
 
 _NEXT_QUESTION = re.compile(
-    r"\n\s*(?:#{2,}\s*(?:Question|Instruction|Input|Response|User|Human|Assistant|System|Problem|Exercise|Example|Task)\b"
+    r"\n[^\S\n]*(?:#{2,}\s*(?:Question|Instruction|Input|Response|User|Human|Assistant|System|Problem|Exercise|Example|Task)\b"
     r"|(?:Question|Instruction|Input|Q)\s*:)"
 )
 _ASIDE = re.compile(r"(?:\(\s*|\b)(?:if|when|where|because|since)\b", re.IGNORECASE)
@@ -33,28 +33,17 @@ _VALUE = re.compile(
     r"(?:(?<=\d)[eE][-+]?\d{1,2}(?!\w))?(?:\s?/\s?\d+(?:\.\d+)?)?%?"
 )
 _DIGITS = re.compile(r"\d")
-
-
 _OPERATES = re.compile(r"\\(?:[dt]?frac|sqrt|times|cdot|div|pi)|\^")
-
-
 _CHUNK = re.compile(
-    r"\$\$(.+?)\$\$|(?<!\\)\$((?:\\\$|[^$\n])+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
+    r"\$\$(.{1,2000}?)\$\$|(?<!\\)\$((?:\\\$|[^$\n])+?)(?<!\\)\$|\\\((.{1,2000}?)\\\)|\\\[(.{1,2000}?)\\\]",
+    re.DOTALL,
 )
-
-
 _UNITS = re.compile(r"\\(?:text|mathrm|mbox|textrm)\s*\{[^{}\d]*\}|(?<=[\d})])\s+[A-Za-z][A-Za-z ,.']*$")
-
-
 _LATEX_MARKS = re.compile(r"\\(?:textbf|mathbf|boldsymbol|left|right|displaystyle)\b|\\[,;!%$ ]")
-
-
+_REACH = 1000
+"""An answer ends within so many characters of what announces it."""
 _MOST_LETTERS = 160
-
-
 _MOST_SECONDS = 5
-
-
 _TOO_LARGE = re.compile(r"\^.*\^|\^\s*\{?[^}\d]*\d{3}|!|\d{25}")
 """Towers of powers and the like, which could take for ever to work out."""
 
@@ -128,32 +117,32 @@ def stated_number(text: str, form: AnswerForm) -> str | None:  # noqa: ARG001  #
         UsageError: If there is an expression and math-verify, which reads it, is not installed.
     """
     reply = own_reply(text).replace("\u2212", "-")
-    stated: list[str] = []
-    for lead in _LEAD.finditer(reply):
-        if _is_denied(reply, lead.start()):
-            continue
-        rest = reply[lead.end() :]
-        if lead[0].lower().startswith("result") and _MORE.search(rest):
-            continue  # of a step on the way
-        boxed = lead[0].endswith("{")
-        line = braced(rest) if boxed else re.split(r"\n|[.!?](?:\s|$)", rest, maxsplit=1)[0]
-        if re.match(rf"{_MARKS}(?:not|n't)\b", line):
-            continue
-        if is_expression(line) and (value := expression_value(line)) is not None:
-            stated.append(value)
-            continue
-        said = _ASIDE.split(line, maxsplit=1)[0]
-        said = said if _numbers(said) else line
-        # "is 3 + 4 = 7": what stands after the last equals sign is the answer
-        stated += (_numbers(said.rpartition("=")[2]) or _numbers(said))[:1]
-    if stated:
-        return stated[-1]
+    for lead in reversed([*_LEAD.finditer(reply)]):
+        value = None if _is_denied(reply, lead.start()) else _announced_number(reply, lead)
+        if value is not None:
+            return value
     expression = last_expression(reply)
     value = None if expression is None else expression_value(expression)
     if value is not None:
         return value
     values = _numbers(reply)
     return values[-1] if values else None
+
+
+def _announced_number(reply: str, lead: re.Match[str]) -> str | None:
+    """The number that follows "the answer is" or the like; None where none does."""
+    rest = reply[lead.end() : lead.end() + _REACH]
+    if lead[0].lower().startswith("result") and _MORE.search(rest):
+        return None  # of a step on the way
+    line = braced(rest) if lead[0].endswith("{") else re.split(r"\n|[.!?](?:\s|$)", rest, maxsplit=1)[0]
+    if re.match(rf"{_MARKS}(?:not|n't)\b", line):
+        return None
+    if is_expression(line) and (value := expression_value(line)) is not None:
+        return value
+    said = _ASIDE.split(line, maxsplit=1)[0]
+    said = said if _numbers(said) else line
+    # "is 3 + 4 = 7": what stands after the last equals sign is the answer
+    return next(iter(_numbers(said.rpartition("=")[2]) or _numbers(said)), None)
 
 
 def stated_text(text: str, form: AnswerForm) -> str | None:  # noqa: ARG001  # the form of a rule
@@ -209,7 +198,7 @@ def _is_article(reply: str, match: re.Match[str]) -> bool:
 def _numbers(text: str) -> list[str]:
     """The numbers of a text as it writes them; a hyphen after a word or digit is no sign."""
     found: list[str] = []
-    for match in _VALUE.finditer(text):
+    for match in _VALUE.finditer(text) if _DIGITS.search(text) else ():  # it also matches nothing, anywhere
         value = match[0]
         if not _DIGITS.search(value):
             continue
@@ -237,10 +226,10 @@ def last_expression(text: str) -> str | None:
 def braced(text: str) -> str:
     """What stands before the brace that closes one opened before the text; all of it where none does."""
     depth = 1
-    for place, letter in enumerate(text):
-        depth += {"{": 1, "}": -1}.get(letter, 0)
+    for one in re.finditer(r"[{}]", text):
+        depth += 1 if one[0] == "{" else -1
         if depth == 0:
-            return text[:place]
+            return text[: one.start()]
     return text
 
 

@@ -7,14 +7,14 @@ import ast
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 from moa_peft.evaluation.answer_forms import AnswerForm
 
 _FENCE = re.compile(r"^[ \t]*(```|~~~)[^\n`]*\n", re.MULTILINE)
-_NEXT_TURN = re.compile(r"\n\s*###\s*(?:Instruction|Response|Input)\b")
+_NEXT_TURN = re.compile(r"\n[^\S\n]*###\s*(?:Instruction|Response|Input)\b")
 _STOPS = re.compile(r"\n(?:if __name__|print\(|assert\b|```|</?\w)")
 """What follows a bare answer: its author trying it out, or talking on."""
 
@@ -22,23 +22,25 @@ _ANNOTATION = r":\s*[\w.]+(?:\[[^\]\n]*\])?(?:\s*\|\s*[\w.]+)*\s*"
 _BEGINS = re.compile(
     rf"^(?:from |import |def |class |async |@|\w+(?:\s*,\s*\w+)*\s*(?:{_ANNOTATION})?=)", re.MULTILINE
 )
+_BODY = "def _():\n"
 _MOST_STARTS = 8
 _MOST_ENDS = 8
+_MOST_PARSED = 400_000
+"""Characters that are parsed in search of where code ends: some 100 tries for a usual reply."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodeCheck:
-    """What a program is put together with, and what it must pass."""
+    """What a program must pass."""
 
-    head: str
-    """What comes before the answer: code of the question that the answer goes on from, or that it needs."""
+    entry_point: str = ""
+    """The function that the tests call."""
 
-    tests: str
-    """What comes after it; raises where the answer is wrong."""
+    head: str = ""
+    """The question's own code: what the answer goes on from, or needs. The tests have its functions as well."""
 
-    def program(self, code: str) -> str:
-        """The program that decides whether an answer is right."""
-        return f"{self.head}{code}\n{self.tests}"
+    tests: str = ""
+    """Code that raises where the answer is wrong."""
 
 
 def stated_code(text: str, form: AnswerForm) -> str | None:
@@ -53,7 +55,8 @@ def stated_code(text: str, form: AnswerForm) -> str | None:
         text, up to where its author begins to try it out. Lines that go on from the question's code get the
         indentation that they lack. None where there is no code.
     """
-    reply = _NEXT_TURN.split(text, maxsplit=1)[0]
+    reply, *others = _NEXT_TURN.split(text, maxsplit=1)
+    reply = reply.rstrip() if others else reply
     blocks = [code for code, _ in _fenced(reply)]
     defining = [one for one in blocks if defines(one, form.entry_point)]
     if defining:
@@ -65,18 +68,11 @@ def stated_code(text: str, form: AnswerForm) -> str | None:
     return _continuation(blocks[0] if blocks else bare)
 
 
-def official_code(text: str) -> str | None:
-    """Take a reply as the official evaluation does: all of it, with nothing cut off."""
-    return text or None
-
-
 def has_ended(text: str, form: AnswerForm) -> bool:
     """Whether nothing that may still follow can change what `stated_code` takes, as the answer's fence has closed."""
-    if text.count("```") < 2 and not _NEXT_TURN.search(text):
-        return False
-    if _NEXT_TURN.search(text):
-        return True
-    return any(is_whole and defines(code, form.entry_point) for code, is_whole in _fenced(text))
+    return _NEXT_TURN.search(text) is not None or any(
+        is_whole and defines(code, form.entry_point) for code, is_whole in _fenced(text)
+    )
 
 
 def _fenced(text: str) -> Iterator[tuple[str, bool]]:
@@ -124,7 +120,7 @@ def _definition(text: str, name: str) -> str | None:
     if target is None:
         return None
     for start in [one.start() for one in _BEGINS.finditer(text, 0, target.end())][:_MOST_STARTS]:
-        code = _longest(text[start:], lambda one: parse_code(one) is not None)
+        code = _longest(text[start:])
         if code is not None and defines(code, name):
             return code
     return text[target.start() :]  # it cannot be read, so it fails its tests as what it is
@@ -132,38 +128,48 @@ def _definition(text: str, name: str) -> str | None:
 
 def _continuation(text: str) -> str | None:
     """The lines of a text that go on inside a function, indented as they must be."""
-    if not text.strip():
+    lines = text.strip("\n")
+    if not lines.strip():
         return None
-    if _can_go_on(text.strip("\n")):
-        return text.strip("\n")
+    if lines[0] in " \t" and parse_code(_BODY + lines) is not None:
+        return lines
     # its first line alone may have lost its indentation, or all of them; the way that makes sense of more is right
-    ways = ("    " + text.strip(), textwrap.indent(text.strip("\n"), "    "))
-    found = [code for one in ways if (code := _longest(one, _can_go_on)) is not None]
-    return max(found, key=lambda one: one.count("\n"), default=text.strip("\n"))
+    ways = (f"    {text.strip()}", textwrap.indent(lines, "    "))
+    found = [code for one in ways if (code := _longest(one, _BODY)) is not None]
+    return max(found, key=lambda one: one.count("\n"), default=lines)
 
 
-def _can_go_on(body: str) -> bool:
-    """Whether lines are the body of a function, perhaps with more code after it."""
-    return body[:1] in (" ", "\t") and parse_code(f"def _():\n{body}") is not None
-
-
-def _longest(text: str, good: Callable[[str], bool]) -> str | None:
-    """The longest part of a text, in whole lines from its start, that is good; None where not one line is."""
+def _longest(text: str, head: str = "") -> str | None:
+    """The longest part of a text, in whole lines from its start, that is code after a head; None where none is found."""
     lines = text.rstrip().split("\n")
-    for end in range(len(lines), 0, -1):
+    end = len(lines)
+    for _ in range(_MOST_PARSED // (len(text) + 1)):
         part = "\n".join(lines[:end])
-        if good(part):
+        found = _parsed(head + part)
+        if isinstance(found, ast.Module):
             return part
+        # what holds the line that cannot be read cannot be read either
+        end = min(end, found - head.count("\n") if found else end) - 1
+        if end < 1:
+            break
     return None
 
 
 def parse_code(code: str) -> ast.Module | None:
     """Read code of unknown origin; None where it is no Python, or too much of it."""
+    found = _parsed(code)
+    return found if isinstance(found, ast.Module) else None
+
+
+def _parsed(code: str) -> ast.Module | int:
+    """Code that was read, or the number of the line that cannot be; 0 where that is not known."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a model's escapes and comparisons
             tree = ast.parse(code)
             compile(tree, "program.py", "exec")  # also refuses a return outside a function
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
+    except SyntaxError as error:
+        return error.lineno or 0
+    except (ValueError, RecursionError, MemoryError):
+        return 0
     return tree

@@ -12,7 +12,7 @@ _HUMANEVAL = ("prompt", "canonical_solution", "test", "entry_point")
 _MBPP = ("text", "code", "test_list")
 
 
-def code_question(record: Any, where: str) -> tuple[Row, str, CodeCheck] | None:
+def code_question(record: Any, where: str) -> tuple[Row, CodeCheck] | None:
     """Read a record of HumanEval or of MBPP.
 
     Args:
@@ -20,8 +20,8 @@ def code_question(record: Any, where: str) -> tuple[Row, str, CodeCheck] | None:
         where: Its place, for errors.
 
     Returns:
-        The row, whose output is the reference solution; the name of the function wanted; and how an answer is tested.
-        None where the record is of another form.
+        The row, whose output is the reference solution, and how an answer is tested; None where the record is of another
+        form.
 
     Raises:
         UsageError: If it has the fields of one of the two, but not what belongs in them.
@@ -35,7 +35,7 @@ def code_question(record: Any, where: str) -> tuple[Row, str, CodeCheck] | None:
     return None
 
 
-def _humaneval(record: Mapping[str, Any], where: str) -> tuple[Row, str, CodeCheck]:
+def _humaneval(record: Mapping[str, Any], where: str) -> tuple[Row, CodeCheck]:
     """The function's head is the row's input; an answer may give all of it again, or only go on."""
     prompt, solution, test, name = (_text(record, one, where) for one in _HUMANEVAL)
     row = Row(
@@ -44,10 +44,10 @@ def _humaneval(record: Mapping[str, Any], where: str) -> tuple[Row, str, CodeChe
         output=(prompt + solution).strip("\n"),
         answer="",
     )
-    return row, name, CodeCheck(head=prompt, tests=f"{test}\n\ncheck({name})\n")
+    return row, CodeCheck(entry_point=name, head=prompt, tests=f"{test}\n\ncheck({name})\n")
 
 
-def _mbpp(record: Mapping[str, Any], where: str) -> tuple[Row, str, CodeCheck]:
+def _mbpp(record: Mapping[str, Any], where: str) -> tuple[Row, CodeCheck]:
     """The tests that decide are part of the question, as in the benchmark: they give the function its name."""
     text, code = (_text(record, one, where) for one in _MBPP[:2])
     tests = record["test_list"]
@@ -63,7 +63,7 @@ def _mbpp(record: Mapping[str, Any], where: str) -> tuple[Row, str, CodeCheck]:
         answer="",
     )
     # what sets a test up comes after the answer: in one task it uses a class that the answer defines
-    return row, _wanted_name(solution, shown, where), CodeCheck(head="", tests=shown)
+    return row, CodeCheck(entry_point=_wanted_name(solution, shown, where), tests=shown)
 
 
 def _wanted_name(solution: str, tests: str, where: str) -> str:

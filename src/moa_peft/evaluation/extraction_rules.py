@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from moa_peft.errors import UsageError, unknown
 from moa_peft.evaluation.answer_extraction import stated_choice, stated_letter, stated_number, stated_text
 from moa_peft.evaluation.answer_forms import AnswerForm, AnswerKind
-from moa_peft.evaluation.code_answers import official_code, stated_code
+from moa_peft.evaluation.code_answers import stated_code
 
 Rule = Callable[[str, AnswerForm], str | None]
 """Takes a reply and the form of its answer; gives the answer, or None where the reply holds none."""
@@ -19,6 +19,9 @@ _STATED: Mapping[AnswerKind, Rule] = {
     "code": stated_code,
 }
 
+_MOST_READ = 2**16
+"""So many characters of a reply are read: some 16,000 tokens."""
+
 _OFFICIAL_WORDS = {"answer": 5, "ending": 4, "solution": 2, "option": 2}
 """The official evaluation looks for the word with each of these numbers, however many choices a question has."""
 
@@ -26,7 +29,7 @@ _OFFICIAL_WORDS = {"answer": 5, "ending": 4, "solution": 2, "option": 2}
 def stated(text: str, form: AnswerForm) -> str | None:
     """Give the answer that a text states; see `moa_peft.evaluation.answer_extraction` and `moa_peft.evaluation.code_answers`."""
     rule = _STATED.get(form.kind)
-    return None if rule is None else rule(text, form)
+    return None if rule is None else rule(text[:_MOST_READ], form)
 
 
 def official(text: str, form: AnswerForm) -> str | None:
@@ -56,7 +59,7 @@ def official(text: str, form: AnswerForm) -> str | None:
         numbers = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
         return numbers[-1] if numbers else None
     if form.kind == "code":
-        return official_code(text)
+        return text or None
     return stated(text, form)
 
 

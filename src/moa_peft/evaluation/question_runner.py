@@ -234,29 +234,24 @@ def with_programs_run(records: Sequence[Record], questions: Sequence[Question]) 
 
     The records' indices are places in ``questions``.
     """
-    programs: dict[str, None] = {}
-    wanted: list[dict[str, str]] = []
-    for one in records:
-        check = questions[one["index"]].code
-        wanted.append(
-            {name: check.program(code) for name, code in one["extracted"].items() if code is not None}
-            if check
-            else {}
-        )
-        programs |= dict.fromkeys(wanted[-1].values())
+    checks = [questions[one["index"]].code for one in records]
+    programs = dict.fromkeys(
+        (code, check)
+        for one, check in zip(records, checks, strict=True)
+        for code in one["extracted"].values()
+        if check is not None and code is not None
+    )
     ended = dict(zip(programs, run_programs(list(programs)), strict=True))
     scored: list[Record] = []
-    for one, own in zip(records, wanted, strict=True):
-        if questions[one["index"]].code is not None:
-            outcomes = {name: ended[own[name]] if name in own else None for name in one["extracted"]}
+    for one, check in zip(records, checks, strict=True):
+        if check is not None:
+            outcomes = {name: ended.get((code, check)) for name, code in one["extracted"].items()}
             one = one | {
                 "correct": {
                     name: found is not None and found.verdict == "passed" for name, found in outcomes.items()
                 },
                 "outcome": {
-                    name: "no program"
-                    if found is None
-                    else ": ".join(filter(None, (found.verdict, found.detail)))
+                    name: ": ".join(filter(None, (found.verdict, found.detail))) if found else "no program"
                     for name, found in outcomes.items()
                 },
             }

@@ -83,8 +83,8 @@ def question_of(record: Any, where: str) -> Question:
     found = code_question(record, where)
     if found is None:
         return as_question(official_row(record, where) or as_row(record, where), where)
-    row, name, check = found
-    return Question(row=row, form=AnswerForm(kind="code", entry_point=name), code=check)
+    row, check = found
+    return Question(row=row, form=AnswerForm(kind="code", entry_point=check.entry_point), code=check)
 
 
 def as_question(row: Row, where: str = "row") -> Question:

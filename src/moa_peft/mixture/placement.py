@@ -27,6 +27,12 @@ class Placement:
     left_out: tuple[str, ...]
     """The same for what has no place there, with the reason."""
 
+    def text(self) -> str:
+        """One line for a person."""
+        left_out = f"; left out: {', '.join(self.left_out)}" if self.left_out else ""
+        blocks = f"{len(self.blocks)} block{'s' if len(self.blocks) > 1 else ''}"
+        return f"{', '.join(self.experts) or 'none'} in {blocks} of {self.kind}{left_out}"
+
 
 def find_placements(model: nn.Module, config: MoAConfig) -> list[Placement]:
     """Say which kinds of blocks of a model get which experts, and what has no place in them.

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from moa_peft.mixture.placement import Placement
 from moa_peft.training.output_folder import write_text
 
 CARD_FILE = "README.md"
@@ -85,6 +86,8 @@ def card_text(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
             f"Trained parameters: {row['trainable_parameters']:,} ({share:.2f} % of all).",
             f"Trained on {row['rows_kept']:,} rows of `{recipe['data']}` (MD5 {recipe['data_md5']}),",
             f"{row['steps']:,} steps; instruction template: {recipe['template']}.",
+            "",
+            *(f"- {Placement(**one).text()}" for one in row["placements"]),
             "",
             "## Use",
             "",

@@ -16,6 +16,8 @@ from moa_peft.data.base_loading import BaseSettings, find_base, load_base, load_
 from moa_peft.errors import UsageError, expanded, library_errors
 from moa_peft.folder_lock import claimed
 from moa_peft.mixture.block_hooks import mixture_layers
+from moa_peft.mixture.peft_config import MoAConfig
+from moa_peft.mixture.placement import Placement, find_placements
 from moa_peft.quiet import quiet_libraries
 from moa_peft.training.checkpoints import check_state, find_resumption, step_of
 from moa_peft.training.output_folder import check_unused, sweep
@@ -59,6 +61,8 @@ class Plan:
     """Whether the recipe asks to go on with a run."""
     skipped: tuple[str, ...]
     """Incomplete checkpoints that a resumed run leaves out."""
+    placements: tuple[Placement, ...]
+    """What each kind of block gets, and what has no place there; empty for a method of PEFT's own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +94,8 @@ class TrainingOutcome:
     """Held-out rows; 0 for none."""
     validation_rows_dropped: int
     """Held-out rows left out likewise."""
+    placements: tuple[Placement, ...]
+    """As in the plan."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,6 +165,8 @@ def _prepare(recipe: Recipe, folder: Path) -> Preparation:
     tokenizer = load_tokenizer(base)
     encoded = encode(rows, tokenizer)
     model = _load_model(base, tokenizer, recipe)
+    method = build_peft_config(recipe)
+    placements = tuple(find_placements(model, method)) if isinstance(method, MoAConfig) else ()
     trainer, clock, progress = _build_trainer(recipe, model, tokenizer, encoded)
     steps = _count_steps(trainer)
     if resume_from is not None and step_of(resume_from) < steps:
@@ -179,6 +187,7 @@ def _prepare(recipe: Recipe, folder: Path) -> Preparation:
         resume_from=None if resume_from is None else str(resume_from),
         resumed=bool(recipe.resume),
         skipped=tuple(one.name for one in skipped),
+        placements=placements,
     )
     return Preparation(
         recipe=recipe,

@@ -112,6 +112,7 @@ def _outcome(preparation: Preparation, train_s: float) -> TrainingOutcome:
         step_s=preparation.clock.median(),
         train_s=train_s,
         trainable_parameters=plan.trainable_parameters,
+        placements=plan.placements,
         total_parameters=plan.total_parameters,
         rows_kept=plan.rows_kept,
         rows_dropped=plan.rows_dropped,
