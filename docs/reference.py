@@ -14,6 +14,7 @@ from families import counts, shapes, structures
 from found import accuracies, losses, routers
 from inspected import inspected
 from method_reference import costs, method_table, methods, routing
+from wrapped import wrappers
 from writing import fenced, markdown, source_paragraph, summary, table
 
 EVERY_OTHER_KEY = (
@@ -227,6 +228,7 @@ GENERATED: Mapping[str, Any] = {
     "benchmarks": benchmarks,
     "families": structures,
     "shapes": shapes,
+    "wrappers": wrappers,
     "found_accuracies": accuracies,
     "found_losses": losses,
     "found_routers": routers,

@@ -1,12 +1,67 @@
-"""What every test gets."""
+"""What every test gets, and what the tests of wrappers leave behind."""
 
-from collections.abc import Iterator
+import importlib.metadata
+import importlib.util
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moa_peft.json_lines import replace_rows
 from moa_peft.mixture.config import GATES
 from moa_peft.mixture.experts import base
+from moa_peft.provenance import provenance
+
+RUNS = pytest.StashKey[list[dict[str, Any]]]()
+OPTIONAL = ("deepspeed", "bitsandbytes", "torchao")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rows", type=Path, help="write here what was run under each wrapper, if every test passes"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RUNS] = []
+
+
+@pytest.fixture
+def note_run(pytestconfig: pytest.Config) -> Callable[..., None]:
+    """Notes what a test has found about one wrapper and one model, for ``--rows``.
+
+    Keywords: ``ran``, and either ``compared``, ``difference`` and ``limit`` or ``refused``, the message.
+    """
+
+    def note(wrapper: str, model: str, **found: Any) -> None:
+        pytestconfig.stash[RUNS].append({"wrapper": wrapper, "model": model, **found})
+
+    return note
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Write one row for each wrapper, with the largest difference of its runs."""
+    file = session.config.getoption("rows")
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for run in session.config.stash[RUNS]:
+        runs.setdefault(run.pop("wrapper"), []).append(run)
+    if file is None or exitstatus != pytest.ExitCode.OK:
+        return
+    made = provenance()
+    made["versions"] |= {
+        one: importlib.metadata.version(one) for one in OPTIONAL if importlib.util.find_spec(one)
+    }
+    made["command"] = shlex.join(["pytest", *sys.argv[1:]])
+    rows = []
+    for wrapper, some in runs.items():
+        worst = max(some, key=lambda run: run.get("difference", 0.0))
+        models = {"models": [run["model"] for run in some]}
+        rows.append({"wrapper": wrapper, **worst, **models, "provenance": made})
+        del rows[-1]["model"]
+    replace_rows(file, rows)
 
 
 @pytest.fixture(autouse=True)

@@ -214,11 +214,11 @@ CASES = [
 
 
 def base_model(
-    family: str, dtype: torch.dtype = torch.float32, attention: str | None = None
+    family: str, dtype: torch.dtype = torch.float32, attention: str | None = None, **sizes: int
 ) -> PreTrainedModel:
     """A small random model whose weights are wide enough to make its tokens matter."""
     tiny = FAMILIES[family]
-    config = AutoConfig.for_model(tiny.model_type, **tiny.settings)
+    config = AutoConfig.for_model(tiny.model_type, **{**tiny.settings, **sizes})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation=attention or tiny.attention_implementations[0]

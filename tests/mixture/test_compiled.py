@@ -1,9 +1,12 @@
 """torch.compile: one graph, with the numbers of the eager pass."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import CompileConfig
 
 from moa_peft.mixture.token_watch import prompt_lengths
 from tiny import CASES, FAMILIES, largest, mixture_model, tokens
@@ -40,3 +43,34 @@ def test_the_forward_compiles_without_a_graph_break_and_its_backward_runs(family
             assert ours is not None, name
             # a threshold's bias is one number, a sum of terms that cancel
             assert largest(ours, theirs) <= 1e-4 * max(theirs.abs().max().item(), 1e-2 * size), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["soft-moa", "everything", "instance-moa"])
+def test_generation_on_a_static_cache_compiles_without_a_graph_break_and_gives_the_same_tokens(
+    method: str, note_run: Callable[..., None]
+) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, ids = mixture_model("llama", method), tokens(2, 7)
+    common = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": 6,
+        "do_sample": False,
+    }
+    eager = model.generate(**common, pad_token_id=0)
+    whole = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    whole._compile_all_devices = True  # on a CPU too
+    static = model.generate(**common, pad_token_id=0, cache_implementation="static", compile_config=whole)
+    assert torch.equal(static, eager)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    ran = 'generation, `cache_implementation="static"`, `CompileConfig(fullgraph=True, backend="aot_eager")`'
+    note_run(
+        "torch.compile, static cache",
+        f"llama {method}",
+        ran=ran,
+        compared="tokens",
+        difference=0.0,
+        limit=0.0,
+    )

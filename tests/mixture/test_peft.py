@@ -9,9 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, PeftType, get_model_status, get_peft_model
+from peft import (
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    get_model_status,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -185,6 +193,18 @@ def test_modules_to_save_are_trained_saved_and_loaded(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert any("lm_head" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
     assert torch.equal(logits(PeftModel.from_pretrained(base_model("llama"), tmp_path)), expected)
+
+
+def test_an_adapter_inside_wrapped_blocks_is_saved_whole() -> None:
+    """FSDP1 under transformers' Trainer once saved an adapter without a single weight, and without a word."""
+    model = mixture_model("llama", "soft-moa")
+    expected = get_peft_model_state_dict(model)
+    blocks = model.get_base_model().model.layers
+    for index, block in enumerate(blocks):
+        blocks[index] = checkpoint_wrapper(block)
+    found = get_peft_model_state_dict(model)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], one) for key, one in expected.items())
 
 
 def test_a_copied_model_computes_the_same_and_by_itself() -> None:

@@ -35,17 +35,19 @@ def test_a_tensor_parallel_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize("where", ["disk", "cpu"])
-def test_an_offloaded_model_is_refused(where: str, tmp_path: Path) -> None:
+def test_an_offloaded_model_is_refused(where: str, tmp_path: Path, note_run: Callable[..., None]) -> None:
     base = base_model("llama")
     if where == "disk":
         disk_offload(base, str(tmp_path), execution_device=torch.device("cpu"))
     else:
         cpu_offload(base, execution_device=torch.device("cpu"))
     before = parts(base)
-    with pytest.raises(UsageError, match="offloaded to the disk or the CPU"):
+    with pytest.raises(UsageError, match="offloaded to the disk or the CPU") as refused:
         get_peft_model(base, MoAConfig.preset("soft-moa"))
     assert parts(base) == before
     assert base(tokens()).logits.isfinite().all()
+    names = {"disk": "Disk offload", "cpu": "CPU offload"}
+    note_run(names[where], "llama soft-moa", ran=f"`accelerate.{where}_offload`", refused=str(refused.value))
 
 
 def test_a_model_without_values_is_not_an_offloaded_one() -> None:
@@ -98,12 +100,16 @@ def test_mixtures_are_not_combined_into_one() -> None:
         model.add_weighted_adapter(["default"], [1.0], "both")
 
 
-def test_data_parallel_replicas_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_parallel_replicas_are_refused(note_run: Callable[..., None]) -> None:
     """Without two devices `nn.DataParallel` copies nothing; what it calls of each module when it does is called here."""
     model = mixture_model("llama", "soft-moa")
     expected = model(tokens()).logits
     [refusing, *others] = [one for one in model.modules() if isinstance(one, MoALayer)]
     assert others
-    with pytest.raises(RunError, match=r"nn\.DataParallel cannot run a mixture.*accelerate launch"):
+    with pytest.raises(
+        RunError, match=r"nn\.DataParallel cannot run a mixture.*accelerate launch"
+    ) as refused:
         refusing._replicate_for_data_parallel()
     assert torch.equal(model(tokens()).logits, expected)
+    ran = "what it calls of a module before it copies it to a second GPU"
+    note_run("nn.DataParallel", "llama soft-moa", ran=ran, refused=str(refused.value))

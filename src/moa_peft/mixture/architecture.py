@@ -497,8 +497,7 @@ def _linear(name: str, module: nn.Module, path: str, reads: str) -> LinearSite:
 def _features(module: nn.Module) -> tuple[int, int]:
     if hasattr(module, "in_features"):
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]  # typed as Tensor | Module
-    inputs, outputs = module.weight.shape  # type: ignore[union-attr, misc]  # transformers' Conv1D keeps [in, out]
-    return int(inputs), int(outputs)
+    return int(module.nx), int(module.nf)  # type: ignore[arg-type]  # transformers' Conv1D
 
 
 def _fused_sites(

@@ -185,6 +185,17 @@ class MoAModel(BaseTuner):
         return self.model
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls, *, adapter_name: str, state_dict: dict[str, Tensor], **_: Any
+    ) -> dict[str, Tensor]:
+        """Select an adapter's weights by their keys.
+
+        PEFT goes by the modules' names. Those inside FSDP1 and checkpoint wrappers have parts that the keys lack, and PEFT would
+        save an empty adapter.
+        """
+        return {key: one for key, one in state_dict.items() if f".{CHILD}.moa_mixture.{adapter_name}." in key}
+
+    @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         return re.sub(rf"(\.moa_mixture|\.modules_to_save)\.{re.escape(adapter_name)}(?=\.)", r"\1", key)
 

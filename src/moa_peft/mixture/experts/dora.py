@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -102,9 +102,10 @@ class WeightDecomposedChange(LinearExpert):
 
     def _first_magnitude(self, site: "LinearSite") -> Tensor:
         """The lengths of the frozen rows; without values to read (meta device), what only loading can fill."""
-        if self.A.is_meta or self._rows().is_meta:
-            return torch.full((site.out_features,), math.nan)
-        return self._norm().to(dtype=self.A.dtype)
+        with gather_params_ctx(site.module.parameters()):  # ZeRO-3 has taken the model apart as it was loaded
+            if self.A.is_meta or self._rows().is_meta:
+                return torch.full((site.out_features,), math.nan)
+            return self._norm().to(dtype=self.A.dtype)
 
     def _norm(self) -> Tensor:
         """Measure each row of ``W + s B A``: [D_out], at least float32, without gradient."""
@@ -116,7 +117,7 @@ class WeightDecomposedChange(LinearExpert):
     def _rows(self) -> Tensor:
         """The frozen weight of this projection: [D_out, D_in]."""
         module = self.frozen[0]
-        weight: Tensor = dequantize_module_weight(module) if self.packed else module.weight  # type: ignore[assignment]  # typed as Tensor | Module
+        weight: Tensor = dequantised(module) if self.packed else module.weight  # type: ignore[assignment]  # typed as Tensor | Module
         columns = weight if isinstance(module, Conv1D) else weight.T  # [D_in, outputs of the module]
         return (columns if self.slot is None else self.slot.take(columns)).T
 
@@ -140,7 +141,7 @@ def is_packed(module: nn.Module) -> bool:
     if type(weight) is nn.Parameter and weight.dtype in READABLE:
         return False
     try:
-        dtype = dequantize_module_weight(module).dtype
+        dtype = dequantised(module).dtype
         reason = f"its numbers are {dtype}, without their scale"
     except (AttributeError, TypeError) as error:
         dtype, reason = None, str(error)
@@ -150,3 +151,15 @@ def is_packed(module: nn.Module) -> bool:
         f"expert 'dora' cannot read the weight of {type(module).__name__}: {reason}; use lora on such a base, or load it "
         "unquantised or with bitsandbytes, torchao or HQQ"
     )
+
+
+def dequantised(module: nn.Module) -> Tensor:
+    """Dequantise a frozen layer's weight and leave the layer as it is.
+
+    On a CPU PEFT puts a copy there, and that of a bitsandbytes layer with 8 bits has no scale once the layer has run.
+    """
+    weight = getattr(module, "weight", None)
+    values = dequantize_module_weight(module)
+    if weight is not None:
+        module.weight = weight
+    return values
