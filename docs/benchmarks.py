@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from writing import table as markdown_table
+
 from moa_peft.bench.rows import tokens_per_second
 from moa_peft.json_lines import read_rows
 
@@ -24,6 +26,26 @@ def benchmarks() -> str:
         for device, groups in devices.items()
     ]
     return "\n\n".join(sections)
+
+
+def brief() -> str:
+    """What a mixture takes relative to PEFT's LoRA on this machine's kind of processor: medians and quartiles of the ratio."""
+    methods = ("peft-lora-again", "soft-moa-no-prompt", "sparse-moa", "soft-moa")
+    found: dict[str, dict[str, Row]] = {}
+    for row in read_rows(FILE):
+        if (
+            row["provenance"]["device"].startswith("cpu")
+            and row["method"] in methods
+            and not row["objections"]
+        ):
+            timed = row["kind"] in ("train", "decode") and row["over_baseline"] is not None
+            if timed:
+                found.setdefault(f"{row['kind']}: {row['work']}, {row['dtype']}", {})[row["method"]] = row
+    lines = [
+        [work, *(spread(of[one]["over_baseline"]) if one in of else "-" for one in methods)]
+        for work, of in found.items()
+    ]
+    return markdown_table(["time over `peft-lora`", *(f"`{one}`" for one in methods)], lines)
 
 
 def table(rows: Sequence[Row]) -> str:

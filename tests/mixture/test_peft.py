@@ -20,7 +20,7 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moa_peft import (
@@ -32,6 +32,7 @@ from moa_peft import (
     UsageError,
     mixture_layers,
 )
+from moa_peft.mixture.architecture import find_blocks
 from tiny import CASES, FAMILIES, METHODS, awaken, base_model, cached, mixture_model, tokens
 
 
@@ -350,16 +351,27 @@ def test_flash_attention_is_told_its_own_name_not_ours(monkeypatch: pytest.Monke
     assert model.get_base_model().model.layers[0].self_attn.config._attn_implementation == "moa_prompt"
 
 
+def unusual(model_type: str, **settings: object) -> PreTrainedModel:
+    sizes = FAMILIES["llama"].settings
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes, **settings))
+
+
 @pytest.mark.parametrize(("model_type", "settings"), [("cohere", {"use_qk_norm": True}), ("nanochat", {})])
-def test_a_prompt_is_refused_where_keys_are_normed_in_an_unknown_way(
+def test_a_prompts_keys_go_through_the_models_norm_of_each_head(
     model_type: str, settings: dict[str, object]
 ) -> None:
-    sizes = FAMILIES["llama"].settings
-    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes, **settings))
+    base = unusual(model_type, **settings)
+    attention = base.model.layers[0].self_attn
+    vectors = torch.randn(5, 32)
+    keys, _ = find_blocks(base)[0].sites["attention"].project(vectors)
+    assert torch.equal(keys, attention.k_norm(attention.k_proj(vectors).unflatten(-1, (2, 8))))
+
+
+def test_a_prompt_is_refused_where_keys_are_normed_in_an_unknown_way() -> None:
     with pytest.raises(
-        UsageError, match=r"expert 'prompt' cannot work on .*has a norm 'k_norm'|has a norm 'q_norm'"
+        UsageError, match=r"expert 'prompt' cannot work on stablelm: .*has a norm 'q_layernorm'"
     ):
-        get_peft_model(base, MoAConfig(experts=[PromptExpert()]))
+        get_peft_model(unusual("stablelm", qk_layernorm=True), MoAConfig(experts=[PromptExpert()]))
 
 
 def test_an_mlp_that_gives_its_routers_scores_as_well_can_carry_a_parallel_adapter() -> None:

@@ -24,6 +24,7 @@ from moa_peft import (
     parameter_groups,
     preset_names,
 )
+from moa_peft.errors import LibraryError
 from moa_peft.training.prepare import prepare
 from moa_peft.training.recipe import Recipe
 from moa_peft.training.run import run, train
@@ -184,7 +185,7 @@ def test_groups_are_those_of_the_uninterrupted_run_after_a_resume(
         raise StopError
 
     preparation.trainer._save_checkpoint = save_and_stop
-    with pytest.raises(StopError):
+    with pytest.raises(LibraryError, match="StopError"):
         run(preparation)
     train(recipe_of(output_dir=str(cut), resume=True, **settings))
     first, second = optimizer_groups(whole), optimizer_groups(str(cut))

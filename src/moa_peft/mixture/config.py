@@ -68,8 +68,11 @@ def wrong_types(config: Any) -> list[str]:
         lists = [one for one in (hint, *allowed) if get_origin(one) is Sequence]
         if value is None and type(None) in allowed:
             continue
-        if int in allowed and not (type(value) is int and value <= _MOST):
-            wrong.append(f"{name} is {value!r}: give a whole number of at most {_MOST:,}")
+        if int in allowed and type(value) is int:
+            if value > _MOST and name != "seed":
+                wrong.append(f"{name} is {value!r}: give a whole number of at most {_MOST:,}")
+        elif int in allowed:
+            wrong.append(f"{name} is {value!r}: give a whole number")
         elif float in allowed and type(value) not in (int, float):
             wrong.append(f"{name} is {value!r}: give a number")
         elif bool in allowed and type(value) is not bool:

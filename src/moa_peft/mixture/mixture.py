@@ -44,7 +44,7 @@ class Place:
     @property
     def input_name(self) -> str:
         """Name of the input that its site reads, the same for sites that read the same tensor."""
-        return self.site.reads
+        return self.site.reads or self.site.name
 
     @property
     def slot(self) -> Slot | None:

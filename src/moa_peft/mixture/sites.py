@@ -49,8 +49,8 @@ class LinearSite:
     """From the model, as `named_modules` has it."""
     in_features: int
     out_features: int
-    reads: str
-    """Name of its input, the same for sites of a block that read the same tensor."""
+    reads: str = ""
+    """Name of its input, the same for sites of a block that read the same tensor; empty for one that no other reads."""
     slot: Slot | None = None
     """Set where the projection is part of a fused layer."""
 
