@@ -16,6 +16,7 @@ def run(code: str, environment: dict[str, str], *flags: str) -> "subprocess.Comp
     )
 
 
+@pytest.mark.slow
 def test_a_process_knows_the_method_as_soon_as_it_imports_peft_and_pays_nothing_before() -> None:
     """Libraries look for PEFT's spec before they import it, so the hook must be in every spec that is found."""
     code = (
@@ -34,6 +35,7 @@ def test_a_process_knows_the_method_as_soon_as_it_imports_peft_and_pays_nothing_
     assert not done.stderr
 
 
+@pytest.mark.slow
 def test_children_inherit_it_and_the_machines_own_module_of_that_name_still_runs(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.ran = True\n")
     environment = with_autoload(os.environ)

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 VERBS = (
     "train", "compare", "evaluate", "chat", "demo", "methods", "verify", "bench", "inspect", "import", "export", "exec",
 )  # fmt: skip
@@ -37,6 +39,7 @@ for words in [[], *([verb] for verb in {VERBS})]:
     assert [line for line in told if not line.endswith("[]")] == []
 
 
+@pytest.mark.slow
 def test_the_command_registers_the_method_at_the_first_public_name_all_of_which_are_found() -> None:
     script = """
 import moa_peft
@@ -54,6 +57,7 @@ except AttributeError as error:
     assert run(script).splitlines() == ["False", "True", "True", missing], "the command defers it"
 
 
+@pytest.mark.slow
 def test_importing_the_package_registers_the_method_in_any_other_program() -> None:
     script = """
 import moa_peft

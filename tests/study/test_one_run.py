@@ -105,6 +105,7 @@ def test_the_peak_of_memory_is_of_the_run_and_never_of_what_was_before_it(
     assert memory.mib() == 2500
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="this system does not tell a process's memory"
 )
