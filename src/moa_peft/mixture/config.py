@@ -68,11 +68,8 @@ def wrong_types(config: Any) -> list[str]:
         lists = [one for one in (hint, *allowed) if get_origin(one) is Sequence]
         if value is None and type(None) in allowed:
             continue
-        if int in allowed and type(value) is int:
-            if value > _MOST and name != "seed":
-                wrong.append(f"{name} is {value!r}: give a whole number of at most {_MOST:,}")
-        elif int in allowed:
-            wrong.append(f"{name} is {value!r}: give a whole number")
+        if int in allowed:
+            wrong += _wrong_whole_number(name, value)
         elif float in allowed and type(value) not in (int, float):
             wrong.append(f"{name} is {value!r}: give a number")
         elif bool in allowed and type(value) is not bool:
@@ -84,6 +81,14 @@ def wrong_types(config: Any) -> list[str]:
         elif str in allowed and type(value) is not str:
             wrong.append(f"{name} is {value!r}: give text")
     return wrong
+
+
+def _wrong_whole_number(name: str, value: object) -> list[str]:
+    if type(value) is not int:
+        return [f"{name} is {value!r}: give a whole number"]
+    if value > _MOST and name != "seed":
+        return [f"{name} is {value!r}: give a whole number of at most {_MOST:,}"]
+    return []
 
 
 def _wrong_list(name: str, value: object, hints: Sequence[Any]) -> list[str]:
