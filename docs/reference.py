@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from benchmarks import benchmarks
+from benchmarks import benchmarks, brief
 from command_reference import commands
 from families import counts, shapes, structures
 from found import accuracies, losses, routers
@@ -226,6 +226,7 @@ GENERATED: Mapping[str, Any] = {
     "api": api,
     "inspected": inspected,
     "benchmarks": benchmarks,
+    "brief": brief,
     "families": structures,
     "shapes": shapes,
     "wrappers": wrappers,

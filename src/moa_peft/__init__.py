@@ -118,7 +118,10 @@ def __getattr__(name: str) -> Any:
 
 
 def _is_the_command() -> bool:
-    """Whether this process is the command `moa` that was installed beside this Python."""
+    """Whether this process is the command `moa` that was installed beside this Python, and none that it has spawned."""
+    processes = sys.modules.get("multiprocessing.process")
+    if processes is not None and processes.parent_process() is not None:
+        return False
     script = Path(sys.argv[0] if sys.argv else "")
     return script.name in ("moa", "moa.exe") and script.resolve().parent == Path(sys.executable).parent
 

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import subprocess
 import sys
 import weakref
 from functools import partial
@@ -290,3 +291,23 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(
     told = capsys.readouterr().err
     assert said in told
     assert len(told.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_the_installed_command_measures_memory_in_processes_that_know_the_method() -> None:
+    command = [
+        Path(sys.executable).with_name("moa"),
+        "bench",
+        "memory",
+        "--layers",
+        "1",
+        "--length",
+        "4",
+        "--batch-size",
+        "1",
+    ]
+    done = subprocess.run(
+        [*command, "--methods", "soft-moa", "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(row["peak_mib"] > 0 for row in json.loads(done.stdout)["rows"])
