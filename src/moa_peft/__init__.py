@@ -119,7 +119,9 @@ def __getattr__(name: str) -> Any:
 
 def _is_the_command() -> bool:
     """Whether this process is the command `moa` that was installed beside this Python, and none that it has spawned."""
-    if "__mp_main__" in sys.modules:  # what multiprocessing calls the command's script in a process that it has spawned
+    if (
+        "__mp_main__" in sys.modules
+    ):  # what multiprocessing calls the command's script in a process that it has spawned
         return False
     script = Path(sys.argv[0] if sys.argv else "")
     return script.name in ("moa", "moa.exe") and script.resolve().parent == Path(sys.executable).parent

@@ -44,6 +44,16 @@ def add_results(folder: Path, results: Sequence[Mapping[str, Any]]) -> None:
     write_text(card, text + results_text(results))
 
 
+def _metadata(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
+    metadata["tags"] = [*TAGS, recipe["method"]]
+    base = str(HUB_NAMES.get(recipe["model"], recipe["model"]))
+    if not Path(base).exists():  # a folder of this machine means nothing to others
+        metadata["tags"].append(f"base_model:adapter:{base}")
+        metadata["base_model"] = base
+    return metadata
+
+
 def results_text(results: Sequence[Mapping[str, Any]]) -> str:
     """Set the results as the last section of a card."""
     columns = list(results[0]) if results else []
@@ -62,12 +72,6 @@ def card_text(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     Returns:
         Markdown with the metadata that the hub reads.
     """
-    metadata: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
-    metadata["tags"] = [*TAGS, recipe["method"]]
-    base = str(HUB_NAMES.get(recipe["model"], recipe["model"]))
-    if not Path(base).exists():  # a folder of this machine means nothing to others
-        metadata["tags"].append(f"base_model:adapter:{base}")
-        metadata["base_model"] = base
     settings = [
         f"| {name} | `{_cell(value)}` |" for name, value in sorted(recipe.items()) if name not in _UNSAID
     ]
@@ -77,7 +81,7 @@ def card_text(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             "---",
-            yaml.safe_dump(metadata, sort_keys=False).rstrip(),
+            yaml.safe_dump(_metadata(recipe), sort_keys=False).rstrip(),
             "---",
             "",
             f"# {recipe['method']} on {Path(recipe['model']).name}",
