@@ -70,7 +70,7 @@ def source(row: Row) -> str:
     """Where a row comes from."""
     made = row["provenance"]
     versions = ", ".join(f"{name} {made['versions'][name]}" for name in ("torch", "transformers", "peft"))
-    command = made["command"].rpartition("/")[2]
+    command = made["command"].removeprefix(".venv/bin/")
     return f"`{command}` at commit `{made['commit'][:9]}`; {made['device']}, {made['threads']} threads; {versions}; {made['taken_at']}."
 
 
