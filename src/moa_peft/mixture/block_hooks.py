@@ -285,8 +285,9 @@ class MoALayer(nn.Module, BaseTunerLayer):
         own = (
             output[0] if isinstance(output, tuple) else output
         )  # some MLPs give their router's scores as well
-        by_token = (*self._state.tokens, -1)  # a mixture of experts may have put all rows into one
-        x, frozen = (one if one.dim() == 3 else one.view(by_token) for one in (args[0], own))
+        x, frozen = args[0], own
+        if x.dim() != 3 or own.dim() != 3:  # a mixture of experts may have put all rows into one
+            x, frozen = (one.view(*self._state.tokens, -1) for one in (x, own))
         total = frozen
         for one in self._take(path):
             total = one.add_changes(path, x, frozen, total)
@@ -294,7 +295,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
                 for place in one.mixture.modules_changed[path].places:
                     change = partial(one.mixture.linear_change, place, x, frozen)
                     self._tell_change(one.adapter, place, one.gate_or_one(place, x), change)
-        total = total.view_as(own)
+        total = total if frozen is own else total.view_as(own)
         return (total, *output[1:]) if isinstance(output, tuple) else total
 
     def _take(self, path: str) -> list[MixturePass]:

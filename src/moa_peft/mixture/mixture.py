@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moa_peft.mixture.config import ExpertConfig, RouterConfig
 from moa_peft.mixture.experts.base import AttentionExpert, Bottleneck, LinearExpert, ScaledPrompt
-from moa_peft.mixture.precision import in_float32
+from moa_peft.mixture.precision import cast, in_float32
 from moa_peft.mixture.router import Router, Routing, joined_bias
 from moa_peft.mixture.sites import MIXER_INPUT, AttentionSite, LinearSite, Slot
 from moa_peft.mixture.token_masks import CallTokens
@@ -86,7 +86,7 @@ class Down(NamedTuple):
     bias: Tensor | None
     """[K in all], of an only bottleneck; every other bias is added after the product."""
     sizes: list[int]
-    """Rows of each run of bottlenecks, then of all routers together."""
+    """Rows of each run of bottlenecks, then of all routers together, if there are any."""
     runs: list[tuple[list[Place], Bottleneck]]
     """Experts that are gated together, and the first one's weights."""
     router_bias: Tensor | None
@@ -248,7 +248,7 @@ class Mixture(nn.Module):
             weight=_joined(weights, 0).to(dtype),
             bias=bias,
             sizes=[sum(len(one.down) for one in run) for run in bottlenecks]
-            + [sum(len(one.weight) for one in routed)],
+            + [sum(len(one.weight) for one in routed)] * bool(routed),
             runs=list(zip(readers.runs, first, strict=True)),
             router_bias=joined_bias(routed),
             router_sizes=[len(one.weight) for one in routed],
@@ -360,7 +360,7 @@ class MixturePass:
             if router.config.granularity == "token":
                 self._note("", router(routed, self._call.real))
             elif earlier is not None:  # observers were told of these in the first call on the cache
-                self._gates[""] = earlier.to(x.device).split(self.mixture.gate_widths, dim=-1)
+                self._gates[""] = earlier.to(x.device).split_with_sizes(self.mixture.gate_widths, -1)
             else:
                 self._note("", self._instance_routing(router, routed))
         self._multiply(MIXER_INPUT, x)
@@ -414,16 +414,17 @@ class MixturePass:
             return
         self._read[input_name] = x
         down = self.mixture.down(input_name, x.dtype)
-        *inner, routed = F.linear(x, down.weight, down.bias).split_with_sizes(down.sizes, -1)
+        product = F.linear(x, down.weight, down.bias)
+        parts = [product] if len(down.sizes) == 1 else product.split_with_sizes(down.sizes, -1)
         if down.routers:
-            routed = in_float32(routed, down.router_bias).split_with_sizes(down.router_sizes, -1)
+            routed = in_float32(parts[-1], down.router_bias).split_with_sizes(down.router_sizes, -1)
             for name, router, layers in down.routers:
                 if (
                     name not in self._gates
                 ):  # one that reads a second tensor of that name has its gates already
                     self._note(name, router(x, self._call.real, routed[:layers]))
                 routed = routed[layers:]
-        for (places, first), part in zip(down.runs, inner, strict=True):
+        for (places, first), part in zip(down.runs, parts, strict=False):
             if len(places) == 1:
                 self._inner[places[0].name] = first.gated(part, self.gate(places[0]))
             else:
@@ -434,12 +435,12 @@ class MixturePass:
         rows = inner if scale == 1 else inner * scale
         if "" in self._gates:
             piece, _ = self.mixture.gate_at[places[0].column]
-            rows = (rows * self._gates[""][piece].unsqueeze(-1)).to(inner.dtype)
+            rows = cast(rows * self._gates[""][piece].unsqueeze(-1), inner.dtype)
         self._inner.update(zip([one.name for one in places], rows.unbind(-2), strict=True))
 
     def _note(self, router: str, routing: Routing) -> None:
         self._gates[router] = (
-            (routing.gates,) if router else routing.gates.split(self.mixture.gate_widths, dim=-1)
+            (routing.gates,) if router else routing.gates.split_with_sizes(self.mixture.gate_widths, -1)
         )
         if self._tell is not None:
             self._tell(self.adapter, router, routing)
@@ -462,10 +463,10 @@ def _joined(parts: Iterable[Tensor], dim: int) -> Tensor:
 
 def _add_product(output: Tensor, rows: Tensor, up: Tensor, slot: Slot | None) -> Tensor:
     """Add ``up rows`` to a module's output [..., D_out], or to the columns of a slot."""
-    rows = rows.to(output.dtype)
+    rows = cast(rows, output.dtype)
     if slot is not None:
         return output + slot.place(F.linear(rows, up))
     if torch.is_grad_enabled() and not torch.is_autocast_enabled(output.device.type):
         # One pass over the output less. Autocast would round the output of a layer that gives float32.
         return torch.addmm(output.flatten(0, -2), rows.flatten(0, -2), up.t()).view(output.shape)
-    return output + F.linear(rows, up).to(output.dtype)
+    return output + cast(F.linear(rows, up), output.dtype)
