@@ -99,3 +99,9 @@ def test_a_missing_module_of_an_extra_is_named_with_what_brings_it(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UsageError, match=rf"scoring needs {module}.*: .*pip install 'moa-peft\[eval\]'"):
         require(module, "scoring")
+
+
+@pytest.mark.parametrize("command", ["sft", "reward"])
+def test_a_command_of_trl_that_would_train_plain_lora_is_refused_before_it_runs(command: str) -> None:
+    with pytest.raises(UsageError, match=f"trl {command} trains the whole model, or plain LoRA"):
+        exec_(["trl", command, "--model_name_or_path", "m", "--use_peft"])

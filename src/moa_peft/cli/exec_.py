@@ -14,6 +14,8 @@ from moa_peft.extras import EXTRAS, install_hint
 
 AUTOLOAD = Path(__file__).parents[1] / "autoload"
 """The folder whose sitecustomize registers the method."""
+TRL_TRAINS = ("dpo", "grpo", "kto", "reward", "rloo", "sft")
+"""The commands of TRL that train; none takes another method than LoRA."""
 
 
 def exec_(
@@ -31,6 +33,12 @@ def exec_(
       moa exec -- lm_eval --model hf --model_args pretrained=BASE,peft=runs/first --tasks arc_easy
       moa exec -- accelerate launch my_script.py
     """  # noqa: D301  # the backspace keeps the lines of the examples apart
+    if command[0] == "trl" and command[1:2] and command[1] in TRL_TRAINS:
+        raise UsageError(
+            f"trl {command[1]} trains the whole model, or plain LoRA with --use_peft: it takes no other method. "
+            "`moa train` takes every field of SFTConfig; for TRL's other trainers give peft_config=MoAConfig.preset(...) to "
+            "the trainer in a script"
+        )
     environment = with_autoload(os.environ)
     program = shutil.which(command[0], path=environment["PATH"])
     if program is None:

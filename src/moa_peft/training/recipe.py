@@ -291,10 +291,16 @@ def _merged(name: str, old: Any, new: Any) -> Any:
 
 
 def build_peft_config(recipe: Recipe) -> "PeftConfig":
-    """Make the config of the recipe's method with the recipe's changes.
+    """Make the config of the recipe's method with the recipe's changes; see `mixture_config`."""
+    return mixture_config(recipe.method, recipe.mixture)
+
+
+def mixture_config(method: str, mixture: Mapping[str, Any]) -> "PeftConfig":
+    """Make the config of a method with changes.
 
     Args:
-        recipe: Its ``method`` is the start, its ``mixture`` the changes.
+        method: A preset's name, as "soft-moa".
+        mixture: Fields of `MoAConfig` that differ from it; ``{"experts": {0: {"rank": 4}}}`` changes one expert of its list.
 
     Returns:
         A config that `peft.get_peft_model` takes.
@@ -304,10 +310,8 @@ def build_peft_config(recipe: Recipe) -> "PeftConfig":
     """
     from moa_peft.mixture.peft_config import MoAConfig
 
-    changes: dict[str, Any] = dict(recipe.mixture)
-    if isinstance(
-        changes.get("experts"), Mapping
-    ):  # experts.0.rank changes one entry of the method's own list
-        experts = MoAConfig.preset(recipe.method).to_dict()["experts"]
+    changes = dict(mixture)
+    if isinstance(changes.get("experts"), Mapping):
+        experts = MoAConfig.preset(method).to_dict()["experts"]
         changes["experts"] = merge({"experts": experts}, {"experts": changes["experts"]})["experts"]
-    return MoAConfig.preset(recipe.method, **changes)
+    return MoAConfig.preset(method, **changes)
