@@ -1,6 +1,9 @@
 """The modules that axolotl and ms-swift load. Where a tool is not installed, its base classes are stood in for."""
 
 import importlib
+import importlib.util
+import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -8,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from moa_peft import MoAConfig, UsageError
 from tiny import awaken, base_model
@@ -89,3 +94,58 @@ def test_ms_swift_trains_the_method_that_was_registered(swift: Any) -> None:
     assert made.parts().router.initial_gate == 0.9
     with pytest.raises(UsageError, match="unknown method"):
         swift.register("soft-mao")
+
+
+TINY = runpy.run_path(str(Path(__file__).parents[1] / "training" / "tiny.py"))
+
+
+def trained_by(module: str, *words: str, folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Run a tool's command in a folder; gives the config and the weights of the last checkpoint that it has left."""
+    command = [sys.executable, "-m", module, *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (saved,) = {one.parent for one in folder.glob("out/**/checkpoint-3/adapter_model.safetensors")}
+    return yaml.safe_load((saved / "adapter_config.json").read_text()), load_file(
+        saved / "adapter_model.safetensors"
+    )
+
+
+@pytest.mark.slow
+def test_axolotls_own_command_trains_a_mixture(tmp_path: Path) -> None:
+    if not importlib.util.find_spec("axolotl"):
+        pytest.skip("axolotl is not installed: scripts/other_tools.sh makes an environment that has it")
+    TINY["write_model"](tmp_path / "model")
+    TINY["write_rows"](tmp_path / "rows.json")
+    settings = {
+        "base_model": "./model", "plugins": ["moa_peft.integrations.axolotl.MoAPlugin"], "adapter": "moa",
+        "moa": {"method": "sparse-moa", "mixture": {"router": {"initial_gate": 0.9}}},
+        "datasets": [{"path": "rows.json", "ds_type": "json", "type": "alpaca"}], "output_dir": "out",
+        "sequence_len": 96, "micro_batch_size": 2, "gradient_accumulation_steps": 1, "max_steps": 3,
+        "learning_rate": 0.01, "lr_scheduler": "constant", "optimizer": "adamw_torch", "bf16": False, "fp16": False,
+        "special_tokens": {"pad_token": "<pad>"},
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    config, weights = trained_by("axolotl.cli.train", "config.yaml", folder=tmp_path)
+    assert (config["peft_type"], config["router"]["initial_gate"]) == ("MOA", 0.9)
+    assert config["router"]["threshold"]["maximum"] == 0.5
+    assert all(value.any() for name, value in weights.items() if name.endswith(".B"))  # they start at zero
+
+
+@pytest.mark.slow
+def test_ms_swifts_own_command_trains_a_mixture(tmp_path: Path) -> None:
+    if not importlib.util.find_spec("swift"):
+        pytest.skip("ms-swift is not installed: scripts/other_tools.sh makes an environment that has it")
+    TINY["write_model"](tmp_path / "model")
+    TINY["write_rows"](tmp_path / "rows.json")
+    (tmp_path / "moa.py").write_text(
+        'from moa_peft.integrations.ms_swift import register\n\nregister("soft-moa", router={"initial_gate": 0.9})\n'
+    )
+    flags = {
+        "external_plugins": "moa.py", "tuner_type": "moa", "model": "./model", "model_type": "llama", "template": "dummy",
+        "dataset": "rows.json", "max_steps": 3, "output_dir": "out", "torch_dtype": "float32", "max_length": 96,
+        "learning_rate": 0.01, "use_hf": "true", "report_to": "none",
+    }  # fmt: skip
+    words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+    config, weights = trained_by("swift.cli.sft", *words, folder=tmp_path)
+    assert (config["peft_type"], config["router"]["initial_gate"]) == ("MOA", 0.9)
+    assert all(value.any() for name, value in weights.items() if name.endswith(".B"))

@@ -370,6 +370,7 @@ def train(trainer: Trainer, **how: Any) -> Spy:
     return spy
 
 
+@pytest.mark.slow
 @everywhere
 @pytest.mark.parametrize("kind", [plain_trainer, sft_trainer])
 def test_a_trainers_step_has_the_mean_of_its_batches_gradients_also_at_the_end_of_an_epoch(
@@ -549,6 +550,7 @@ def test_a_compiled_router_follows_the_scale_as_a_plain_one_does() -> None:
 # What it is for
 
 
+@pytest.mark.slow
 @everywhere
 def test_a_router_trained_with_it_has_a_flatter_load_than_one_without(where: str) -> None:
     """All routers begin by giving nearly every token to their first expert."""

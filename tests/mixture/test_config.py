@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,7 +22,10 @@ from moa_peft import (
     UsageError,
     preset_names,
 )
+from moa_peft.errors import RunError
 from moa_peft.mixture.experts import IA3Expert, expert_kinds, register_expert
+from moa_peft.mixture.model import MoAModel
+from moa_peft.mixture.registration import register
 from tiny import base_model
 
 
@@ -327,3 +331,9 @@ def test_importing_the_package_is_quiet_and_importing_it_twice_is_harmless() -> 
     code = "import moa_peft, importlib; importlib.reload(moa_peft.mixture.registration); from moa_peft import MoAConfig"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == ""
+
+
+def test_a_peft_that_would_save_what_it_cannot_load_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(BaseTuner, "_remove_adapter_name_from_key")
+    with pytest.raises(RunError, match=r"install peft 0\.21\.2"):
+        register(MoAConfig, MoAModel)

@@ -39,6 +39,7 @@ def note_active(seen: set[tuple[str, int, int, int]], record: GateRecord) -> Non
     seen |= {(record.router, *place) for place in (gates > 0).nonzero().tolist()}
 
 
+@pytest.mark.slow
 @every_case
 def test_a_bfloat16_base_with_float32_adapters_is_as_close_to_float64_as_the_plain_loop(
     family: str, method: str

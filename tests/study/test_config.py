@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 
 from moa_peft.cli.overrides import load_yaml, parse_flags
 from moa_peft.errors import UsageError
@@ -153,7 +153,9 @@ def test_a_method_may_share_the_batch_out_otherwise() -> None:
 
 @pytest.mark.parametrize("file", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_method_of_a_committed_study_can_be_built(file: Path) -> None:
-    flags = parse_flags(["--train_limit", "300", "--test_limit=25", "--out", "elsewhere"])
+    flags = parse_flags(
+        ["--train_limit", "300", "--tuning_limit", "100", "--test_limit=25", "--out", "elsewhere"]
+    )
     made = studies_of(load_yaml(file), flags)
     assert all((one.train_limit, one.test_limit) == (300, 25) for one in made)
     assert {Path(one.out).parts[0] for one in made} == {"elsewhere"}
@@ -164,18 +166,28 @@ def test_every_method_of_a_committed_study_can_be_built(file: Path) -> None:
         build_peft_config(recipe)
 
 
-def test_the_methods_of_the_cpu_study_have_loras_number_of_parameters_within_5_percent() -> None:
-    """Those of the paper's size, which end in 8x8, have more. One block of SmolLM2 has the same ratios as all of them."""
-    shape = LlamaConfig(
-        vocab_size=64, hidden_size=576, intermediate_size=1536, num_hidden_layers=1, num_attention_heads=9,
-        num_key_value_heads=3,
-    )  # fmt: skip
-    (study, *_) = studies_of(load_yaml(ROOT / "studies" / "cpu.yaml"), {})
+SMOLLM2 = LlamaConfig(
+    vocab_size=64, hidden_size=576, intermediate_size=1536, num_hidden_layers=1, num_attention_heads=9,
+    num_key_value_heads=3,
+)  # fmt: skip
+QWEN3_06B = Qwen3Config(
+    vocab_size=64, hidden_size=1024, intermediate_size=3072, num_hidden_layers=1, num_attention_heads=16,
+    num_key_value_heads=8, head_dim=128,
+)  # fmt: skip
+"""One block, which has the same ratios as all of them."""
+
+
+@pytest.mark.parametrize(("name", "shape"), [("cpu", SMOLLM2), ("gpu", QWEN3_06B)])
+def test_the_methods_of_a_study_have_loras_number_of_parameters_within_5_percent(
+    name: str, shape: PretrainedConfig
+) -> None:
+    """Those of the paper's size, which end in 8x8, have more."""
+    (study, *_) = studies_of(load_yaml(ROOT / "studies" / f"{name}.yaml"), {})
     counts = {}
     for one in study.methods:
         run = Run(label=one.label, method=one, learning_rate=1e-3, seed=0)
         with torch.device("meta"):
-            base = LlamaForCausalLM(shape)
+            base = AutoModelForCausalLM.from_config(shape)
         recipe = recipe_of(study, run, data="d", data_md5="", folder="f")
         model = get_peft_model(base, build_peft_config(recipe))
         counts[one.label] = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)

@@ -6,8 +6,10 @@ strings, so the enum gets one more real member.
 
 from typing import Any
 
+import peft
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 
 from moa_peft.errors import RunError
@@ -45,7 +47,15 @@ def register(config_class: Any, model_class: Any) -> None:
     Args:
         config_class: `MoAConfig`.
         model_class: `MoAModel`.
+
+    Raises:
+        RunError: If this version of PEFT is too old.
     """
+    if not hasattr(BaseTuner, "_remove_adapter_name_from_key"):
+        raise RunError(
+            f"PEFT {peft.__version__} does not ask a method how its weights are named, so it could not load the adapters that it "
+            "saves: install peft 0.21.2 or newer, whatever else asks for an older one"
+        )
     if getattr(PeftType, PEFT_TYPE_NAME) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(
             name=PEFT_TYPE_NAME.lower(), config_cls=config_class, model_cls=model_class, prefix="moa_"

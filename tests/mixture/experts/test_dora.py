@@ -124,6 +124,7 @@ def test_a_base_whose_weight_cannot_be_read_is_refused(packed: nn.Module, messag
     assert "bitsandbytes, torchao or HQQ" in str(told.value)
 
 
+@pytest.mark.slow
 def test_the_forward_compiles_without_a_graph_break() -> None:
     torch._dynamo.reset()
     model = model_with([DoraExpert(targets=("k_proj", "down_proj"))], family="gpt2", awake=True)
