@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 from moa_peft import mixture_layers
@@ -88,7 +88,7 @@ def tiny_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*words: object) -> None:
         raise AssertionError("the page's code went to the network")
 
-    for one in (AutoModelForCausalLM, AutoTokenizer):
+    for one in (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer):
         monkeypatch.setattr(one, "from_pretrained", instead(one.from_pretrained))
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(base, "_KINDS", expert_kinds())  # what a page registers goes with the page

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from moa_peft.errors import UsageError
 from moa_peft.mixture.config import ArchitectureConfig
@@ -65,7 +66,7 @@ class _Found:
 
 
 def find_blocks(model: nn.Module, named: ArchitectureConfig | None = None) -> list[Block]:
-    """Find the decoder blocks of a causal language model and their parts.
+    """Find the decoder blocks of a model and their parts.
 
     Args:
         model: The base model, with a transformers config; of a multimodal one the language model's blocks are found.
@@ -84,9 +85,12 @@ def find_blocks(model: nn.Module, named: ArchitectureConfig | None = None) -> li
         raise UsageError(
             f"{type(model).__name__} has no transformers config: give a model loaded with transformers"
         )
-    if getattr(config, "is_encoder_decoder", False):
+    is_decoder = config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(
+        config, "is_decoder", 0
+    )
+    if config.is_encoder_decoder or not is_decoder:
         raise UsageError(
-            f"{config.model_type} has an encoder and a decoder: a mixture is for models with a decoder alone"
+            f"{config.model_type} is an encoder, or has one beside its decoder: a mixture is for models with a decoder alone"
         )
     text = config.get_text_config()
     path = named.blocks or _blocks_path(model, text)
