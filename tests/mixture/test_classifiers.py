@@ -20,6 +20,7 @@ from tiny_lm import byte_tokenizer
 
 LABELS = 3
 HEADS = {"SEQ_CLS": "score", "TOKEN_CLS": "score", "QUESTION_ANS": "qa_outputs", "FEATURE_EXTRACTION": None}
+"""Llama's heads; GPT-2 has "classifier" for TOKEN_CLS."""
 CLASSES = {
     "SEQ_CLS": "ForSequenceClassification",
     "TOKEN_CLS": "ForTokenClassification",
@@ -95,7 +96,7 @@ def test_a_classifier_learns_is_saved_with_its_head_and_comes_back_equal(tmp_pat
 
 
 @every_task
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_head_is_trained_and_saved_and_the_frozen_model_is_left_alone(
     tmp_path: Path, task: str, family: str
 ) -> None:
@@ -122,7 +123,7 @@ def test_a_head_is_trained_and_saved_and_the_frozen_model_is_left_alone(
     assert torch.equal(says(again, input_ids=ids), trained)
 
 
-@pytest.mark.parametrize("method", ["soft-moa", "instance-moa", "adamole"])
+@pytest.mark.parametrize("method", ["instance-moa", "adamole"])
 def test_a_reward_model_learns_which_answer_was_chosen(tmp_path: Path, method: str) -> None:
     answers = [("good fine", "bad wrong"), ("fine", "bad"), ("good", "wrong")]
     rows = [

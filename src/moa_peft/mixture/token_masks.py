@@ -253,6 +253,8 @@ def _sequences(
     if shape[1] < 2:
         return None
     parted: list[Tensor] = []  # bool, [B or 1, T - 1] each: a token does not go on from the one before
+    if isinstance(positions, Tensor) and positions.dim() == 3 and len(positions) == 4:
+        positions = positions[0]  # Qwen-VL's: of the text, then of pictures in time, height and width
     if isinstance(positions, Tensor) and positions.dim() == 2:
         parted.append(positions[:, 1:] != positions[:, :-1] + 1)
     if mask is None and not keeps_cache:
