@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, TaskType, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, Trainer, TrainingArguments
 from trl import RewardConfig, RewardTrainer
@@ -177,7 +177,7 @@ def test_packed_rows_of_a_token_classifier_are_instances_of_their_own() -> None:
         (
             lambda: model_of("SEQ_CLS"),
             "CAUSAL_LM",
-            r"is a model for SEQ_CLS or TOKEN_CLS: give MoAConfig\(task_type='SEQ_CLS'\)",
+            r"task_type is CAUSAL_LM, .* is a model for SEQ_CLS or TOKEN_CLS: give MoAConfig\(task_type='SEQ_CLS'\)",
         ),
         (lambda: model_of("QUESTION_ANS"), "SEQ_CLS", r"give MoAConfig\(task_type='QUESTION_ANS'\)"),
         (
@@ -192,7 +192,7 @@ def test_a_task_that_is_not_the_models_is_refused_before_anything_is_touched(
 ) -> None:
     base = model()
     with pytest.raises(UsageError, match=match):
-        get_peft_model(base, MoAConfig.preset("soft-moa", task_type=task))
+        get_peft_model(base, MoAConfig.preset("soft-moa", task_type=TaskType(task)))
     assert not hasattr(base, "peft_config")
     assert not any("moa" in name for name, _ in base.named_modules())
 
@@ -204,7 +204,7 @@ def test_a_model_whose_head_is_of_an_unknown_kind_is_refused() -> None:
             self.model, self.rank = transformers.LlamaModel(config), torch.nn.Linear(32, 1)
 
     base = Ranker(model_of("FEATURE_EXTRACTION").config)
-    with pytest.raises(UsageError, match="Ranker is no causal language model, and no head of it is known"):
+    with pytest.raises(UsageError, match="Ranker is no causal language model, and has no head that PEFT"):
         get_peft_model(base, MoAConfig.preset("soft-moa", task_type="FEATURE_EXTRACTION"))
 
 

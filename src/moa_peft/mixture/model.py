@@ -93,7 +93,7 @@ class MoAModel(BaseTuner):
         _check_names(peft_config, [name for name, _ in model.named_modules()])
         self._check_architecture(peft_config)
         self._blocks = chosen_blocks(find_blocks(model, peft_config.parts().architecture), peft_config)
-        head = _head_of(model, peft_config.task_type or "")
+        head = _head_of(model, TaskType(peft_config.task_type).value)
         check_targets(list(self._blocks.values()), peft_config)
         plan = {path: placed_experts(block, peft_config) for path, block in self._blocks.items()}
         self._plan = {path: experts for path, experts in plan.items() if experts}
@@ -256,15 +256,14 @@ def _head_of(model: Any, task: str) -> str | None:
         UsageError: If the task is not the model's, with the one that is.
     """
     kind, parts = type(model).__name__, dict(model.named_children())
+    fitting = [one for one, names in HEADS.items() if parts.keys() & names]
     if getattr(model, "can_generate", lambda: True)():
         fitting = ["CAUSAL_LM"]
-    else:
-        fitting = [one for one, names in HEADS.items() if parts.keys() & names]
-        fitting = fitting or ["FEATURE_EXTRACTION"] * (model.base_model is model)
+    elif not fitting and model.base_model is model:
+        fitting = ["FEATURE_EXTRACTION"]
     if not fitting:
-        known = ", ".join(sorted({name for names in HEADS.values() for name in names}))
         raise UsageError(
-            f"{kind} is no causal language model, and no head of it is known: PEFT knows {known}"
+            f"{kind} is no causal language model, and has no head that PEFT would train and save"
         )
     if task not in fitting:
         raise UsageError(
