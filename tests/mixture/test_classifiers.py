@@ -10,12 +10,13 @@ import transformers
 from datasets import Dataset
 from peft import PeftModel, TaskType, get_peft_model
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoConfig, Trainer, TrainingArguments
 from trl import RewardConfig, RewardTrainer
 
 from instance_gates import gates, same
 from moa_peft import MoAConfig, UsageError
-from tiny import FAMILIES, awaken, tokens
+from tiny import FAMILIES, awaken, largest, tokens
 from tiny_lm import byte_tokenizer
 
 LABELS = 3
@@ -155,10 +156,17 @@ def test_the_prompt_is_every_real_token_whatever_the_labels_say(task: str) -> No
         labels["labels"][:, :3] = -100
     if HEADS[task] is not None:
         assert same(gates(model, input_ids=ids, **labels), alone)
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1]] * 2)
-    padded = torch.nn.functional.pad(ids[:, :4], (2, 0))
     short = gates(model.train(), input_ids=ids[:, :4], use_cache=False)
-    assert same(gates(model, input_ids=padded, attention_mask=mask, position_ids=mask.cumsum(1) - 1), short)
+    for left in (0, 1, 2):
+        padded, mask = (F.pad(one, (left, 2 - left)) for one in (ids[:, :4], torch.ones(2, 4).long()))
+        call = {
+            "input_ids": padded,
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+        }
+        assert same(gates(model, **call), short)
+        if task == "SEQ_CLS":  # the last real token's
+            assert largest(says(model, **call), says(model, input_ids=ids[:, :4])) < 1e-5
     assert not same(short, alone)
 
 
