@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -115,11 +114,6 @@ TEXT: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 """Model types and settings, by the name of a structure."""
 
-PICTURE: dict[str, Any] = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
-}  # fmt: skip
-"""A vision tower that is as deep as the language model."""
-
 
 def text_model(name: str) -> PreTrainedModel:
     """A small random model of a structure, in evaluation mode, whose weights are wide enough to make its tokens matter."""
@@ -139,17 +133,6 @@ def widened(model: PreTrainedModel) -> PreTrainedModel:
     if model.generation_config is not None:
         model.generation_config.eos_token_id = None
     return model.eval()
-
-
-def llava() -> PreTrainedModel:
-    """LLaVA: a CLIP tower and a Llama, equally deep."""
-    config = transformers.LlavaConfig(
-        text_config=transformers.LlamaConfig(**DENSE),
-        vision_config=transformers.CLIPVisionConfig(projection_dim=16, **PICTURE),
-        image_token_index=90,
-    )
-    torch.manual_seed(0)
-    return widened(transformers.LlavaForConditionalGeneration(config))
 
 
 def check_mixture(name: str, config: MoAConfig, folder: Path) -> None:

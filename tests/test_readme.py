@@ -12,7 +12,13 @@ from xml.etree import ElementTree
 
 import pytest
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+    AutoTokenizer,
+)
 from typer.testing import CliRunner
 
 from moa_peft import mixture_layers
@@ -24,11 +30,13 @@ from moa_peft.mixture.presets import PRESETS
 from moa_peft.study.config import studies_of
 from moa_peft.training.recipe import Recipe, build_peft_config, merge
 from moa_peft.training.trainer_settings import check_trainer, switch_names, trainer_fields
+from pictures import model_of, processor_of
 from tiny_lm import save_base
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+READS_PICTURES = "HuggingFaceTB/SmolVLM-256M-Instruct"
 
 
 sys.path.insert(0, str(ROOT / "docs"))
@@ -80,15 +88,18 @@ def recipe_of(settings: dict[str, Any]) -> Recipe:
 @pytest.fixture
 def tiny_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A working folder of its own, no network, and a tiny model in the place of the one on the hub."""
-    folder = save_base(tmp_path / "base", chat=True)
+    folders = {HUB_NAME: save_base(tmp_path / "base", chat=True), READS_PICTURES: tmp_path / "pictures"}
+    model_of("idefics3").save_pretrained(folders[READS_PICTURES])
+    processor_of("idefics3").save_pretrained(folders[READS_PICTURES])
 
     def instead(loader: Any) -> Any:
-        return lambda name, **options: loader(folder if name == HUB_NAME else name, **options)
+        return lambda name, **options: loader(folders.get(name, name), **options)
 
     def refuse(*words: object) -> None:
         raise AssertionError("the page's code went to the network")
 
-    for one in (AutoModelForCausalLM, AutoTokenizer):
+    models = (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForImageTextToText)
+    for one in (*models, AutoTokenizer, AutoProcessor):
         monkeypatch.setattr(one, "from_pretrained", instead(one.from_pretrained))
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(base, "_KINDS", expert_kinds())  # what a page registers goes with the page

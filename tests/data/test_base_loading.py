@@ -11,6 +11,7 @@ import torch
 
 from moa_peft.data.base_loading import (
     base_config,
+    empty_model,
     find_base,
     load_base,
     load_tokenizer,
@@ -18,6 +19,8 @@ from moa_peft.data.base_loading import (
     told_init_kwargs,
 )
 from moa_peft.errors import UsageError
+from pictures import model_of
+from tiny import tokens
 from tiny_lm import byte_tokenizer, save_base
 
 CODE = "raise SystemExit('the code ran')"
@@ -92,6 +95,17 @@ def test_arguments_that_transformers_refuses_are_one_line(base: Path) -> None:
         find_base(str(base), {"token": "hf_secret", "torch_dtype": "float32"})
     with pytest.raises(UsageError, match="model_init_kwargs is 'v1': give a mapping"):
         told_init_kwargs({"model_init_kwargs": "v1"})
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_a_base_that_reads_pictures_is_loaded_for_text(tmp_path: Path, family: str) -> None:
+    """Where transformers has no class for text alone, the base was refused as of an unknown kind."""
+    expected = model_of(family)
+    expected.save_pretrained(tmp_path)
+    base = find_base(str(tmp_path), {"dtype": "float32"})
+    with torch.no_grad():
+        assert torch.equal(load_base(base)(tokens()).logits, expected(tokens()).logits)
+    assert type(empty_model(base)) is type(expected)
 
 
 def test_what_a_recipe_says_of_its_base_model() -> None:

@@ -136,6 +136,10 @@ def test_every_form_of_record_becomes_the_row_it_means(
             },
             "line 2: messages has the turns user, assistant, user, assistant: a row holds one question",
         ),
+        (
+            RECORDS[0] | {"images": ["a.png"]},
+            r"line 2: has images, and moa reads text alone: .* TRL's SFTTrainer with the model's processor",
+        ),
         ({"instruction": "a\ud83d", "output": "b"}, "line 2: instruction holds half of a character"),
     ],
 )

@@ -97,7 +97,7 @@ from tiny import base_model
             lambda: MoAConfig.preset("soft-moa", target_modules=["q_proj"]),
             "a mixture's targets belong to its experts",
         ),
-        (lambda: MoAConfig.preset("soft-moa", task_type="SEQ_CLS"), "task_type is SEQ_CLS"),
+        (lambda: MoAConfig.preset("soft-moa", task_type="SEQ_2_SEQ_LM"), "task_type is SEQ_2_SEQ_LM"),
     ],
 )
 def test_a_wrong_config_is_refused_with_what_is_allowed(build: Any, message: str) -> None:

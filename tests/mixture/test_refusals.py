@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate import cpu_offload, disk_offload
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaForSequenceClassification
+from transformers import PreTrainedModel
 
 from moa_peft import MoAConfig, MoALayer, RunError, UsageError
 from tiny import base_model, mixture_model, tokens
@@ -58,27 +59,45 @@ def test_a_model_without_values_is_not_an_offloaded_one() -> None:
     assert all(one.is_meta for one in model.parameters())
 
 
-@pytest.fixture
-def _any_peft(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let transformers' `add_adapter` work with a PEFT older than it wants."""
-    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
+BERT = {
+    "vocab_size": 97,
+    "pad_token_id": 0,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+T5 = {"vocab_size": 97, "d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8}
 
 
-@pytest.mark.usefixtures("_any_peft")
-@pytest.mark.parametrize("add", [LlamaForSequenceClassification.add_adapter, get_peft_model])
-def test_a_model_with_another_head_is_refused(add: Callable[..., Any]) -> None:
-    """`add_adapter` of a classifier was accepted, with a random head that was neither trained nor saved."""
-    config = base_model("llama").config
-    model = LlamaForSequenceClassification(config)
+@pytest.mark.usefixtures("any_peft")
+@pytest.mark.parametrize("add", [PreTrainedModel.add_adapter, get_peft_model])
+@pytest.mark.parametrize(
+    ("kind", "sizes", "task"),
+    [
+        ("BertForSequenceClassification", BERT, "SEQ_CLS"),
+        ("EuroBertForTokenClassification", BERT, "TOKEN_CLS"),
+        ("BertForMaskedLM", BERT, "CAUSAL_LM"),
+        ("T5ForConditionalGeneration", T5, "CAUSAL_LM"),
+        ("T5ForSequenceClassification", T5, "SEQ_CLS"),
+    ],
+)
+def test_a_model_with_an_encoder_is_refused(
+    kind: str, sizes: dict[str, int], task: str, add: Callable[..., Any]
+) -> None:
+    model_class = getattr(transformers, kind)
+    model = model_class(model_class.config_class(**sizes))
     before = parts(model)
-    with pytest.raises(UsageError, match="LlamaForSequenceClassification is no causal language model"):
-        add(model, MoAConfig.preset("soft-moa"))
+    with pytest.raises(UsageError, match=r"(bert|t5) is an encoder, or has one beside its decoder"):
+        add(model, MoAConfig.preset("soft-moa", task_type=task))
     assert parts(model) == before
-    model.add_adapter(LoraConfig(target_modules=["q_proj"]))  # nothing is left that would stand in its way
+    model.add_adapter(
+        LoraConfig(target_modules=".*(query|q|q_proj)")
+    )  # nothing is left that would stand in its way
     assert list(model.peft_config) == ["default"]
 
 
-@pytest.mark.usefixtures("_any_peft")
+@pytest.mark.usefixtures("any_peft")
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 def test_a_refused_adapter_leaves_a_native_model_with_those_it_had() -> None:
     model = base_model("llama")

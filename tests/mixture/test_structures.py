@@ -6,9 +6,9 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from moa_peft import LoraExpert, MoAConfig, RouterConfig, UsageError, mixture_layers
+from moa_peft import LoraExpert, MoAConfig, RouterConfig, UsageError
 from moa_peft.mixture.placement import find_placements
-from structures import TEXT, check_mixture, llava, text_model
+from structures import TEXT, check_mixture, text_model
 from tiny import tokens
 
 LORA = MoAConfig(
@@ -103,8 +103,3 @@ def test_what_no_block_can_have_is_refused_by_name(name: str, method: str, match
     with pytest.raises(UsageError, match=match):
         get_peft_model(base, MoAConfig.preset(method))
     assert [module for module, _ in base.named_modules()] == before
-
-
-def test_a_tower_as_deep_as_the_language_model_is_not_touched() -> None:
-    model = get_peft_model(llava(), MoAConfig.preset("soft-moa"))
-    assert all(".language_model." in name for name, _ in mixture_layers(model))

@@ -38,7 +38,7 @@ def metadata(card: str) -> dict[str, Any]:
 
 
 def test_a_card_names_base_method_data_sizes_settings_and_paper(tmp_path: Path) -> None:
-    write_card(tmp_path, ROW, RECIPE)
+    write_card(tmp_path, ROW, RECIPE, "AutoModelForCausalLM")
     card = (tmp_path / "README.md").read_text()
     assert metadata(card) == {
         "library_name": "peft",
@@ -58,12 +58,17 @@ def test_a_card_names_base_method_data_sizes_settings_and_paper(tmp_path: Path) 
     ]
     assert [one for one in wanted if one not in card] == []
     assert "/home/someone" not in card
-    write_card(tmp_path, ROW, RECIPE | {"model_init_kwargs": {"revision": "v1"}})
-    assert 'from_pretrained("path/to/this/folder", revision="v1")' in (tmp_path / "README.md").read_text()
+    write_card(
+        tmp_path, ROW, RECIPE | {"model_init_kwargs": {"revision": "v1"}}, "AutoModelForImageTextToText"
+    )
+    call = 'AutoModelForImageTextToText.from_pretrained("path/to/this/folder", revision="v1")'
+    assert call in (tmp_path / "README.md").read_text()
 
 
 def test_a_base_model_in_a_folder_of_this_machine_is_no_metadata(tmp_path: Path) -> None:
-    write_card(tmp_path, ROW | {"validation_loss": None}, RECIPE | {"model": str(tmp_path)})
+    write_card(
+        tmp_path, ROW | {"validation_loss": None}, RECIPE | {"model": str(tmp_path)}, "AutoModelForCausalLM"
+    )
     card = (tmp_path / "README.md").read_text()
     assert "base_model" not in metadata(card)
     assert not [tag for tag in metadata(card)["tags"] if "base_model" in tag]
@@ -71,7 +76,7 @@ def test_a_base_model_in_a_folder_of_this_machine_is_no_metadata(tmp_path: Path)
 
 
 def test_new_results_replace_the_table_and_nothing_else(tmp_path: Path) -> None:
-    write_card(tmp_path, ROW, RECIPE)
+    write_card(tmp_path, ROW, RECIPE, "AutoModelForCausalLM")
     before = (tmp_path / "README.md").read_text()
     results = [{"task": "boolq", "accuracy": 0.5, "n": 80}, {"task": "piqa", "accuracy": None, "n": 3}]
     add_results(tmp_path, results)

@@ -140,12 +140,13 @@ def load_base(base: BaseSettings, tokenizer: Any = None) -> Any:
         UsageError: If it cannot be read, has code that may not run, or lacks weights, which would be random.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     what = f"the model {base.name!r}"
     given = {"trust_remote_code": False, **base.init_kwargs}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(base.path, output_loading_info=True, **given)
+        loaded: Any = auto_class(base_config(base)).from_pretrained(
+            base.path, output_loading_info=True, **given
+        )
     except (*_FAILURES, SafetensorError) as error:
         raise _unreadable(what, base, error) from error
     model, found = loaded
@@ -183,6 +184,17 @@ def base_config(base: BaseSettings) -> Any:
         raise _unreadable(f"the model {base.name!r}", base, error) from error
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads a model of a config: the one for pictures where there is none for text alone."""
+    import transformers
+
+    kind = type(config)
+    reads_pictures = kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if reads_pictures and kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
+
+
 def empty_model(base: BaseSettings) -> Any:
     """Build a causal language model of a base model's sizes, on the meta device, without weights.
 
@@ -190,12 +202,11 @@ def empty_model(base: BaseSettings) -> Any:
         UsageError: If its config cannot be read, or is of no causal language model.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     config, trust = base_config(base), base.file_kwargs()["trust_remote_code"]
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+            return auto_class(config).from_config(config, trust_remote_code=trust)
     except ValueError as error:
         what = f"the model {base.name!r} is no causal language model of transformers"
         raise UsageError(f"{what}: {first_line(error)}") from error

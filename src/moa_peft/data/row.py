@@ -30,6 +30,9 @@ class Row:
     """What a system turn tells the model before the question, or ""."""
 
 
+_MEDIA = ("image", "images", "video", "videos", "audio")
+"""Fields of what is no text, as TRL names them."""
+
 NEEDED = (
     "a row needs instruction and output (input and answer may be added), or prompt and completion, or messages that "
     "end with the assistant's turn"
@@ -52,6 +55,12 @@ def as_row(record: Any, where: str) -> Row:
     """
     if not isinstance(record, Mapping):
         raise UsageError(f"{where}: is a {type(record).__name__}, not an object with fields: {NEEDED}")
+    media = [name for name in _MEDIA if record.get(name)]
+    if media:
+        raise UsageError(
+            f"{where}: has {media[0]}, and moa reads text alone: train with pictures in Python, by TRL's SFTTrainer with the model's "
+            "processor and peft_config=MoAConfig.preset(...), as docs/quickstart.md shows"
+        )
     extra = {name: _text(record, name, where, optional=True) for name in ("input", "answer")}
     if record.get("instruction") is not None and record.get("output") is not None:
         return Row(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from moa_peft.errors import UsageError
 from moa_peft.mixture.config import ArchitectureConfig
@@ -65,7 +66,7 @@ class _Found:
 
 
 def find_blocks(model: nn.Module, named: ArchitectureConfig | None = None) -> list[Block]:
-    """Find the decoder blocks of a causal language model and their parts.
+    """Find the decoder blocks of a model and their parts.
 
     Args:
         model: The base model, with a transformers config; of a multimodal one the language model's blocks are found.
@@ -84,9 +85,12 @@ def find_blocks(model: nn.Module, named: ArchitectureConfig | None = None) -> li
         raise UsageError(
             f"{type(model).__name__} has no transformers config: give a model loaded with transformers"
         )
-    if getattr(config, "is_encoder_decoder", False):
+    is_decoder = config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(
+        config, "is_decoder", 0
+    )
+    if config.is_encoder_decoder or not is_decoder:
         raise UsageError(
-            f"{config.model_type} has an encoder and a decoder: a mixture is for models with a decoder alone"
+            f"{config.model_type} is an encoder, or has one beside its decoder: a mixture is for models with a decoder alone"
         )
     text = config.get_text_config()
     path = named.blocks or _blocks_path(model, text)
@@ -247,26 +251,35 @@ def _attention(child: nn.Module, path: str, found: _Found, reads: str, model: nn
     if crossed:
         found.missing["attention"] = "it attends to other tokens than the text's"
         return
+    keys = (sites["k_proj"], sites.get("v_proj", sites["k_proj"])) if "k_proj" in sites else None
+    _softmax(AttentionSite, child, path, found, reads, model, text, keys)
+
+
+def _softmax(
+    kind: type[AttentionSite],
+    child: nn.Module,
+    path: str,
+    found: _Found,
+    reads: str,
+    model: nn.Module,
+    text: Any,
+    keys: tuple[LinearSite, LinearSite] | None,
+) -> None:
+    """Note a block's softmax attention: as a place for prompts, with what makes keys and values, or why it is none."""
     found.attention = child
     reason = _no_prompt(model, child, text)
-    if not reason and "k_proj" not in sites:
-        reason = "it has no keys of its own: they are another block's"
-    if reason:
-        found.missing["attention"] = reason
+    if reason or keys is None:
+        found.missing["attention"] = reason or "it has no keys of its own: they are another block's"
         return
-    key, value = sites["k_proj"], sites.get("v_proj", sites["k_proj"])
     heads, key_value_heads = _heads(child, text)
-    head_size = int(getattr(child, "head_dim", None) or key.out_features // key_value_heads)
-    found.sites["attention"] = AttentionSite(
+    found.sites["attention"] = kind(
         name="attention",
         module=child,
         path=path,
-        hidden_size=key.in_features,
         num_heads=heads,
-        num_key_value_heads=key.out_features // head_size,
-        head_size=head_size,
-        key=key,
-        value=value,
+        num_key_value_heads=key_value_heads,
+        key=keys[0],
+        value=keys[1],
         reads=reads,
     )
 
@@ -288,24 +301,8 @@ def _latent_attention(
     )
     found.reader = found.reader or query
     _output(child, path, found)
-    found.attention = child
-    reason = _no_prompt(model, child, text)
-    if reason:
-        found.missing["attention"] = reason
-        return
-    heads, _ = _heads(child, text)
-    found.sites["attention"] = LatentAttentionSite(
-        name="attention",
-        module=child,
-        path=path,
-        hidden_size=query.in_features,
-        num_heads=heads,
-        num_key_value_heads=heads,
-        head_size=int(child.qk_nope_head_dim + child.qk_rope_head_dim),  # type: ignore[operator]  # a latent attention's
-        key=key,
-        value=_linear("kv_b_proj", layers["kv_b_proj"], f"{path}.kv_b_proj", "kv_b_proj"),
-        reads=reads,
-    )
+    value = _linear("kv_b_proj", layers["kv_b_proj"], f"{path}.kv_b_proj", "kv_b_proj")
+    _softmax(LatentAttentionSite, child, path, found, reads, model, text, (key, value))
 
 
 def _recurrence(child: nn.Module, path: str, found: _Found, reads: str, known: Recurrence) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from peft import TaskType
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from moa_peft.mixture.block_hooks import (
     needs_tokens,
     packed_weights,
 )
-from moa_peft.mixture.peft_config import BLOCKS_MARK, MoAConfig
+from moa_peft.mixture.peft_config import BLOCKS_MARK, HEADS, MoAConfig
 from moa_peft.mixture.placement import (
     check_targets,
     check_tokens,
@@ -39,7 +40,7 @@ _PATTERN_S = 5.0
 
 
 class MoAModel(BaseTuner):
-    """Adds a mixture of adapters to each decoder block of a causal language model.
+    """Adds a mixture of adapters to each decoder block of a model.
 
     Use it through PEFT: ``get_peft_model(base, MoAConfig.preset("soft-moa"))``.
     """
@@ -69,11 +70,6 @@ class MoAModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: MoAConfig, adapter_name: str) -> None:  # noqa: ARG002
         """Refuse what cannot work before anything is touched: such weights, and names that torch cannot keep a module under."""
         _check_placement(model)
-        if not getattr(model, "can_generate", lambda: True)():
-            raise UsageError(
-                f"{type(model).__name__} is no causal language model: a mixture would train without its head, and is not supported "
-                "there; give a model of AutoModelForCausalLM"
-            )
         if "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
             raise UsageError(
                 f"adapter name {adapter_name!r} cannot be used: give one without dots, such as 'default'"
@@ -97,6 +93,7 @@ class MoAModel(BaseTuner):
         _check_names(peft_config, [name for name, _ in model.named_modules()])
         self._check_architecture(peft_config)
         self._blocks = chosen_blocks(find_blocks(model, peft_config.parts().architecture), peft_config)
+        head = _head_of(model, TaskType(peft_config.task_type).value)
         check_targets(list(self._blocks.values()), peft_config)
         plan = {path: placed_experts(block, peft_config) for path, block in self._blocks.items()}
         self._plan = {path: experts for path, experts in plan.items() if experts}
@@ -112,6 +109,8 @@ class MoAModel(BaseTuner):
         self._watch = layers[0][1].watch if layers else TokenWatch()
         list_of_blocks = next(iter(self._plan)).rpartition(".")[0]
         self._watched = (model, model.get_submodule(list_of_blocks.rpartition(".")[0]))
+        if head is not None and not is_saved_whole(head, peft_config.modules_to_save):
+            peft_config.modules_to_save = [*(peft_config.modules_to_save or ()), head]
         paths = "|".join(re.escape(path) for path in self._plan)
         peft_config.target_modules = f"{BLOCKS_MARK}(?:{paths})"
 
@@ -141,7 +140,8 @@ class MoAModel(BaseTuner):
         routers = layer.mixtures()[adapter_name].routers().values()
         if needs_tokens(layer.mixtures()[adapter_name]):
             pools = any(one.config.granularity == "instance" for one in routers)
-            layer.watch.attach(*self._watched, pools=pools)
+            has_answers = peft_config.task_type == TaskType.CAUSAL_LM
+            layer.watch.attach(*self._watched, pools=pools, has_answers=has_answers)
         if any(one.has_losses for one in routers):
             from moa_peft.mixture.balance_scaling import (
                 give_to_trainers,  # builds on this module, so not at the top
@@ -249,13 +249,37 @@ def _check_placement(model: nn.Module) -> None:
             )
 
 
+def _head_of(model: Any, task: str) -> str | None:
+    """The name of a model's new head, which a task trains with the mixture; None for a model that has none.
+
+    Raises:
+        UsageError: If the task is not the model's, with the one that is.
+    """
+    kind, parts = type(model).__name__, dict(model.named_children())
+    fitting = [one for one, names in HEADS.items() if parts.keys() & names]
+    if getattr(model, "can_generate", lambda: True)():
+        fitting = ["CAUSAL_LM"]
+    elif not fitting and model.base_model is model:
+        fitting = ["FEATURE_EXTRACTION"]
+    if not fitting:
+        raise UsageError(
+            f"{kind} is no causal language model, and has no head that PEFT would train and save"
+        )
+    if task not in fitting:
+        raise UsageError(
+            f"task_type is {task}, and {kind} is a model for {' or '.join(fitting)}: give MoAConfig(task_type={fitting[0]!r}), "
+            "or another model"
+        )
+    return next((name for name in HEADS[task] if name in parts), None)
+
+
 def _check_names(config: MoAConfig, modules: Sequence[str]) -> None:
     """Check what names modules: every one to save is there, and the pattern of those to exclude ends.
 
     Raises:
         UsageError: If not.
     """
-    for saved in config.modules_to_save or []:
+    for saved in set(config.modules_to_save or []).difference(HEADS[config.task_type or ""]):
         if not saved or not any(name.endswith(saved) for name in modules):
             raise UsageError(
                 f"modules_to_save has {saved!r}: no module's name ends so; give names such as lm_head or embed_tokens"

@@ -24,6 +24,15 @@ from moa_peft.mixture.registration import PEFT_TYPE_NAME, add_peft_type
 
 add_peft_type()
 
+HEADS: Mapping[str, tuple[str, ...]] = {
+    "CAUSAL_LM": (),
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+    "FEATURE_EXTRACTION": (),
+}
+"""What models of a task call their new head, by task; PEFT's wrappers add all of these to ``modules_to_save``."""
+
 BLOCKS_MARK = "(?#moa)"
 """Starts the pattern of blocks that `MoAModel` writes into ``target_modules`` for PEFT's own matching."""
 
@@ -111,8 +120,9 @@ class MoAConfig(PeftConfig):
         ):
             wrong.append(f"modules_to_save is {saved!r}: give a list of names")
         wrong += self._pattern_problems()
-        if self.task_type != TaskType.CAUSAL_LM:
-            wrong.append(f"task_type is {self.task_type}: mixtures work on causal language models, CAUSAL_LM")
+        if self.task_type not in HEADS:
+            known = ", ".join(HEADS)
+            wrong.append(f"task_type is {self.task_type}: a mixture is for decoders alone, so give {known}")
         return wrong
 
     def _pattern_problems(self) -> list[str]:

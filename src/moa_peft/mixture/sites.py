@@ -62,15 +62,18 @@ class AttentionSite:
     name: str
     module: nn.Module
     path: str
-    hidden_size: int
     num_heads: int
     num_key_value_heads: int
-    head_size: int
     key: LinearSite
     value: LinearSite
     """Where keys serve as values too, the key's."""
 
     reads: str = MIXER_INPUT
+
+    @property
+    def hidden_size(self) -> int:
+        """What its projections read."""
+        return self.key.in_features
 
     def project(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Map vectors [L, hidden] to keys and values [L, G, D] with the frozen projections and the model's norms.
@@ -81,16 +84,17 @@ class AttentionSite:
         return self._normed(keys, KEY_NORMS), self._normed(values, VALUE_NORMS)
 
     def _normed(self, flat: Tensor, names: Sequence[str]) -> Tensor:
-        heads = (self.num_key_value_heads, self.head_size)
+        size = int(
+            getattr(self.module, "head_dim", None) or self.key.out_features // self.num_key_value_heads
+        )
+        heads = (-1, size)
         norm: Any = next(
             (one for name in names if (one := getattr(self.module, name, None)) is not None), None
         )
         if norm is None:
             return flat.unflatten(-1, heads)
         weight = getattr(norm, "weight", None)
-        if (
-            weight is not None and weight.ndim == 1 and weight.numel() != self.head_size
-        ):  # OLMo 2: all heads at once
+        if weight is not None and weight.ndim == 1 and weight.numel() != size:  # OLMo 2: all heads at once
             return norm(flat).unflatten(-1, heads)
         return norm(flat.unflatten(-1, heads))
 

@@ -7,7 +7,8 @@ Gates of a whole instance are made of its prompt, so every call has to know wher
 3. the labels: what comes before the first that counts, in each row or packed sequence (positions that begin again
    without an attention mask tell these apart);
 4. ``generate``: the columns that it was given, in each of its own calls;
-5. in evaluation mode, a call that begins a cache: it reads a prompt, all of it.
+5. the model's kind: what a classifier or a reward model reads is the prompt, all of it, whatever its labels say;
+6. in evaluation mode, a call that begins a cache: it reads a prompt, all of it.
 
 Where none of them does, or where they contradict each other, the call is refused as soon as a router needs the prompt.
 
@@ -117,7 +118,12 @@ class CallTokens:
 
 
 def call_tokens(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, pools: bool
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    pools: bool,
+    has_answers: bool = True,
 ) -> CallTokens:
     """Read a call's arguments by the rule at the head of this file.
 
@@ -127,6 +133,7 @@ def call_tokens(
         kwargs: Its keyword arguments; ``attention_mask``, ``labels``, ``position_ids``, ``use_cache``, the cache,
             `LENGTH_ARGUMENT` and `PROMPT_ARGUMENT` are read.
         pools: Whether gates are of whole instances; else only real tokens matter.
+        has_answers: Whether the model's rows go on after a prompt; else every real token is the prompt.
     """
     names = inspect.signature(module.forward).parameters if len(args) > 1 else ("input_ids",)
     call = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -143,7 +150,7 @@ def call_tokens(
     try:
         if record_of(past) is not None or (past is not None and holds(past.get_seq_length() > 0)):
             return replace(tokens, **_continued(call, record_of(past), shape[1]))
-        return replace(tokens, **_begun(module, call, tokens.real, ids))
+        return replace(tokens, **_begun(module, call, tokens.real, ids, has_answers=has_answers))
     except UsageError as error:
         return replace(tokens, unknown=str(error))
 
@@ -163,7 +170,9 @@ def _continued(call: Mapping[str, Any], record: PromptRecord | None, columns: in
     return {"earlier": record.gates, "unknown": NO_RECORD}
 
 
-def _begun(module: nn.Module, call: Mapping[str, Any], real: Tensor | None, ids: Tensor) -> dict[str, Any]:
+def _begun(
+    module: nn.Module, call: Mapping[str, Any], real: Tensor | None, ids: Tensor, *, has_answers: bool
+) -> dict[str, Any]:
     """The prompt of a call that goes on with nothing."""
     shape, said, length = ids.shape[:2], call.get(PROMPT_ARGUMENT), call.get(LENGTH_ARGUMENT)
     labels = said if isinstance(said, Tensor) else call.get("labels")
@@ -177,6 +186,8 @@ def _begun(module: nn.Module, call: Mapping[str, Any], real: Tensor | None, ids:
     sequences = None if isinstance(said, int) else _sequences(call, real, shape, keeps_cache=keeps_cache)
     if length is not None:
         return {"prompt": _first_tokens(length, real, sequences, ids), "is_told": True}
+    if not has_answers:
+        return {"prompt": real, "sequences": sequences, "is_told": True}
     if isinstance(labels, Tensor) and labels.shape == shape:
         return {"prompt": _before_answers(labels, real, sequences), "sequences": sequences}
     if isinstance(said, int):
@@ -242,6 +253,8 @@ def _sequences(
     if shape[1] < 2:
         return None
     parted: list[Tensor] = []  # bool, [B or 1, T - 1] each: a token does not go on from the one before
+    if isinstance(positions, Tensor) and positions.dim() == 3 and len(positions) == 4:
+        positions = positions[0]  # Qwen-VL's: of the text, then of pictures in time, height and width
     if isinstance(positions, Tensor) and positions.dim() == 2:
         parted.append(positions[:, 1:] != positions[:, :-1] + 1)
     if mask is None and not keeps_cache:

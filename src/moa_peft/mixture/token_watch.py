@@ -39,26 +39,29 @@ class TokenWatch:
     Attributes:
         current: The tokens of the call that runs.
         pools: Whether an adapter has gates of whole instances, so that prompts matter.
+        has_answers: Whether the model writes on after a prompt, as a language model does and a classifier does not.
     """
 
     def __init__(self) -> None:
         self.current: CallTokens | None = None
         self.pools = False
+        self.has_answers = True
         self._caller: nn.Module | None = None  # whose call began it
         self._model: nn.Module | None = None
         self._backbone_is_next = False
         self._handles: list[RemovableHandle] = []
 
-    def attach(self, model: nn.Module, backbone: nn.Module, *, pools: bool) -> None:
+    def attach(self, model: nn.Module, backbone: nn.Module, *, pools: bool, has_answers: bool) -> None:
         """Watch a model's calls, and calls of its backbone alone; twice is once.
 
         Args:
-            model: The causal language model.
+            model: The whole model.
             backbone: The module that holds the decoder blocks.
             pools: Whether the new adapter has gates of whole instances. The model's own `generate` then says what its
                 prompt is, whoever calls it: it is replaced on this model, not on its class.
+            has_answers: As the attribute.
         """
-        self.pools = self.pools or pools
+        self.pools, self.has_answers = self.pools or pools, has_answers
         if pools and hasattr(model, "generate"):
             vars(model)["generate"] = self.generate
         if self._handles:
@@ -106,7 +109,8 @@ class TokenWatch:
         inside, self._backbone_is_next = self._backbone_is_next, module is self._model
         if module is self._model or not inside:  # whatever an interrupted call has left
             self._caller = module
-            self.current = call_tokens(module, args, {**kwargs, **said}, pools=self.pools)
+            call = {**kwargs, **said}
+            self.current = call_tokens(module, args, call, pools=self.pools, has_answers=self.has_answers)
         return args, kwargs
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ARG002

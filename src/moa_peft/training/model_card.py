@@ -18,18 +18,19 @@ HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _UNSAID = ("resume", "output_dir", "model", "data", "data_split", "data_md5", "validation_md5", "method")
 
 
-def write_card(folder: Path, row: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
+def write_card(folder: Path, row: Mapping[str, Any], recipe: Mapping[str, Any], loader: str) -> None:
     """Write the card of a run into the folder of its adapter.
 
     Args:
         folder: Where the adapter lies.
         row: The run's row of results.
         recipe: The run's resolved recipe.
+        loader: The class of transformers that loads the base model.
     """
     results = [{"what": "training loss, at the end", "value": row["final_loss"]}]
     if row["validation_loss"] is not None:
         results.append({"what": "held-out loss, at the end", "value": row["validation_loss"]})
-    write_text(folder / CARD_FILE, card_text(row, recipe) + results_text(results))
+    write_text(folder / CARD_FILE, card_text(row, recipe, loader) + results_text(results))
 
 
 def add_results(folder: Path, results: Sequence[Mapping[str, Any]]) -> None:
@@ -62,12 +63,13 @@ def results_text(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def card_text(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+def card_text(row: Mapping[str, Any], recipe: Mapping[str, Any], loader: str) -> str:
     """Write a card up to its results.
 
     Args:
         row: The run's row of results.
         recipe: The run's resolved recipe.
+        loader: The class of transformers that loads the base model.
 
     Returns:
         Markdown with the metadata that the hub reads.
@@ -100,9 +102,9 @@ def card_text(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
             "```",
             "```python",
             "import moa_peft  # makes the method known to PEFT",
-            "from transformers import AutoModelForCausalLM",
+            f"from transformers import {loader}",
             "",
-            f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{revision})',
+            f'model = {loader}.from_pretrained("path/to/this/folder"{revision})',
             "```",
             "",
             "## How it was made",

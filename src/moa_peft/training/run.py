@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moa_peft.data.base_loading import model_fingerprint
+from moa_peft.data.base_loading import auto_class, base_config, model_fingerprint
 from moa_peft.errors import UsageError, library_errors
 from moa_peft.provenance import provenance
 from moa_peft.quiet import quiet_libraries
@@ -85,7 +85,7 @@ def _run(preparation: Preparation) -> TrainingOutcome:
             trainer.save_model(str(draft), _internal_call=True)
             if main:
                 (draft / "training_args.bin").unlink(missing_ok=True)
-                write_card(draft, row, written)
+                write_card(draft, row, written, auto_class(base_config(preparation.base)).__name__)
     if main:
         append_result(folder, row)
     return outcome
