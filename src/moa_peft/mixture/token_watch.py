@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moa_peft.mixture.gate_cache import cache_of, record_of, remember
+from moa_peft.mixture.mixed_batch import MixedBatch
 from moa_peft.mixture.token_masks import (
     LENGTH_ARGUMENT,
     PROMPT_ARGUMENT,
@@ -38,11 +39,13 @@ class TokenWatch:
 
     Attributes:
         current: The tokens of the call that runs.
+        mixed: Which rows of the call go through which adapter; None where all go through the active ones.
         pools: Whether an adapter has gates of whole instances, so that prompts matter.
     """
 
     def __init__(self) -> None:
         self.current: CallTokens | None = None
+        self.mixed: MixedBatch | None = None
         self.pools = False
         self._caller: nn.Module | None = None  # whose call began it
         self._model: nn.Module | None = None
@@ -165,5 +168,11 @@ def _prompt_of_generation(model: Any, args: tuple[Any, ...], kwargs: Mapping[str
         remember(past, replace(record, is_cut=False))
     elif record is not None and not (record.is_told and record.ends_within(int(past.get_seq_length()) - 1)):
         return PROMPT_IS_OPEN
+    given = prompt_given(args, kwargs)
+    return None if given is None else given.shape[1]
+
+
+def prompt_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The prompt, [B, T] or [B, T, D], that `generate` is given; None where it starts from nothing."""
     given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
-    return next((one.shape[1] for one in given if isinstance(one, Tensor)), None)
+    return next((one for one in given if isinstance(one, Tensor)), None)
