@@ -1,6 +1,6 @@
 """Tokens of a prompt and its completion, and the labels that make the loss count the completion alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -99,6 +99,26 @@ def prompt_ids(prompt: str, tokenizer: "PreTrainedTokenizerBase", template: Temp
     while ids and ids[-1] == end_token_id(tokenizer, template):
         ids.pop()
     return ids
+
+
+def conversation_ids(
+    turns: Sequence[Mapping[str, str]], tokenizer: "PreTrainedTokenizerBase", template: Template
+) -> list[int]:
+    """Tokenise a conversation up to where the model's next turn begins.
+
+    Args:
+        turns: Each with a role and its content, the user's last.
+        tokenizer: The base model's.
+        template: "chat" reads every turn; "paper" is for single instructions, and reads system turns and the last one.
+
+    Raises:
+        UsageError: As `render_chat`.
+    """
+    if template == "chat":
+        return prompt_ids(render_chat(turns, tokenizer), tokenizer, "chat")
+    system = "\n\n".join(one["content"] for one in turns[:-1] if one["role"] == "system")
+    row = Row(instruction=turns[-1]["content"], input="", output="", answer="", system=system)
+    return prompt_ids(render_prompt(row, "paper", tokenizer), tokenizer, "paper")
 
 
 def completion_ids(completion: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

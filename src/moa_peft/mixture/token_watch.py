@@ -134,7 +134,7 @@ def prompt_lengths(model: nn.Module, lengths: Sequence[int] | Tensor) -> dict[st
     Returns:
         Keyword arguments for the call; none for a model without instance gates.
     """
-    return {LENGTH_ARGUMENT: torch.as_tensor(lengths)} if _pools(model) else {}
+    return {LENGTH_ARGUMENT: torch.as_tensor(lengths)} if pools(model) else {}
 
 
 def prompt_labels(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:
@@ -147,10 +147,11 @@ def prompt_labels(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:
     Returns:
         Keyword arguments for the call; none for a model without instance gates.
     """
-    return {PROMPT_ARGUMENT: labels} if _pools(model) else {}
+    return {PROMPT_ARGUMENT: labels} if pools(model) else {}
 
 
-def _pools(model: nn.Module) -> bool:
+def pools(model: nn.Module) -> bool:
+    """Whether an adapter of the model has gates of whole instances."""
     watches = (getattr(one, "watch", None) for one in model.modules())
     return any(isinstance(watch, TokenWatch) and watch.pools for watch in watches)
 

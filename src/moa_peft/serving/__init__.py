@@ -1,0 +1,4 @@
+"""Serving mixtures: an OpenAI-compatible server, and vLLM's plug-in.
+
+May import: official, evaluation, data, mixture.
+"""
