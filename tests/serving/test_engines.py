@@ -62,11 +62,7 @@ def test_after_a_request_that_fails_the_next_is_answered(kind: Any) -> None:
     assert engine.close()
 
 
-def test_a_batching_engine_leaves_the_model_as_it_was() -> None:
-    model = mixture_model("llama", "soft-moa", attention="eager")
-    before = model(tokens()).logits
-    engine, _ = make_engine(model, 64, [2])
-    assert isinstance(engine, Batched)
-    assert engine.close()
-    assert model.config._attn_implementation == "eager"
-    assert torch.equal(model(tokens()).logits, before)
+def test_gates_of_whole_prompts_are_asked_one_by_one() -> None:
+    engine, why = make_engine(mixture_model("llama", "unipeft"), 64, [2])
+    assert isinstance(engine, OneByOne)
+    assert "gates are made of whole prompts" in str(why)

@@ -211,19 +211,21 @@ def test_a_malformed_request_is_told_what_is_wrong(
 def test_a_client_that_leaves_ends_its_request_and_no_other(
     client: OpenAI, served: dict[str, Served], name: str, stream: bool
 ) -> None:
-    connection = http.client.HTTPConnection(HOST, PORT[0], timeout=30)
-    asked = {"model": name, "prompt": "a", "max_tokens": 1000, "temperature": 0, "stream": stream}
-    connection.request("POST", "/v1/completions", json.dumps(asked))
-    if stream:
-        connection.getresponse().read(20)
-    else:
-        time.sleep(0.2)
-    connection.close()
-    assert client.completions.create(model=name, prompt="b", max_tokens=3).choices[0].text is not None
-    waited = time.monotonic() + 5
-    while served[name].engine._live and time.monotonic() < waited:
-        time.sleep(0.01)
-    assert not served[name].engine._live
+    engine = served[name].engine
+    model = engine._manager.model if isinstance(engine, Batched) else engine._model.get_base_model()
+    passes: list[float] = []
+    handle = model.register_forward_pre_hook(lambda *inputs: passes.append(time.monotonic()))
+    with closing(http.client.HTTPConnection(HOST, PORT[0], timeout=30)) as connection:
+        asked = {"model": name, "prompt": "a", "max_tokens": 1000, "temperature": 0, "stream": stream}
+        connection.request("POST", "/v1/completions", json.dumps(asked))
+        while not passes:
+            time.sleep(0.01)
+    assert client.completions.create(model=name, prompt="b", max_tokens=3).usage.completion_tokens == 3
+    while time.monotonic() - passes[-1] < 0.5:
+        time.sleep(0.05)
+    handle.remove()
+    assert not engine._live
+    assert 4 <= len(passes) < 500
 
 
 def test_runs_on_one_base_hold_its_weights_once(runs: dict[str, str], served: dict[str, Served]) -> None:

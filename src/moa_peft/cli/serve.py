@@ -73,9 +73,10 @@ def serve(
             why = f" ({reason})" if reason else ""
             print(f"{name}: up to {one.engine.room:,} tokens, {one.engine.name}{why}", flush=True)
         print(f"http://{host}:{address.getsockname()[1]}/v1 (Ctrl-C ends it)", flush=True)
-        Server({name: one for name, (one, _) in served.items()}).run([address])
+        server = Server({name: one for name, (one, _) in served.items()})
+        server.run([address])
     sys.stdout.flush()
-    os._exit(0)  # a thread in the middle of a long prompt would keep the process
+    os._exit(0 if server.started else 1)  # a thread in the middle of a long prompt would keep the process
 
 
 def _names(runs: list[str]) -> dict[str, str]:

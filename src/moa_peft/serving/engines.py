@@ -191,11 +191,9 @@ class Batched(Engine):
         bare = model.get_base_model() if hasattr(model, "get_base_model") else model
         if not getattr(bare, "_supports_attention_backend", False):
             raise RunError("its attention is not transformers' attention interface")
-        attention = bare.config._attn_implementation
         cb_logger.setLevel(logging.CRITICAL)  # its errors are told to those who asked
         with ExitStack() as undo:
             undo.enter_context(packed_weights(bare))
-            undo.callback(bare.set_attn_implementation, attention)
             # this also packs the weights, which must not happen while a graph is captured
             expected = {prompt: _continued(bare, prompt) for prompt in _tried_prompts(bare)}
             self._manager = bare.init_continuous_batching(
