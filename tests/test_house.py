@@ -14,7 +14,7 @@ PAGE = ROOT / "docs" / "architecture.md"
 
 ORDER = (
     ("cli",),
-    ("study",),
+    ("study", "serving"),
     ("inspection", "official", "bench"),
     ("evaluation", "training"),
     ("data", "mixture"),
