@@ -1,6 +1,6 @@
 """The command `moa`: one file for each verb, which imports what it needs only when it runs.
 
-May import: study, inspection, official, bench, evaluation, training, data, mixture.
+May import: study, serving, inspection, official, bench, evaluation, training, data, mixture.
 """
 
 import errno

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import get_peft_model, set_peft_model_state_dict
+from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig
 
 from moa_peft.data.base_loading import BaseSettings, base_config, empty_model, load_tokenizer
+from moa_peft.data.tokenization import paper_chat_template
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.loading import AdapterFolder, choose_base
+from moa_peft.mixture.adapter_file import check_fit, check_values
 from moa_peft.mixture.experts import DoraExpert
 from moa_peft.mixture.peft_config import MoAConfig
 from moa_peft.official.adapter_folder import adapter_folder
@@ -113,7 +115,7 @@ def export_vllm(
     init_kwargs: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> VllmReport:
-    """Write a folder that ``vllm serve`` takes without a flag: adapter, tokenizer, and the base's config.
+    """Write a folder that ``vllm serve`` takes without a flag: adapter, tokenizer, chat template, and the base's config.
 
     Args:
         adapter: From `read_adapter`.
@@ -129,9 +131,12 @@ def export_vllm(
     weights = load_file(adapter.path / WEIGHTS)
     check_weights(weights, adapter.name)
     hollow = get_peft_model(empty_model(base), copy.deepcopy(config))
-    set_peft_model_state_dict(hollow, dict(weights))  # checks names and sizes
+    check_values(weights, adapter.name)
+    check_fit(get_peft_model_state_dict(hollow, save_embedding_layers=False), weights, adapter.name)
     holds_tokenizer = (adapter.path / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(base, adapter.path if holds_tokenizer else None)
+    if adapter.template == "paper":
+        tokenizer.chat_template = paper_chat_template(tokenizer)
     served = base_config(base)
     served.update(config_changes(base))
     with adapter_folder(out, overwrite=overwrite) as draft:
