@@ -1,3 +1,4 @@
+import itertools
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import pytest
 from openai import APIError, OpenAI
 from typer.testing import CliRunner
 
+from moa_peft import extras
 from moa_peft.cli import app, register_verbs
 from moa_peft.serving.server import bind
 from tiny_lm import save_adapter, save_base
@@ -28,10 +30,51 @@ def call(*words: str) -> str:
         (["run", "--port", "70000"], "--port is 70000"),
         (["run", "--engine", "vlm"], "did you mean 'vllm'"),
         (["a", "b", "--engine", "vllm"], "--engine vllm serves one run as it was trained"),
+        (["a", "--engine", "vllm"], "--engine vllm needs vLLM, which is not installed"),
     ],
 )
 def test_what_cannot_be_served_is_refused(words: list[str], message: str) -> None:
     assert message in call(*words)
+
+
+@pytest.fixture
+def with_vllm(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """vLLM as if it were installed; gives the commands that take the place of this process."""
+    started: list[list[str]] = []
+
+    def start(program: str, command: list[str]) -> None:
+        started.append(command)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execv", start)
+    monkeypatch.setattr(extras, "is_installed", lambda module: True)
+    return started
+
+
+@pytest.mark.parametrize("engine", ["auto", "vllm"])
+def test_one_run_is_served_by_vllm_where_it_is_installed(
+    tmp_path: Path, with_vllm: list[list[str]], engine: str
+) -> None:
+    run = str(save_adapter(tmp_path / "run", save_base(tmp_path / "base")))
+    call(run, "--engine", engine, "--port", "81")
+    (command,) = with_vllm
+    assert command[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    told = dict(itertools.pairwise(command))
+    assert (told["--model"], told["--served-model-name"], told["--dtype"], told["--port"]) == (
+        run, "run", "float32", "81",
+    )  # fmt: skip
+
+
+def test_a_run_that_vllm_cannot_serve_is_served_without_it_unless_it_must(
+    tmp_path: Path, with_vllm: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = str(
+        save_adapter(tmp_path / "run", save_base(tmp_path / "base"), {"router": {"granularity": "instance"}})
+    )
+    assert "vLLM cannot serve" in call(run, "--engine", "vllm")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "moa serve without vLLM needs uvicorn" in call(run)
+    assert not with_vllm
 
 
 def test_a_port_that_is_taken_is_told_before_anything_is_loaded() -> None:

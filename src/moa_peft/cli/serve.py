@@ -58,7 +58,7 @@ def serve(
     if engine == "vllm" and not is_plain:
         raise UsageError("--engine vllm serves one run as it was trained: leave the other options out")
     if engine == "vllm" or (engine == "auto" and is_plain and is_installed("vllm")):
-        _run_vllm(runs[0], host, port)
+        _go_on_as_vllm(names, host, port, must=engine == "vllm")
     for needed in ("uvicorn", "starlette"):
         require(needed, "moa serve without vLLM")
     from moa_peft.quiet import quiet_libraries
@@ -94,11 +94,30 @@ def _names(runs: list[str]) -> dict[str, str]:
     return names
 
 
-def _run_vllm(run: str, host: str, port: int) -> None:
-    """Go on as vLLM's server."""
-    from importlib import import_module
+def _go_on_as_vllm(names: dict[str, str], host: str, port: int, *, must: bool) -> None:
+    """Become vLLM's server of an only run; where vLLM cannot serve it and need not, say why.
 
+    Raises:
+        UsageError: If it cannot and must.
+    """
     from moa_peft.evaluation.loading import read_adapter
+    from moa_peft.extras import is_installed
+    from moa_peft.serving.vllm.command import vllm_command
+    from moa_peft.serving.vllm.folder import served_base, served_config
 
-    command = import_module("moa_peft.serving.vllm").vllm_command(read_adapter(run).path, host, port)
-    os.execvp(command[0], command)
+    if not is_installed("vllm"):
+        raise UsageError(
+            "--engine vllm needs vLLM, which is not installed: leave --engine out, or install vllm"
+        )
+    ((name, run),) = names.items()
+    adapter = read_adapter(run)
+    try:
+        served_config(adapter)
+        dtype = served_base(adapter).init_kwargs["dtype"]
+    except UsageError as error:
+        if must:
+            raise
+        print(error, flush=True)
+        return
+    command = vllm_command(adapter.path, host, port)
+    os.execv(command[0], [*command, "--served-model-name", name, "--dtype", str(dtype)])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moa_peft.data.row import Row
-from moa_peft.data.templates import Template, render_chat, render_completion, render_prompt
+from moa_peft.data.templates import PAPER, Template, render_chat, render_completion, render_prompt
 from moa_peft.errors import UsageError
 
 if TYPE_CHECKING:
@@ -119,6 +119,27 @@ def conversation_ids(
     system = "\n\n".join(one["content"] for one in turns[:-1] if one["role"] == "system")
     row = Row(instruction=turns[-1]["content"], input="", output="", answer="", system=system)
     return prompt_ids(render_prompt(row, "paper", tokenizer), tokenizer, "paper")
+
+
+_ONE_TURN = (
+    "{%- if messages[-1].role != 'user' or messages[:-1] | rejectattr('role', 'equalto', 'system') | list -%}"
+    "{{ raise_exception('this model was trained on single instructions: give one user message, after system messages') }}"
+    "{%- endif -%}"
+)
+
+
+def paper_chat_template(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Write the paper's template as a chat template, for servers that know no other.
+
+    Args:
+        tokenizer: The base model's; what it puts in front of a text stands in front of the template.
+
+    Returns:
+        A template of one user's turn, after turns of the system, which are joined to it.
+    """
+    start = str(tokenizer.decode(prompt_ids("", tokenizer, "paper")))
+    told = PAPER.format(instruction="{{ messages | map(attribute='content') | join('\\n\\n') }}")
+    return _ONE_TURN + start + told.removesuffix("\n") + "{{ '\\n' }}"  # Jinja drops a newline at the end
 
 
 def completion_ids(completion: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
