@@ -60,9 +60,12 @@ def test_one_run_is_served_by_vllm_where_it_is_installed(
     (command,) = with_vllm
     assert command[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     told = dict(itertools.pairwise(command))
-    assert (told["--model"], told["--served-model-name"], told["--dtype"], told["--port"]) == (
-        run, "run", "float32", "81",
-    )  # fmt: skip
+    assert (told["--model"], told["--tokenizer"], told["--served-model-name"]) == (
+        run,
+        f"{tmp_path}/base",
+        "run",
+    )
+    assert (told["--dtype"], told["--port"]) == ("float32", "81")
 
 
 def test_a_run_that_vllm_cannot_serve_is_served_without_it_unless_it_must(

@@ -113,11 +113,14 @@ def _go_on_as_vllm(names: dict[str, str], host: str, port: int, *, must: bool) -
     adapter = read_adapter(run)
     try:
         served_config(adapter)
-        dtype = served_base(adapter).init_kwargs["dtype"]
+        base = served_base(adapter)
     except UsageError as error:
         if must:
             raise
         print(error, flush=True)
         return
     command = vllm_command(adapter.path, host, port)
-    os.execv(command[0], [*command, "--served-model-name", name, "--dtype", str(dtype)])
+    command += ["--served-model-name", name, "--dtype", str(base.init_kwargs["dtype"])]
+    if not (adapter.path / "tokenizer_config.json").is_file():
+        command += ["--tokenizer", base.path]
+    os.execv(command[0], command)

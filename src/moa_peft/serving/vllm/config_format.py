@@ -65,4 +65,4 @@ class ServedMixture(VerifyAndUpdateConfig):
                 f"the base model is {kind}, on which vLLM cannot serve a mixture of adapters: serve it with moa serve"
             )
         # vLLM keeps compiled models by their config: another adapter is another model.
-        model.hf_config.update({"moa_adapter": config.to_dict()})
+        model.hf_config.update({"moa_adapter": str(config.to_dict())})
