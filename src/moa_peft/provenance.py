@@ -27,7 +27,7 @@ def provenance() -> dict[str, Any]:
         "status", "--porcelain", "--untracked-files=no", "--", "src"
     )  # rows of results are tracked too
     return {
-        "versions": {"python": platform.python_version()} | {one: _version(one) for one in LIBRARIES},
+        "versions": {"python": platform.python_version()} | {one: version_of(one) for one in LIBRARIES},
         "commit": commit,
         "dirty": None if commit is None or changes is None else bool(changes),
         "command": shlex.join(Path(one).name if Path(one).is_absolute() else one for one in sys.argv),
@@ -37,7 +37,8 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def _version(distribution: str) -> str | None:
+def version_of(distribution: str) -> str | None:
+    """The version of an installed package; None where it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -323,11 +323,6 @@ def test_other_modules_to_save_go_with_a_mixture(saved: str) -> None:
     assert logits(model).isfinite().all()
 
 
-def test_a_batch_of_several_adapters_is_refused() -> None:
-    with pytest.raises(UsageError, match="adapter_names is not supported"):
-        mixture_model("llama", "soft-moa")(tokens(1, 3), adapter_names=["default"])
-
-
 def test_a_second_architecture_on_one_model_is_refused() -> None:
     model = mixture_model("llama", "soft-moa")
     with pytest.raises(UsageError, match="architecture differs"):

@@ -1,6 +1,6 @@
 """The command `moa`: one file for each verb, which imports what it needs only when it runs.
 
-May import: study, inspection, official, bench, evaluation, training, data, mixture.
+May import: study, serving, inspection, official, bench, evaluation, training, data, mixture.
 """
 
 import errno
@@ -39,12 +39,13 @@ def register_verbs() -> None:
     from moa_peft.cli.import_ import import_
     from moa_peft.cli.inspect import inspect
     from moa_peft.cli.methods import methods
+    from moa_peft.cli.serve import serve
     from moa_peft.cli.train import ANY_FIELD, train, train_help
     from moa_peft.cli.verify import verify
 
     app.command(context_settings=ANY_FIELD, help=train_help())(registered(train))
     app.command(context_settings=ANY_FIELD, help=compare_help())(registered(compare))
-    for verb in (evaluate, chat, demo, methods, verify, bench, inspect):
+    for verb in (evaluate, chat, serve, demo, methods, verify, bench, inspect):
         app.command()(registered(verb))
     app.command("import")(registered(import_))
     app.command()(registered(export))

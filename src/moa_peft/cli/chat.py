@@ -90,18 +90,10 @@ class Conversation:
 
     def prompt_tokens(self, turns: list[dict[str, str]]) -> list[int]:
         """Write the conversation as the model reads it: with the chat template, or the last turn in the paper's."""
-        from moa_peft.data.row import Row
-        from moa_peft.data.templates import render_chat, render_prompt
-        from moa_peft.data.tokenization import prompt_ids
+        from moa_peft.data.tokenization import conversation_ids
 
-        tokenizer = self.loaded.tokenizer
-        if self.template == "paper":
-            row = Row(
-                instruction=turns[-1]["content"], input="", output="", answer="", system=self.system or ""
-            )
-            return prompt_ids(render_prompt(row, "paper", tokenizer), tokenizer, "paper")
         told = [{"role": "system", "content": self.system}] if self.system else []
-        return prompt_ids(render_chat([*told, *turns], tokenizer), tokenizer, "chat")
+        return conversation_ids([*told, *turns], self.loaded.tokenizer, cast("Any", self.template))
 
     def obey(self, command: str) -> str | None:
         """Carry a command out.
@@ -168,19 +160,14 @@ def chat(
       echo "Why is the sky blue?" | moa chat --max-new-tokens 60
     """  # noqa: D301  # the backspace keeps the lines of the examples apart
     _check(max_new_tokens, temperature, seed)
-    from moa_peft.evaluation.loading import choose_template, load, read_adapter
+    from moa_peft.evaluation.loading import conversation_template, load, read_adapter
     from moa_peft.quiet import quiet_libraries
 
     init_kwargs = parse_mapping("--model-init-kwargs", model_init_kwargs)
     with quiet_libraries():
         found = None if adapter is None else read_adapter(adapter)
         loaded = load(model, found, dtype=dtype, init_kwargs=init_kwargs)
-        has_template = bool(loaded.tokenizer.chat_template)
-        chosen = choose_template(template, loaded.adapter, "chat" if has_template else "paper")
-        if chosen not in ("chat", "paper"):
-            raise UsageError(f"template is {chosen!r}: give 'chat' or 'paper'")
-        if chosen == "chat" and not has_template:
-            raise UsageError("template 'chat': the tokenizer of this model has no chat template: use 'paper'")
+        chosen = conversation_template(template, loaded)
         import torch
 
         torch.manual_seed(seed)

@@ -1,8 +1,8 @@
-"""`moa export`: an adapter as an official checkpoint, or its LoRA part as plain LoRA."""
+"""`moa export`: an adapter as a folder for vLLM, as an official checkpoint, or its LoRA part as plain LoRA."""
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -14,8 +14,9 @@ from moa_peft.errors import UsageError, unknown
 if TYPE_CHECKING:
     from moa_peft.official.exporter import ExportReport
     from moa_peft.official.lora_export import LoraReport
+    from moa_peft.serving.vllm.folder import VllmReport
 
-FORMATS = ("official", "lora")
+FORMATS = ("official", "lora", "vllm")
 
 
 def export(
@@ -26,10 +27,11 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="official: a checkpoint of the official code, without loss. lora: the LoRA part as plain LoRA, lossy.",
+            help="vllm: a folder that vLLM serves with this package, without loss. official: a checkpoint of the official "
+            "code, without loss. lora: the LoRA part as plain LoRA, lossy.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="official: the file to write. lora: the folder.")],
+    out: Annotated[Path, typer.Option(help="official: the file to write. lora, vllm: the folder.")],
     layout: Annotated[
         str | None,
         typer.Option(
@@ -66,30 +68,33 @@ def export(
 ) -> None:
     """Write an adapter for other programs.
 
+    vllm: adapter, tokenizer and the base model's config; the base model stays where it is. vLLM serves the folder with
+    this package installed beside it, token-level gates, prompts and adapters included.
+
     official: names and bits as the official code has them, so that an import and an export end where they began. What
     that code has no name for is refused.
 
-    lora: for servers such as vLLM that know plain LoRA only. Each LoRA keeps its mean gate over --data, whatever the
+    lora: for servers that know plain LoRA only. Each LoRA keeps its mean gate over --data, whatever the
     input; prompts and adapters are dropped. What this loses is measured on held-out rows and printed.
 
     \b
     Examples:
+      moa export runs/first --format vllm --out served/first    (then: vllm serve served/first)
       moa export adapters/soft --format official --out official.safetensors
       moa export runs/first --format lora --data train.json --out adapters/plain
     """  # noqa: D301  # the backspace keeps the lines of the examples apart
     if format_ not in FORMATS:
         raise UsageError(unknown("format", format_, FORMATS))
+    lora_only = {
+        "--data": data, "--held-out": held_out, "--limit": limit, "--template": template, "--dtype": dtype,
+    }  # fmt: skip
+    _refuse_others("lora", format_, lora_only)
+    _refuse_others("official", format_, {"--layout": layout})
     from moa_peft.evaluation.loading import choose_template, read_adapter
     from moa_peft.quiet import quiet_libraries
 
     init_kwargs = parse_mapping("--model-init-kwargs", model_init_kwargs)
     if format_ == "official":
-        lora_only = {
-            "--data": data, "--held-out": held_out, "--limit": limit, "--template": template, "--dtype": dtype,
-        }  # fmt: skip
-        given = [flag for flag, value in lora_only.items() if value is not None]
-        if given:
-            raise UsageError(f"{', '.join(given)} belongs to --format lora: leave it out")
         from moa_peft.official.exporter import export_official
 
         base = {"base": model, "init_kwargs": init_kwargs}
@@ -97,8 +102,15 @@ def export(
             report = export_official(read_adapter(adapter), out, layout=layout, overwrite=overwrite, **base)
         print(json.dumps(dataclasses.asdict(report))) if as_json else print_official(report)
         return
-    if layout is not None:
-        raise UsageError("--layout belongs to --format official: leave it out")
+    if format_ == "vllm":
+        from moa_peft.serving.vllm.folder import export_vllm
+
+        with quiet_libraries():
+            written = export_vllm(
+                read_adapter(adapter), out, model=model, init_kwargs=init_kwargs, overwrite=overwrite
+            )
+        print(json.dumps(dataclasses.asdict(written))) if as_json else print_vllm(written)
+        return
     if data is None:
         raise UsageError(
             "--format lora needs --data: rows of the kind the adapter will be used on, whose tokens the mean gates are "
@@ -116,6 +128,19 @@ def export(
             found, out, data=data, held_out=held_out, limit=limit, model=model, options=options
         )
     print(json.dumps(dataclasses.asdict(made))) if as_json else print_lora(made)
+
+
+def _refuse_others(own: str, chosen: str, flags: Mapping[str, object]) -> None:
+    given = [flag for flag, value in flags.items() if value is not None]
+    if given and chosen != own:
+        raise UsageError(f"{', '.join(given)} belongs to --format {own}: leave it out")
+
+
+def print_vllm(report: "VllmReport") -> None:
+    """Say what was written and how it is served."""
+    print(f"written     {report.folder}: {report.num_parameters:,} parameters")
+    print(f"base model  {report.base_model} (vLLM loads it from there)")
+    print(f"next        vllm serve {report.folder}")
 
 
 def print_official(report: "ExportReport") -> None:

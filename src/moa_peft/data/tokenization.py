@@ -1,11 +1,11 @@
 """Tokens of a prompt and its completion, and the labels that make the loss count the completion alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moa_peft.data.row import Row
-from moa_peft.data.templates import Template, render_chat, render_completion, render_prompt
+from moa_peft.data.templates import PAPER, Template, render_chat, render_completion, render_prompt
 from moa_peft.errors import UsageError
 
 if TYPE_CHECKING:
@@ -99,6 +99,47 @@ def prompt_ids(prompt: str, tokenizer: "PreTrainedTokenizerBase", template: Temp
     while ids and ids[-1] == end_token_id(tokenizer, template):
         ids.pop()
     return ids
+
+
+def conversation_ids(
+    turns: Sequence[Mapping[str, str]], tokenizer: "PreTrainedTokenizerBase", template: Template
+) -> list[int]:
+    """Tokenise a conversation up to where the model's next turn begins.
+
+    Args:
+        turns: Each with a role and its content, the user's last.
+        tokenizer: The base model's.
+        template: "chat" reads every turn; "paper" is for single instructions, and reads system turns and the last one.
+
+    Raises:
+        UsageError: As `render_chat`.
+    """
+    if template == "chat":
+        return prompt_ids(render_chat(turns, tokenizer), tokenizer, "chat")
+    system = "\n\n".join(one["content"] for one in turns[:-1] if one["role"] == "system")
+    row = Row(instruction=turns[-1]["content"], input="", output="", answer="", system=system)
+    return prompt_ids(render_prompt(row, "paper", tokenizer), tokenizer, "paper")
+
+
+_ONE_TURN = (
+    "{%- if messages[-1].role != 'user' or messages[:-1] | rejectattr('role', 'equalto', 'system') | list -%}"
+    "{{ raise_exception('this model was trained on single instructions: give one user message, after system messages') }}"
+    "{%- endif -%}"
+)
+
+
+def paper_chat_template(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Write the paper's template as a chat template, for servers that know no other.
+
+    Args:
+        tokenizer: The base model's; what it puts in front of a text stands in front of the template.
+
+    Returns:
+        A template of one user's turn, after turns of the system, which are joined to it.
+    """
+    start = str(tokenizer.decode(prompt_ids("", tokenizer, "paper")))
+    told = PAPER.format(instruction="{{ messages | map(attribute='content') | join('\\n\\n') }}")
+    return _ONE_TURN + start + told.removesuffix("\n") + "{{ '\\n' }}"  # Jinja drops a newline at the end
 
 
 def completion_ids(completion: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from moa_peft.data.base_loading import (
     PLACE,
@@ -19,6 +19,7 @@ from moa_peft.data.base_loading import (
     told_init_kwargs,
 )
 from moa_peft.data.base_model import DEFAULT_MODEL
+from moa_peft.data.templates import Template
 from moa_peft.errors import UsageError, expanded, first_line, unknown
 from moa_peft.mixture.adapter_file import check_values, split_frozen
 
@@ -249,6 +250,21 @@ def load(
 def choose_template(given: str | None, adapter: AdapterFolder | None, otherwise: str) -> str:
     """The template asked for, or the one that the adapter was trained with, or another."""
     return given or (adapter.template if adapter is not None else None) or otherwise
+
+
+def conversation_template(given: str | None, loaded: LoadedModel) -> Template:
+    """The template of conversations: the one asked for, that of the training, or else the model's chat template.
+
+    Raises:
+        UsageError: If it is none, or is "chat" and the tokenizer has no chat template.
+    """
+    has_template = bool(loaded.tokenizer.chat_template)
+    chosen = choose_template(given, loaded.adapter, "chat" if has_template else "paper")
+    if chosen not in get_args(Template):
+        raise UsageError(f"template is {chosen!r}: give 'chat' or 'paper'")
+    if chosen == "chat" and not has_template:
+        raise UsageError("template 'chat': the tokenizer of this model has no chat template: use 'paper'")
+    return cast("Template", chosen)
 
 
 def add_adapter(model: Any, adapter: AdapterFolder, name: str = "default") -> Any:

@@ -203,15 +203,16 @@ def _find_mixers(
     for name, child in children:
         reads = name if mixers else MIXER_INPUT
         layers = dict(child.named_children())
+        fused = _fused_layer(name, layers, named, text)
         recurrence = next(
             (one for one in RECURRENCES if all(layer in layers for layer in one.known_by)), None
         )
         if "kv_a_proj_with_mqa" in layers:
             _latent_attention(child, f"{path}.{name}", found, reads, model, text)
-        elif recurrence is not None and "q_proj" not in layers and not _fused_layer(layers, text):
+        elif recurrence is not None and "q_proj" not in layers and not fused:
             _recurrence(child, f"{path}.{name}", found, reads, recurrence)
-        elif "q_proj" in layers or _fused_layer(layers, text):
-            _attention(child, f"{path}.{name}", found, reads, model, text)
+        elif "q_proj" in layers or fused:
+            _attention(child, f"{path}.{name}", found, reads, model, text, fused)
         elif named.attention:
             found.kinds.append("attention")
             found.attention = child
@@ -221,16 +222,30 @@ def _find_mixers(
     return mixers
 
 
-def _fused_layer(layers: Mapping[str, nn.Module], text: Any) -> tuple[str, Fused] | None:
+def _fused_layer(
+    attention: str, layers: Mapping[str, nn.Module], named: ArchitectureConfig, text: Any
+) -> tuple[str, Fused] | None:
+    """The layer that holds an attention's queries among others, and its order: as it is named, or as the family has it."""
+    for layer in layers:
+        order = named.fused.get(f"{attention}.{layer}", ())
+        if "q_proj" in order:
+            return layer, Fused(order=tuple(order), groups=named.fused_groups)
     known = FUSED_ATTENTION.get(text.model_type)
     return known if known is not None and known[0] in layers else None
 
 
-def _attention(child: nn.Module, path: str, found: _Found, reads: str, model: nn.Module, text: Any) -> None:
+def _attention(
+    child: nn.Module,
+    path: str,
+    found: _Found,
+    reads: str,
+    model: nn.Module,
+    text: Any,
+    fused: tuple[str, Fused] | None,
+) -> None:
     layers = dict(child.named_children())
     crossed = "cross" in path.rpartition(".")[2]
     found.kinds.append("cross-attention" if crossed else "attention")
-    fused = _fused_layer(layers, text)
     sites: dict[str, LinearSite] = {}
     if fused is not None:
         name, parts = fused
@@ -491,10 +506,13 @@ def _linear(name: str, module: nn.Module, path: str, reads: str) -> LinearSite:
     )
 
 
-def _features(module: nn.Module) -> tuple[int, int]:
-    if hasattr(module, "in_features"):
-        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]  # typed as Tensor | Module
-    return int(module.nx), int(module.nf)  # type: ignore[arg-type]  # transformers' Conv1D
+_SIZES = (("in_features", "out_features"), ("nx", "nf"), ("input_size", "output_size"))
+"""What linear layers call their sizes: torch's, transformers' Conv1D, vLLM's."""
+
+
+def _features(module: Any) -> tuple[int, int]:
+    names = next(names for names in _SIZES if hasattr(module, names[0]))
+    return int(getattr(module, names[0])), int(getattr(module, names[1]))
 
 
 def _fused_sites(

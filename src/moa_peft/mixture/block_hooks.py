@@ -227,7 +227,8 @@ class MoALayer(nn.Module, BaseTunerLayer):
     def _active(self) -> list[str]:
         if self._disable_adapters:
             return []
-        active = self._active_adapter
+        mixed = self.watch.mixed
+        active = self._active_adapter if mixed is None else mixed.adapters
         return [one for one in ([active] if isinstance(active, str) else active) if one in self.moa_mixture]
 
     def _hook_pre(self, module: nn.Module, hook: Callable[..., Any], *, with_kwargs: bool = False) -> None:
@@ -268,9 +269,11 @@ class MoALayer(nn.Module, BaseTunerLayer):
         """Begin the passes of the active adapters where q, k and v read their tokens; a forward pre-hook."""
         state = self._state
         tell = self._tell if self._is_observed(self.observer) else None
+        mixed = self.watch.mixed
+        begin = MixturePass if mixed is None else mixed.passes(args[0])
         state.passes = tuple(
             [
-                MixturePass(name, self.moa_mixture[name], f"{self.block.path}.{name}", state.call, tell)  # type: ignore[arg-type]  # ModuleDict is untyped
+                begin(name, self.moa_mixture[name], f"{self.block.path}.{name}", state.call, tell)  # type: ignore[arg-type]  # ModuleDict is untyped
                 for name in self._active()
             ]
         )

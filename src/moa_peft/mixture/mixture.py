@@ -67,15 +67,15 @@ class AtModule:
     """The experts that change one module's output."""
 
     input_name: str
-    joined: dict[Slot | None, list[Place]] = field(default_factory=dict)
-    """Bottlenecks, by the columns that they change."""
+    joined: list[Place] = field(default_factory=list)
+    """Bottlenecks."""
     others: list[Place] = field(default_factory=list)
     """Those whose own ``change`` is called."""
 
     @property
     def places(self) -> list[Place]:
         """All of them."""
-        return [*(one for places in self.joined.values() for one in places), *self.others]
+        return [*self.joined, *self.others]
 
 
 class Down(NamedTuple):
@@ -183,11 +183,9 @@ class Mixture(nn.Module):
         """Join the weights of everything that reads an input, in the dtype of the input."""
         return self._reused((input_name, dtype), lambda: self._join_down(self.readers[input_name], dtype))
 
-    def up(self, path: str, slot: Slot | None, dtype: torch.dtype) -> Tensor:
+    def up(self, path: str, dtype: torch.dtype) -> Tensor:
         """Join what multiplies the gated vectors of a module's bottlenecks, [D_out, sum of K], in the dtype of its output."""
-        return self._reused(
-            (path, slot, dtype), lambda: self._join_up(self.modules_changed[path].joined[slot], dtype)
-        )
+        return self._reused((path, dtype), lambda: self._join_up(self.modules_changed[path].joined, dtype))
 
     @contextmanager
     def packed(self) -> Iterator[None]:
@@ -256,7 +254,12 @@ class Mixture(nn.Module):
         )
 
     def _join_up(self, places: Sequence[Place], dtype: torch.dtype) -> Tensor:
-        return _joined([weight for place in places for weight in self._bottleneck(place).ups()], 1).to(dtype)
+        """Those of a fused layer's projections have zeros in the rows of the others."""
+        rows: list[Tensor] = []
+        for place in places:
+            ups = self._bottleneck(place).ups()
+            rows += ups if place.slot is None else [place.slot.place(one.T).T for one in ups]
+        return _joined(rows, 1).to(dtype)
 
     def _bottleneck(self, place: Place) -> Bottleneck:
         expert: LinearExpert = self.experts[place.name]  # type: ignore[assignment]  # ModuleDict is untyped
@@ -273,7 +276,7 @@ class Mixture(nn.Module):
             expert = self.experts[place.name]
             if isinstance(expert, LinearExpert) and expert.bottleneck() is not None:
                 self._add_to_run(self.readers.setdefault(place.input_name, Readers()).runs, place)
-                changes.joined.setdefault(place.slot, []).append(place)
+                changes.joined.append(place)
             else:
                 changes.others.append(place)
             if place.name in self.copy_routers:
@@ -378,10 +381,10 @@ class MixturePass:
         self._multiply(changes.input_name, x)
         for place in changes.others:
             output = output + self.mixture.linear_change(place, x, frozen, self.gate_or_one(place, x))
-        for slot, places in changes.joined.items():
-            rows = _joined([self._inner[one.name] for one in places], -1)
-            output = _add_product(output, rows, self.mixture.up(path, slot, output.dtype), slot)
-        return output
+        if not changes.joined:
+            return output
+        rows = _joined([self._inner[one.name] for one in changes.joined], -1)
+        return _add_product(output, rows, self.mixture.up(path, output.dtype))
 
     def add_prompts(self, path: str, query: Tensor, scaling: float, output: Tensor) -> Tensor:
         """Add the changes of the experts at the attention to its output, [B, T, H, D]; see `AttentionExpert.change`."""
@@ -461,11 +464,9 @@ def _joined(parts: Iterable[Tensor], dim: int) -> Tensor:
     return torch.cat([first, *others], dim) if others else first
 
 
-def _add_product(output: Tensor, rows: Tensor, up: Tensor, slot: Slot | None) -> Tensor:
-    """Add ``up rows`` to a module's output [..., D_out], or to the columns of a slot."""
+def _add_product(output: Tensor, rows: Tensor, up: Tensor) -> Tensor:
+    """Add ``up rows`` to a module's output [..., D_out]."""
     rows = cast(rows, output.dtype)
-    if slot is not None:
-        return output + slot.place(F.linear(rows, up))
     if torch.is_grad_enabled() and not torch.is_autocast_enabled(output.device.type):
         # One pass over the output less. Autocast would round the output of a layer that gives float32.
         return torch.addmm(output.flatten(0, -2), rows.flatten(0, -2), up.t()).view(output.shape)

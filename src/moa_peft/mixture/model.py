@@ -10,9 +10,10 @@ from typing import Any
 
 from peft import TaskType
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from moa_peft.errors import UsageError
+from moa_peft.errors import UsageError, unknown
 from moa_peft.mixture.adapter_file import check_fit, check_values, is_saved_whole, split_frozen
 from moa_peft.mixture.architecture import find_blocks
 from moa_peft.mixture.block_hooks import (
@@ -23,6 +24,7 @@ from moa_peft.mixture.block_hooks import (
     needs_tokens,
     packed_weights,
 )
+from moa_peft.mixture.mixed_batch import BASE, MixedBatch
 from moa_peft.mixture.peft_config import BLOCKS_MARK, HEADS, MoAConfig
 from moa_peft.mixture.placement import (
     check_targets,
@@ -32,7 +34,7 @@ from moa_peft.mixture.placement import (
 )
 from moa_peft.mixture.registration import register
 from moa_peft.mixture.sites import Block
-from moa_peft.mixture.token_watch import TokenWatch
+from moa_peft.mixture.token_watch import TokenWatch, prompt_given
 from moa_peft.time_limit import time_limit
 
 _PATTERN_S = 5.0
@@ -77,16 +79,56 @@ class MoAModel(BaseTuner):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as the model does, with weights that are joined once for all its calls."""
+        layers = mixture_layers(self.model)
+        mixed = layers[0][1].watch.mixed if layers else None
+        if mixed is not None:
+            given = prompt_given(args, kwargs)
+            mixed.check(1 if given is None else len(given))
+            mixed.is_generating = True
         with packed_weights(self.model):
             return self.model.generate(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:  # noqa: ARG002
-        if kwargs.get("adapter_names") is not None:
+        """Let each row of a call go through an adapter of its own, as PEFT's LoRA does for ``adapter_names``.
+
+        Raises:
+            UsageError: If the model is in training mode, a name is unknown, there is not one for each row, or something is
+                there that cannot be told apart by rows: saved modules, observers.
+        """
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        layers = [layer for _, layer in mixture_layers(self.model)]
+        self._check_mixed(names, layers)
+        watch = layers[0].watch
+        before, watch.mixed = watch.mixed, MixedBatch(names)
+        try:
+            yield
+        finally:
+            watch.mixed = before
+
+    def _check_mixed(self, names: Any, layers: Sequence[MoALayer]) -> None:
+        if not isinstance(names, list | tuple) or not names:
             raise UsageError(
-                "adapter_names is not supported: a batch goes through one adapter; use set_adapter"
+                f"adapter_names is {names!r}: give a list with the name of an adapter, or {BASE!r}, for each row"
             )
-        yield
+        for name in names:
+            if name not in (BASE, *self.peft_config):
+                raise UsageError(unknown("adapter", name, (*self.peft_config, BASE)))
+        if self.training:
+            raise UsageError(
+                "adapter_names is for evaluation mode: call model.eval(), or train one adapter with set_adapter"
+            )
+        if any(isinstance(one, AuxiliaryTrainingWrapper) for one in self.model.modules()):
+            raise UsageError(
+                "adapter_names cannot go with modules_to_save: their copies are of whole batches; use set_adapter"
+            )
+        if any(one.observer or one.change_observer for one in layers):
+            raise UsageError(
+                "adapter_names cannot go with observers: they are told of whole batches; use set_adapter"
+            )
 
     def _prepare_model(self, peft_config: MoAConfig, model: nn.Module) -> None:
         """Plan the whole mixture before the first block is touched, so that an error leaves the model as it was."""

@@ -61,7 +61,7 @@ def attend_with_prompts(
     prompted: _Prompted = module.__dict__["moa_prompted"]
     implementation = prompted.config._attn_implementation
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, prompted.eager)
-    if implementation in ("eager", "sdpa"):
+    if implementation in ("eager", "sdpa", "vllm"):
         output, weights = attend(module, query, key, value, attention_mask, **kwargs)
     else:  # flash attention reads its own name off the module's config
         replacement, module.config = module.config, prompted.config
@@ -71,6 +71,8 @@ def attend_with_prompts(
             module.config = replacement
     scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if output.dim() != 4:  # vLLM's has [T, H * D]
+        output = output.view(query.shape[0], query.shape[2], query.shape[1], -1)
     return prompted.source.attend(output, query, scaling), weights
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moa_peft.mixture.gate_cache import cache_of, record_of, remember
+from moa_peft.mixture.mixed_batch import MixedBatch
 from moa_peft.mixture.token_masks import (
     LENGTH_ARGUMENT,
     PROMPT_ARGUMENT,
@@ -38,12 +39,14 @@ class TokenWatch:
 
     Attributes:
         current: The tokens of the call that runs.
+        mixed: Which rows of the call go through which adapter; None where all go through the active ones.
         pools: Whether an adapter has gates of whole instances, so that prompts matter.
         has_answers: Whether the model writes on after a prompt, as a language model does and a classifier does not.
     """
 
     def __init__(self) -> None:
         self.current: CallTokens | None = None
+        self.mixed: MixedBatch | None = None
         self.pools = False
         self.has_answers = True
         self._caller: nn.Module | None = None  # whose call began it
@@ -135,7 +138,7 @@ def prompt_lengths(model: nn.Module, lengths: Sequence[int] | Tensor) -> dict[st
     Returns:
         Keyword arguments for the call; none for a model without instance gates.
     """
-    return {LENGTH_ARGUMENT: torch.as_tensor(lengths)} if _pools(model) else {}
+    return {LENGTH_ARGUMENT: torch.as_tensor(lengths)} if pools(model) else {}
 
 
 def prompt_labels(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:
@@ -148,10 +151,11 @@ def prompt_labels(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:
     Returns:
         Keyword arguments for the call; none for a model without instance gates.
     """
-    return {PROMPT_ARGUMENT: labels} if _pools(model) else {}
+    return {PROMPT_ARGUMENT: labels} if pools(model) else {}
 
 
-def _pools(model: nn.Module) -> bool:
+def pools(model: nn.Module) -> bool:
+    """Whether an adapter of the model has gates of whole instances."""
     watches = (getattr(one, "watch", None) for one in model.modules())
     return any(isinstance(watch, TokenWatch) and watch.pools for watch in watches)
 
@@ -169,5 +173,11 @@ def _prompt_of_generation(model: Any, args: tuple[Any, ...], kwargs: Mapping[str
         remember(past, replace(record, is_cut=False))
     elif record is not None and not (record.is_told and record.ends_within(int(past.get_seq_length()) - 1)):
         return PROMPT_IS_OPEN
+    given = prompt_given(args, kwargs)
+    return None if given is None else given.shape[1]
+
+
+def prompt_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The prompt, [B, T] or [B, T, D], that `generate` is given; None where it starts from nothing."""
     given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
-    return next((one.shape[1] for one in given if isinstance(one, Tensor)), None)
+    return next((one for one in given if isinstance(one, Tensor)), None)

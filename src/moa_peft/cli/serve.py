@@ -1,0 +1,126 @@
+"""`moa serve`: an OpenAI-compatible server for adapters."""
+
+import os
+import sys
+from pathlib import PurePath
+from typing import Annotated
+
+import typer
+
+from moa_peft.cli.overrides import Dtype, ModelInitKwargs, parse_mapping
+from moa_peft.errors import UsageError, unknown
+
+ENGINES = ("auto", "vllm", "transformers")
+
+
+def serve(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Adapter folders, or names on the hub.")
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="vllm, transformers or auto: vLLM where it is installed, for one run without other options of its model."
+        ),
+    ] = "auto",
+    model: Annotated[
+        str | None,
+        typer.Option(help='Base model: folder, hub name or "smollm2". Default: each adapter\'s own.'),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help="chat or paper. Default: the one the adapter was trained with, else the model's chat template."
+        ),
+    ] = None,
+    dtype: Dtype = None,
+    model_init_kwargs: ModelInitKwargs = None,
+) -> None:
+    """Serve adapters through OpenAI's API: /v1/models, /v1/completions, /v1/chat/completions, streamed or whole.
+
+    Each run is a model of the name of its folder. Requests run together, each as if it were alone. Ctrl-C ends the server.
+
+    \b
+    Examples:
+      moa serve runs/first
+      moa serve runs/reviews runs/sums --port 8080
+    """  # noqa: D301  # the backspace keeps the lines of the examples apart
+    from moa_peft.extras import is_installed, require
+
+    names = _names(runs)
+    if not 0 <= port < 65536:
+        raise UsageError(f"--port is {port}: give one from 1 to 65535, or 0 for any that is free")
+    if engine not in ENGINES:
+        raise UsageError(unknown("engine", engine, ENGINES))
+    is_plain = len(runs) == 1 and all(one is None for one in (model, template, dtype, model_init_kwargs))
+    if engine == "vllm" and not is_plain:
+        raise UsageError("--engine vllm serves one run as it was trained: leave the other options out")
+    if engine == "vllm" or (engine == "auto" and is_plain and is_installed("vllm")):
+        _go_on_as_vllm(names, host, port, must=engine == "vllm")
+    for needed in ("uvicorn", "starlette"):
+        require(needed, "moa serve without vLLM")
+    from moa_peft.quiet import quiet_libraries
+    from moa_peft.serving.served import load_served
+    from moa_peft.serving.server import Server, bind
+
+    init_kwargs = parse_mapping("--model-init-kwargs", model_init_kwargs)
+    address = bind(host, port)
+    with quiet_libraries():
+        served = load_served(names, model, template, dtype, init_kwargs)
+        for name, (one, reason) in served.items():
+            why = f" ({reason})" if reason else ""
+            print(f"{name}: up to {one.engine.room:,} tokens, {one.engine.name}{why}", flush=True)
+        print(f"http://{host}:{address.getsockname()[1]}/v1 (Ctrl-C ends it)", flush=True)
+        server = Server({name: one for name, (one, _) in served.items()})
+        server.run([address])
+    sys.stdout.flush()
+    os._exit(0 if server.started else 1)  # a thread in the middle of a long prompt would keep the process
+
+
+def _names(runs: list[str]) -> dict[str, str]:
+    """Runs by the name of their folder.
+
+    Raises:
+        UsageError: If two have one name.
+    """
+    names: dict[str, str] = {}
+    for run in runs:
+        name = PurePath(run).name or run
+        if name in names:
+            raise UsageError(f"{names[name]} and {run} would both be the model {name!r}: rename a folder")
+        names[name] = run
+    return names
+
+
+def _go_on_as_vllm(names: dict[str, str], host: str, port: int, *, must: bool) -> None:
+    """Become vLLM's server of an only run; where vLLM cannot serve it and need not, say why.
+
+    Raises:
+        UsageError: If it cannot and must.
+    """
+    from moa_peft.evaluation.loading import read_adapter
+    from moa_peft.extras import is_installed
+    from moa_peft.serving.vllm.command import vllm_command
+    from moa_peft.serving.vllm.folder import served_base, served_config
+
+    if not is_installed("vllm"):
+        raise UsageError(
+            "--engine vllm needs vLLM, which is not installed: leave --engine out, or install vllm"
+        )
+    ((name, run),) = names.items()
+    adapter = read_adapter(run)
+    try:
+        served_config(adapter)
+        base = served_base(adapter)
+    except UsageError as error:
+        if must:
+            raise
+        print(error, flush=True)
+        return
+    command = vllm_command(adapter.path, host, port)
+    command += ["--served-model-name", name, "--dtype", str(base.init_kwargs["dtype"])]
+    if not (adapter.path / "tokenizer_config.json").is_file():
+        command += ["--tokenizer", base.path]
+    os.execv(command[0], command)

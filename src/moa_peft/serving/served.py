@@ -1,0 +1,124 @@
+"""A run as it is served: its tokenizer and template, and the engine that answers for it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from moa_peft.data.templates import Template
+from moa_peft.data.tokenization import conversation_ids, prompt_ids
+from moa_peft.evaluation.generation import end_ids
+from moa_peft.evaluation.loading import conversation_template, load, read_adapter
+from moa_peft.serving.engines import Engine, Sampling, make_engine
+from moa_peft.serving.protocol import ApiError, Asked
+
+_COMPLETION_TOKENS = 16
+"""Most tokens of a plain completion that names no number, as OpenAI has it; a chat completion takes the room there is."""
+_ROOM = 4096
+"""Tokens of a request, its answer included, of a model that does not say how many it reads."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Served:
+    """A model under a name."""
+
+    engine: Engine
+    tokenizer: Any
+    template: Template
+    """What conversations are written by."""
+    ends: frozenset[int]
+
+    def tokens(self, asked: Asked) -> list[int]:
+        """The tokens of a request's prompt.
+
+        Raises:
+            UsageError: If the template does not take the conversation.
+            ApiError: If a token id is none of the tokenizer's, or turns would be left out.
+        """
+        if isinstance(asked.prompt, str):
+            return prompt_ids(asked.prompt, self.tokenizer, "paper")
+        if not asked.is_chat:
+            ids = cast("list[int]", asked.prompt)
+            if not 0 <= min(ids) <= max(ids) < len(self.tokenizer):
+                raise ApiError(f"a token id lies outside 0..{len(self.tokenizer) - 1}", parameter="prompt")
+            return ids
+        turns = cast("list[dict[str, str]]", asked.prompt)
+        roles = [one["role"] for one in turns]
+        if self.template == "paper" and roles != ["system"] * (len(turns) - 1) + ["user"]:
+            raise ApiError(
+                "this model was trained on single instructions (template paper): give one user message, after system messages "
+                "if any",
+                parameter="messages",
+            )
+        return conversation_ids(turns, self.tokenizer, self.template)
+
+    def sampling(self, asked: Asked, tokens: int) -> Sampling:
+        """How a request of so many tokens is continued.
+
+        Raises:
+            ApiError: If it has no room.
+        """
+        room = self.engine.room - tokens
+        most = asked.max_tokens or (room if asked.is_chat else min(room, _COMPLETION_TOKENS))
+        if not tokens or most < 1 or most > room:
+            raise ApiError(
+                f"the prompt has {tokens} tokens and asks for {max(most, 1)}: it needs at least 1, and this model holds "
+                f"{self.engine.room} together",
+                parameter="messages" if asked.is_chat else "prompt",
+                code="context_length_exceeded",
+            )
+        return Sampling(max_new_tokens=most, temperature=asked.temperature, top_p=asked.top_p)
+
+
+def load_served(
+    runs: Mapping[str, str],
+    model: str | None = None,
+    template: str | None = None,
+    dtype: str | None = None,
+    init_kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, tuple[Served, str | None]]:
+    """Load runs, and start what answers for them. Runs on one base model hold its weights once.
+
+    Args:
+        runs: Adapter folders by the name that they are served under.
+        model: As `load` takes it, like dtype and init_kwargs.
+        template: Of conversations, as `conversation_template` takes it.
+        dtype: Of the base models.
+        init_kwargs: Of `from_pretrained`.
+
+    Returns:
+        By name what is served, and why it does without continuous batching; None where it does not.
+
+    Raises:
+        UsageError: If a run cannot be loaded.
+    """
+    loaded = {}
+    for name, run in runs.items():
+        loaded[name] = load(model, read_adapter(run), dtype=dtype, init_kwargs=init_kwargs)
+        first = next(iter(loaded.values()))
+        if loaded[name] is not first:
+            _share_weights(first.model, loaded[name].model)
+    served: dict[str, tuple[Served, str | None]] = {}
+    for name, one in loaded.items():
+        chosen = conversation_template(template, one)
+        ends = end_ids(one.model, one.tokenizer, chosen)
+        one.model.get_base_model().generation_config = GenerationConfig()  # a request says everything itself
+        room = getattr(one.model.config.get_text_config(), "max_position_embeddings", None) or _ROOM
+        engine, reason = make_engine(one.model, room, sorted(ends), share=len(loaded))
+        served[name] = Served(engine=engine, tokenizer=one.tokenizer, template=chosen, ends=ends), reason
+    return served
+
+
+def _share_weights(first: nn.Module, other: nn.Module) -> None:
+    """Let a model use those weights of another that are equal to its own."""
+    held = dict(first.named_parameters(remove_duplicate=False))
+    for path, module in other.named_modules():
+        for name, one in list(module._parameters.items()):
+            same = held.get(f"{path}.{name}")
+            if one is None or same is None or not one.is_floating_point():
+                continue
+            if (one.dtype, one.device) == (same.dtype, same.device) and torch.equal(one, same):
+                module._parameters[name] = same

@@ -1,0 +1,159 @@
+"""What vLLM is given: an adapter that it can serve, its base model by reference, and the folder of `moa export`."""
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import GenerationConfig
+
+from moa_peft.data.base_loading import BaseSettings, base_config, empty_model, load_tokenizer
+from moa_peft.data.tokenization import paper_chat_template
+from moa_peft.errors import UsageError
+from moa_peft.evaluation.loading import AdapterFolder, choose_base
+from moa_peft.mixture.adapter_file import check_fit, check_values
+from moa_peft.mixture.experts import DoraExpert
+from moa_peft.mixture.peft_config import MoAConfig
+from moa_peft.official.adapter_folder import adapter_folder
+from moa_peft.official.exporter import read_mixture_config
+from moa_peft.serving.vllm.command import ARCHITECTURE
+
+KEY_PREFIX = "base_model.model."
+"""What PEFT puts before the names of an adapter's weights."""
+WEIGHTS = "adapter_model.safetensors"
+_ELSEWHERE = "serve it with transformers: moa serve, or moa chat"
+_BASE_ARGUMENTS = ("revision", "dtype", "attn_implementation", "trust_remote_code")
+"""How a base model may have been loaded; vLLM needs the revision alone, and chooses the rest by its own flags."""
+
+
+def served_config(adapter: AdapterFolder) -> MoAConfig:
+    """Read the config of an adapter, and check that vLLM can serve it.
+
+    Raises:
+        UsageError: If it is no mixture, or has a part that would come out wrong; the message names it.
+    """
+    config = read_mixture_config(adapter)
+    parts = config.parts()
+    routers = [parts.router, *(one.copies()[1] for one in parts.experts)]
+    wrong: list[str] = []
+    if any(one is not None and one.granularity == "instance" for one in routers):
+        wrong.append(
+            "its gates are those of whole prompts (granularity 'instance'), and vLLM reads a prompt in pieces"
+        )
+    if config.modules_to_save:
+        wrong.append(f"it has trained {', '.join(config.modules_to_save)} as a whole (modules_to_save)")
+    if any(isinstance(one, DoraExpert) for one in parts.experts):
+        wrong.append("expert 'dora' reads the frozen weights in each call, and vLLM repacks them")
+    if wrong:
+        raise UsageError(f"vLLM cannot serve {adapter.name}: {'; '.join(wrong)}. Instead {_ELSEWHERE}")
+    return config
+
+
+def served_base(
+    adapter: AdapterFolder, model: str | None = None, init_kwargs: Mapping[str, Any] | None = None
+) -> BaseSettings:
+    """Find the base model of an adapter, as `choose_base` does, and check that vLLM loads the same one.
+
+    Raises:
+        UsageError: As `choose_base`; if the adapter was trained on a base that was changed while it was loaded.
+    """
+    base = choose_base(model, adapter, init_kwargs)
+    others = {key: value for key, value in base.init_kwargs.items() if key not in _BASE_ARGUMENTS}
+    if others:
+        raise UsageError(
+            f"vLLM cannot load the base model of {adapter.name} with {', '.join(others)}: {_ELSEWHERE}; or name a base model "
+            "whose folder is the same without, or leave them out by --model-init-kwargs "
+            f"'{json.dumps(dict.fromkeys(others))}'"
+        )
+    return base
+
+
+def config_changes(base: BaseSettings) -> dict[str, Any]:
+    """What the config that vLLM is given says beside the base model's own."""
+    return {
+        "architectures": [ARCHITECTURE],
+        "moa_base": base.path,
+        "moa_revision": base.init_kwargs.get("revision"),
+    }
+
+
+def check_weights(weights: Mapping[str, Tensor], name: str) -> None:
+    """Refuse weights that are no mixture's: PEFT saves embeddings beside an adapter when tokens were added.
+
+    Raises:
+        UsageError: If there are any.
+    """
+    others = [key for key in weights if ".moa.moa_mixture." not in key]
+    if others:
+        raise UsageError(
+            f"vLLM cannot serve {name}: it holds {others[0]}, a weight of the base model, as after tokens were added to "
+            f"the vocabulary. Instead {_ELSEWHERE}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VllmReport:
+    """What an export for vLLM wrote."""
+
+    folder: str
+    base_model: str
+    """The base model, where vLLM will look for it."""
+    num_parameters: int
+    """The adapter's."""
+
+
+def export_vllm(
+    adapter: AdapterFolder,
+    out: Path,
+    *,
+    model: str | None = None,
+    init_kwargs: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> VllmReport:
+    """Write a folder that ``vllm serve`` takes without a flag: adapter, tokenizer, chat template, and the base's config.
+
+    Args:
+        adapter: From `read_adapter`.
+        out: The folder.
+        model: The base model; None for the one that the adapter names. It is loaded from where it is now.
+        init_kwargs: How it is loaded, as `choose_base` takes them.
+        overwrite: Whether an adapter in the folder may be replaced.
+
+    Raises:
+        UsageError: If vLLM cannot serve the adapter, or it does not fit the base model.
+    """
+    config, base = served_config(adapter), served_base(adapter, model, init_kwargs)
+    weights = load_file(adapter.path / WEIGHTS)
+    check_weights(weights, adapter.name)
+    hollow = get_peft_model(empty_model(base), copy.deepcopy(config))
+    check_values(weights, adapter.name)
+    check_fit(get_peft_model_state_dict(hollow, save_embedding_layers=False), weights, adapter.name)
+    holds_tokenizer = (adapter.path / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(base, adapter.path if holds_tokenizer else None)
+    if adapter.template == "paper":
+        tokenizer.chat_template = paper_chat_template(tokenizer)
+    served = base_config(base)
+    served.update(config_changes(base))
+    with adapter_folder(out, overwrite=overwrite) as draft:
+        for file in adapter.path.iterdir():
+            if file.name in ("adapter_config.json", WEIGHTS):
+                (draft / file.name).write_bytes(file.read_bytes())
+        tokenizer.save_pretrained(draft)
+        served.save_pretrained(draft)
+        _generation_config(base).save_pretrained(draft)
+    return VllmReport(
+        folder=str(out), base_model=base.path, num_parameters=sum(one.numel() for one in weights.values())
+    )
+
+
+def _generation_config(base: BaseSettings) -> GenerationConfig:
+    """The base's own, by which vLLM draws and ends an answer."""
+    try:
+        return GenerationConfig.from_pretrained(base.path, **base.file_kwargs())
+    except OSError:  # it has none
+        return GenerationConfig.from_model_config(base_config(base))
