@@ -337,7 +337,10 @@ def test_what_does_not_go_with_a_mixture_is_refused_before_anything_starts(
     folder = adapters("soft-moa")
     flags = {"enable_lora": True, "tensor_parallel_size": 2, "pipeline_parallel_size": 2}
     instance, _ = tiny_adapter(tmp_path, "llama", "instance-moa")
-    asked = [*(engine(folder, **{name: value}) for name, value in flags.items()), engine(instance)]
+    asked = [
+        *(engine(folder, **{name: value}) for name, value in flags.items()),
+        engine(instance, max_model_len=64),
+    ]
     messages = [
         "--enable-lora",
         "--tensor-parallel-size",
@@ -346,7 +349,8 @@ def test_what_does_not_go_with_a_mixture_is_refused_before_anything_starts(
     ]
     for said, message in zip(work({"refused": asked}), messages, strict=True):
         assert message in said
-        note_run("vLLM, refused", f"llama {message}", ran="", refused=said.strip().splitlines()[-1], seed=0)
+        own = said.split("Value error, ")[1].split(" [type=")[0]
+        note_run(f"vLLM, {message}", "llama soft-moa", ran="", refused=own, seed=0)
 
 
 @pytest.mark.parametrize("method", ["soft-moa", "molora"])
