@@ -6,10 +6,12 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from moa_peft import LoraExpert, MoAConfig, RouterConfig, UsageError
+from moa_peft import ArchitectureConfig, LoraExpert, MoAConfig, RouterConfig, UsageError
+from moa_peft.mixture import architecture
+from moa_peft.mixture.families import FUSED_ATTENTION
 from moa_peft.mixture.placement import find_placements
 from structures import TEXT, check_mixture, text_model
-from tiny import tokens
+from tiny import FAMILIES, awaken, base_model, mixture_model, tokens
 
 LORA = MoAConfig(
     experts=[LoraExpert(targets=["q_proj", "k_proj", "v_proj", "o_proj"])],
@@ -103,3 +105,20 @@ def test_what_no_block_can_have_is_refused_by_name(name: str, method: str, match
     with pytest.raises(UsageError, match=match):
         get_peft_model(base, MoAConfig.preset(method))
     assert [module for module, _ in base.named_modules()] == before
+
+
+@pytest.mark.parametrize("name", ["phi3", "gpt_neox"])
+def test_a_fused_attention_that_is_named_takes_prompts_like_one_that_is_known(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM fuses q, k and v of every family, which no table can know."""
+    known = mixture_model(name, "soft-moa")
+    [layer] = FUSED_ATTENTION[name][:1]
+    monkeypatch.setattr(architecture, "FUSED_ATTENTION", {})
+    path = f"{FAMILIES[name].attention}.{layer}"
+    groups = "head" if FAMILIES[name].per_head else "layer"
+    named = ArchitectureConfig(fused={path: ["q_proj", "k_proj", "v_proj"]}, fused_groups=groups)
+    model = get_peft_model(base_model(name), MoAConfig.preset("soft-moa", architecture=named))
+    awaken(model)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(tokens()).logits, known(tokens()).logits)

@@ -7,7 +7,9 @@ from peft import get_peft_model
 
 from moa_peft import MoAConfig
 from moa_peft.errors import RunError
-from moa_peft.serving.engines import Batched, OneByOne, Sampling, make_engine
+from moa_peft.serving.batching import Batched
+from moa_peft.serving.engines import OneByOne, Sampling
+from moa_peft.serving.served import make_engine
 from structures import text_model
 from tiny import awaken, mixture_model, tokens
 

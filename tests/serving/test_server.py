@@ -15,7 +15,8 @@ from openai import APIStatusError, AsyncOpenAI, OpenAI
 
 from moa_peft.evaluation.generation import generate
 from moa_peft.evaluation.loading import LoadedModel, load, read_adapter
-from moa_peft.serving.engines import Batched, OneByOne
+from moa_peft.serving.batching import Batched
+from moa_peft.serving.engines import OneByOne
 from moa_peft.serving.served import Served, load_served
 from moa_peft.serving.server import Server, bind
 from tiny_lm import save_adapter, save_base
@@ -141,6 +142,7 @@ def test_each_request_draws_by_its_own_settings(client: OpenAI) -> None:
 
     greedy = ask(temperature=0)
     assert ask(temperature=2, top_p=1e-6) == greedy
+    assert ask(temperature=1e-44) == greedy
     assert len({ask(temperature=2) for _ in range(4)}) > 2
 
 

@@ -1,6 +1,6 @@
 """A run as it is served: its tokenizer and template, and the engine that answers for it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,9 +10,12 @@ from transformers import GenerationConfig
 
 from moa_peft.data.templates import Template
 from moa_peft.data.tokenization import conversation_ids, prompt_ids
+from moa_peft.errors import first_line
 from moa_peft.evaluation.generation import end_ids
 from moa_peft.evaluation.loading import conversation_template, load, read_adapter
-from moa_peft.serving.engines import Engine, Sampling, make_engine
+from moa_peft.mixture.token_watch import pools
+from moa_peft.serving.batching import Batched
+from moa_peft.serving.engines import Engine, OneByOne, Sampling
 from moa_peft.serving.protocol import ApiError, Asked
 
 _COMPLETION_TOKENS = 16
@@ -110,6 +113,21 @@ def load_served(
         engine, reason = make_engine(one.model, room, sorted(ends), share=len(loaded))
         served[name] = Served(engine=engine, tokenizer=one.tokenizer, template=chosen, ends=ends), reason
     return served
+
+
+def make_engine(model: Any, room: int, ends: Sequence[int], *, share: int = 1) -> tuple[Engine, str | None]:
+    """Choose the faster engine that answers rightly.
+
+    Returns:
+        The engine, and why it is not continuous batching; None where it is.
+    """
+    if pools(model):
+        reason = "its gates are made of whole prompts, which continuous batching may split"
+        return OneByOne(model, room, ends), reason
+    try:
+        return Batched(model, room, ends, share), None
+    except Exception as error:  # noqa: BLE001  # transformers raises all kinds for models that it cannot batch
+        return OneByOne(model, room, ends), f"continuous batching cannot run it: {first_line(error)}"
 
 
 def _share_weights(first: nn.Module, other: nn.Module) -> None:

@@ -3,6 +3,7 @@
 # vLLM has an environment of its own.
 # pyright: reportMissingImports=false
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,5 +65,6 @@ class ServedMixture(VerifyAndUpdateConfig):
             raise UsageError(
                 f"the base model is {kind}, on which vLLM cannot serve a mixture of adapters: serve it with moa serve"
             )
-        # vLLM keeps compiled models by their config: another adapter is another model.
-        model.hf_config.update({"moa_adapter": str(config.to_dict())})
+        # vLLM keeps compiled models by their config: another adapter is another model. As text, for a new process that
+        # is sent it does not know PEFT's type of this package yet.
+        model.hf_config.update({"moa_adapter": json.dumps(config.to_dict(), default=str)})

@@ -109,6 +109,8 @@ class MoAForCausalLM(TransformersForCausalLM):
                     block.module.add_module(CHILD, layer)
                     layer.add_mixture(_ADAPTER, placed, config.parts().router)
                     layer.set_adapter(_ADAPTER, inference_mode=True)
+                    for router in layer.mixtures()[_ADAPTER].routers().values():
+                        router.has_losses = False  # they cost time in each step, and nothing is trained here
         finally:
             torch.set_default_dtype(before)
 
