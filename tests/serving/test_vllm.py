@@ -42,7 +42,7 @@ PROMPTS = (
     "The three primary colours are red,",
     "Question: what is 12 + 3? Answer:",
 )
-RANDOM = {"soft-moa": 0.02, "sparse-moa": 0.04, "molora": 0.04, "adamole": 0.04}
+RANDOM = {"soft-moa": 0.02, "sparse-moa": 0.04, "molora": 0.07, "adamole": 0.07}
 """Methods, and the deviation of what is added to their weights: each changes log-probabilities by more than 1 nat."""
 SERVED = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "olmo2", "gpt_neox")
 KINDS = [
