@@ -25,6 +25,7 @@ from moa_peft.data.base_model import resolve_model
 from moa_peft.evaluation.loading import load, read_adapter
 from moa_peft.serving.vllm.command import vllm_command
 from moa_peft.serving.vllm.folder import export_vllm
+from structures import llava, text_model
 from tiny import FAMILIES, METHODS, awaken, base_model, tokens
 
 pytestmark = [
@@ -232,13 +233,16 @@ def others(family: Any) -> MoAConfig:
 def tiny_adapter(folder: Path, family: str, method: str) -> tuple[Path, Any]:
     """A tiny random model with an adapter, both saved; gives the adapter's folder and the model."""
     head_size = {"head_dim": 32} if "head_dim" in FAMILIES[family].settings else {}
-    base = base_model(
-        family, hidden_size=128, **head_size
-    )  # vLLM's attention on a CPU knows heads of 32 and more
+    base = base_model(family, hidden_size=128, **head_size)  # a CPU's attention in vLLM needs heads of 32
+    config = others(FAMILIES[family]) if method == "others" else METHODS[method](FAMILIES[family])
+    return saved_adapter(folder, base, config)
+
+
+def saved_adapter(folder: Path, base: Any, config: MoAConfig) -> tuple[Path, Any]:
+    """Save a base model whose generation stops nowhere, and an adapter on it."""
     base.config.eos_token_id = None
     base.save_pretrained(folder / "base")
     base.name_or_path = str(folder / "base")
-    config = others(FAMILIES[family]) if method == "others" else METHODS[method](FAMILIES[family])
     model = get_peft_model(base, config)
     awaken(model)
     assert isinstance(model, PeftModel)
@@ -336,16 +340,18 @@ def test_what_does_not_go_with_a_mixture_is_refused_before_anything_starts(
 ) -> None:
     folder = adapters("soft-moa")
     flags = {"enable_lora": True, "tensor_parallel_size": 2, "pipeline_parallel_size": 2}
-    instance, _ = tiny_adapter(tmp_path, "llama", "instance-moa")
-    asked = [
-        *(engine(folder, **{name: value}) for name, value in flags.items()),
-        engine(instance, max_model_len=64),
-    ]
+    instance, _ = tiny_adapter(tmp_path / "instance", "llama", "instance-moa")
+    routed, _ = saved_adapter(tmp_path / "routed", text_model("qwen3_moe"), MoAConfig.preset("lora"))
+    seeing, _ = saved_adapter(tmp_path / "seeing", llava(), MoAConfig.preset("lora"))
+    tiny = [engine(one, max_model_len=64) for one in (instance, routed, seeing)]
+    asked = [*(engine(folder, **{name: value}) for name, value in flags.items()), *tiny]
     messages = [
         "--enable-lora",
         "--tensor-parallel-size",
         "--pipeline-parallel-size",
         "granularity 'instance'",
+        "is a mixture of experts",
+        "is multimodal",
     ]
     for said, message in zip(work({"refused": asked}), messages, strict=True):
         assert message in said
