@@ -343,7 +343,10 @@ def test_what_does_not_go_with_a_mixture_is_refused_before_anything_starts(
     instance, _ = tiny_adapter(tmp_path / "instance", "llama", "instance-moa")
     routed, _ = saved_adapter(tmp_path / "routed", text_model("qwen3_moe"), MoAConfig.preset("lora"))
     seeing, _ = saved_adapter(tmp_path / "seeing", llava(), MoAConfig.preset("lora"))
-    tiny = [engine(one, max_model_len=64) for one in (instance, routed, seeing)]
+    misfit, _ = tiny_adapter(tmp_path / "misfit", "llama", "lora")
+    file = misfit / "adapter_config.json"
+    file.write_text(file.read_text().replace('"rank": 16', '"rank": 4'))
+    tiny = [engine(one, max_model_len=64) for one in (instance, routed, seeing, misfit)]
     asked = [*(engine(folder, **{name: value}) for name, value in flags.items()), *tiny]
     messages = [
         "--enable-lora",
@@ -352,10 +355,11 @@ def test_what_does_not_go_with_a_mixture_is_refused_before_anything_starts(
         "granularity 'instance'",
         "is a mixture of experts",
         "is multimodal",
+        "does not fit this model",
     ]
     for said, message in zip(work({"refused": asked}), messages, strict=True):
         assert message in said
-        own = said.split("Value error, ")[1].split(" [type=")[0]
+        own = said.split("Value error, ")[-1].split(" [type=")[0]
         note_run(f"vLLM, {message}", "llama soft-moa", ran="", refused=own, seed=0)
 
 
