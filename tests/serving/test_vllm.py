@@ -47,9 +47,14 @@ RANDOM = {"soft-moa": 0.02, "sparse-moa": 0.04, "molora": 0.07, "adamole": 0.07}
 """Methods, and the deviation of what is added to their weights: each changes log-probabilities by more than 1 nat."""
 SERVED = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "olmo2", "gpt_neox")
 KINDS = [
-    *(one for one in METHODS if "instance" not in one and one not in ("unipeft", "extra-kinds")),
+    *(
+        one
+        for one in METHODS
+        if one not in ("soft-moa", "instance-moa", "instance-kinds", "unipeft", "extra-kinds")
+    ),
     "others",
 ]
+"""Methods beside Soft MoA, which every family is served with; instance gates and DoRA are refused."""
 
 Answer = dict[str, Any]
 
