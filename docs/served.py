@@ -19,7 +19,11 @@ def served() -> str:
         (row["wrapper"], row["ran"], models(row["models"]), result(row) + effect(row)) for row in compared
     ]
     timed = [
-        (row["wrapper"].split()[-1], row["ran"], {name: median(some) for name, some in row["rates"].items()})
+        (
+            row["wrapper"].removeprefix("vLLM, throughput of "),
+            row["ran"],
+            {name: median(some) for name, some in row["rates"].items()},
+        )
         for row in rows
         if "rates" in row
     ]

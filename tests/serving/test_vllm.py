@@ -401,6 +401,6 @@ def test_throughput(
         rates.append(rows.shape[0] * 32 / (time.process_time() - start))
     figures = {**found, "transformers": rates[1:]}
     note_run(
-        f"vLLM, throughput of {method}", f"smollm2 {method}", ran=f"32 requests x 32 tokens after {read}, eager, one thread, base and mixture in turn",
+        f"vLLM, throughput of {method} after {read} tokens", f"smollm2 {method}", ran=f"32 requests x 32 tokens after {read}, eager, one thread, base and mixture in turn",
         rates=figures, seed=0,
     )  # fmt: skip
