@@ -364,7 +364,7 @@ def test_what_does_not_go_with_a_mixture_is_refused_before_anything_starts(
     ]
     for said, message in zip(work({"refused": asked}), messages, strict=True):
         assert message in said
-        own = said.split("Value error, ")[-1].split(" [type=")[0]
+        own = said.split("Value error, ")[-1].split(" [type=")[0].replace(f"{tmp_path}/", "")
         note_run(f"vLLM, {message}", "llama soft-moa", ran="", refused=own, seed=0)
 
 
