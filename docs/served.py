@@ -19,20 +19,26 @@ def served() -> str:
         (row["wrapper"], row["ran"], models(row["models"]), result(row) + effect(row)) for row in compared
     ]
     timed = [
-        (row["wrapper"], {name: median(some) for name, some in row["rates"].items()})
+        (
+            row["wrapper"].removeprefix("vLLM, throughput of "),
+            row["ran"],
+            {name: median(some) for name, some in row["rates"].items()},
+        )
         for row in rows
         if "rates" in row
     ]
     rates = [
         (
             name,
+            ran,
             *(f"{found[one]:.0f}" for one in ("base", "mixture", "transformers")),
             f"{100 * found['mixture'] / found['base']:.0f} %",
             f"{found['mixture'] / found['transformers']:.1f}",
         )
-        for name, found in timed
+        for name, ran, found in timed
     ]
     heads = (
+        "method",
         "tokens a CPU second",
         "vLLM, base",
         "vLLM, mixture",

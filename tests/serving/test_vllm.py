@@ -25,6 +25,7 @@ from moa_peft.data.base_model import resolve_model
 from moa_peft.evaluation.loading import load, read_adapter
 from moa_peft.serving.vllm.command import vllm_command
 from moa_peft.serving.vllm.folder import export_vllm
+from structures import llava, text_model
 from tiny import FAMILIES, METHODS, awaken, base_model, tokens
 
 pytestmark = [
@@ -42,13 +43,18 @@ PROMPTS = (
     "The three primary colours are red,",
     "Question: what is 12 + 3? Answer:",
 )
-RANDOM = {"soft-moa": 0.02, "sparse-moa": 0.04, "molora": 0.04, "adamole": 0.04}
+RANDOM = {"soft-moa": 0.02, "sparse-moa": 0.04, "molora": 0.07, "adamole": 0.07}
 """Methods, and the deviation of what is added to their weights: each changes log-probabilities by more than 1 nat."""
 SERVED = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "olmo2", "gpt_neox")
 KINDS = [
-    *(one for one in METHODS if "instance" not in one and one not in ("unipeft", "extra-kinds")),
+    *(
+        one
+        for one in METHODS
+        if one not in ("soft-moa", "instance-moa", "instance-kinds", "unipeft", "extra-kinds")
+    ),
     "others",
 ]
+"""Methods beside Soft MoA, which every family is served with; instance gates and DoRA are refused."""
 
 Answer = dict[str, Any]
 
@@ -232,13 +238,16 @@ def others(family: Any) -> MoAConfig:
 def tiny_adapter(folder: Path, family: str, method: str) -> tuple[Path, Any]:
     """A tiny random model with an adapter, both saved; gives the adapter's folder and the model."""
     head_size = {"head_dim": 32} if "head_dim" in FAMILIES[family].settings else {}
-    base = base_model(
-        family, hidden_size=128, **head_size
-    )  # vLLM's attention on a CPU knows heads of 32 and more
+    base = base_model(family, hidden_size=128, **head_size)  # a CPU's attention in vLLM needs heads of 32
+    config = others(FAMILIES[family]) if method == "others" else METHODS[method](FAMILIES[family])
+    return saved_adapter(folder, base, config)
+
+
+def saved_adapter(folder: Path, base: Any, config: MoAConfig) -> tuple[Path, Any]:
+    """Save a base model whose generation stops nowhere, and an adapter on it."""
     base.config.eos_token_id = None
     base.save_pretrained(folder / "base")
     base.name_or_path = str(folder / "base")
-    config = others(FAMILIES[family]) if method == "others" else METHODS[method](FAMILIES[family])
     model = get_peft_model(base, config)
     awaken(model)
     assert isinstance(model, PeftModel)
@@ -336,28 +345,36 @@ def test_what_does_not_go_with_a_mixture_is_refused_before_anything_starts(
 ) -> None:
     folder = adapters("soft-moa")
     flags = {"enable_lora": True, "tensor_parallel_size": 2, "pipeline_parallel_size": 2}
-    instance, _ = tiny_adapter(tmp_path, "llama", "instance-moa")
-    asked = [
-        *(engine(folder, **{name: value}) for name, value in flags.items()),
-        engine(instance, max_model_len=64),
-    ]
+    instance, _ = tiny_adapter(tmp_path / "instance", "llama", "instance-moa")
+    routed, _ = saved_adapter(tmp_path / "routed", text_model("qwen3_moe"), MoAConfig.preset("lora"))
+    seeing, _ = saved_adapter(tmp_path / "seeing", llava(), MoAConfig.preset("lora"))
+    misfit, _ = tiny_adapter(tmp_path / "misfit", "llama", "lora")
+    file = misfit / "adapter_config.json"
+    file.write_text(file.read_text().replace('"rank": 16', '"rank": 4'))
+    tiny = [engine(one, max_model_len=64) for one in (instance, routed, seeing, misfit)]
+    asked = [*(engine(folder, **{name: value}) for name, value in flags.items()), *tiny]
     messages = [
         "--enable-lora",
         "--tensor-parallel-size",
         "--pipeline-parallel-size",
         "granularity 'instance'",
+        "is a mixture of experts",
+        "is multimodal",
+        "does not fit this model",
     ]
     for said, message in zip(work({"refused": asked}), messages, strict=True):
         assert message in said
-        own = said.split("Value error, ")[1].split(" [type=")[0]
+        own = said.split("Value error, ")[-1].split(" [type=")[0].replace(f"{tmp_path}/", "")
         note_run(f"vLLM, {message}", "llama soft-moa", ran="", refused=own, seed=0)
 
 
-@pytest.mark.parametrize("method", ["soft-moa", "molora"])
-def test_throughput(method: str, adapters: Callable[[str], Path], note_run: Callable[..., None]) -> None:
-    """Tokens a CPU second, 32 requests of 32 tokens each, 32 more to make; one thread."""
+@pytest.mark.parametrize(("method", "read"), [("soft-moa", 8), ("soft-moa", 32), ("molora", 32)])
+def test_throughput(
+    method: str, read: int, adapters: Callable[[str], Path], note_run: Callable[..., None]
+) -> None:
+    """New tokens a CPU second, 32 requests of ``read`` tokens each, 32 more to make; one thread. It only measures."""
     folder = adapters(method)
-    rows = torch.randint(3, 49000, (32, 32), generator=torch.Generator().manual_seed(0))
+    rows = torch.randint(3, 49000, (32, read), generator=torch.Generator().manual_seed(0))
     options = {"enable_prefix_caching": False}
     timed = {
         "base": {
@@ -384,6 +401,6 @@ def test_throughput(method: str, adapters: Callable[[str], Path], note_run: Call
         rates.append(rows.shape[0] * 32 / (time.process_time() - start))
     figures = {**found, "transformers": rates[1:]}
     note_run(
-        f"vLLM, throughput of {method}", f"smollm2 {method}", ran="32 requests x 32 tokens after 32, eager, one thread, base and mixture in turn",
+        f"vLLM, throughput of {method} after {read} tokens", f"smollm2 {method}", ran=f"32 requests x 32 tokens after {read}, eager, one thread, base and mixture in turn",
         rates=figures, seed=0,
     )  # fmt: skip

@@ -60,7 +60,8 @@ class ServedMixture(VerifyAndUpdateConfig):
         }
         if given := [flag for flag, is_given in reasons.items() if is_given]:
             raise UsageError(f"{', '.join(given)} cannot be used with a mixture: leave it out")
-        kind = "multimodal" if model.is_multimodal_model else "a mixture of experts" if model.is_moe else None
+        is_multimodal = model.hf_text_config is not model.hf_config
+        kind = "multimodal" if is_multimodal else "a mixture of experts" if model.is_moe else None
         if kind is not None:
             raise UsageError(
                 f"the base model is {kind}, on which vLLM cannot serve a mixture of adapters: serve it with moa serve"

@@ -54,6 +54,7 @@ class MoAForCausalLM(TransformersForCausalLM):
         ]
         self._add_mixtures()
         self._packed = packed_weights(self)
+        self._packed.__enter__()  # for as long as the model lives
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the base model's weights as vLLM does, and the adapter's into its mixtures.
@@ -84,7 +85,6 @@ class MoAForCausalLM(TransformersForCausalLM):
     def eval(self) -> "MoAForCausalLM":
         """Prepare for serving; vLLM's last call before it runs the model, when its layers have their weights in place."""
         super().eval()
-        self._packed.__enter__()  # for as long as the model lives
         with torch.no_grad():
             for _, layer in mixture_layers(self):
                 for mixture in layer.mixtures().values():
@@ -98,10 +98,8 @@ class MoAForCausalLM(TransformersForCausalLM):
         blocks = chosen_blocks(found, config)
         check_targets(list(blocks.values()), config)
         watch = TokenWatch()
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(
-            torch.float32
-        )  # of experts and routers, as under PEFT; vLLM has set the base's
+        before = torch.get_default_dtype()  # the base's
+        torch.set_default_dtype(torch.float32)  # of experts and routers, as under PEFT
         try:
             for block in blocks.values():
                 if placed := placed_experts(block, config):
