@@ -75,6 +75,13 @@ class AttentionSite:
         """What its projections read."""
         return self.key.in_features
 
+    @property
+    def head_size(self) -> int:
+        """D, of a query."""
+        return int(
+            getattr(self.module, "head_dim", None) or self.key.out_features // self.num_key_value_heads
+        )
+
     def project(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Map vectors [L, hidden] to keys and values [L, G, D] with the frozen projections and the model's norms.
 
@@ -84,17 +91,15 @@ class AttentionSite:
         return self._normed(keys, KEY_NORMS), self._normed(values, VALUE_NORMS)
 
     def _normed(self, flat: Tensor, names: Sequence[str]) -> Tensor:
-        size = int(
-            getattr(self.module, "head_dim", None) or self.key.out_features // self.num_key_value_heads
-        )
-        heads = (-1, size)
+        heads = (-1, self.head_size)
         norm: Any = next(
             (one for name in names if (one := getattr(self.module, name, None)) is not None), None
         )
         if norm is None:
             return flat.unflatten(-1, heads)
         weight = getattr(norm, "weight", None)
-        if weight is not None and weight.ndim == 1 and weight.numel() != size:  # OLMo 2: all heads at once
+        if weight is not None and weight.ndim == 1 and weight.numel() != self.head_size:
+            # OLMo 2: all heads at once
             return norm(flat).unflatten(-1, heads)
         return norm(flat.unflatten(-1, heads))
 
@@ -102,6 +107,12 @@ class AttentionSite:
 @dataclass(frozen=True, kw_only=True)
 class LatentAttentionSite(AttentionSite):
     """DeepSeek's latent attention: keys and values are expanded from one small vector, part of the key is beside it."""
+
+    @property
+    def head_size(self) -> int:
+        """D, of a query."""
+        attention: Any = self.module
+        return int(attention.qk_nope_head_dim + attention.qk_rope_head_dim)
 
     def project(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Map vectors [L, hidden] to keys [L, H, D] and values [L, H, D of values]; see `AttentionSite.project`."""
