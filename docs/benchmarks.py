@@ -29,23 +29,23 @@ def benchmarks() -> str:
 
 
 def brief() -> str:
-    """What a mixture takes relative to PEFT's LoRA on this machine's kind of processor: medians and quartiles of the ratio."""
+    """What a mixture takes relative to PEFT's LoRA on a CPU: medians and quartiles of the time, and what backward keeps."""
     methods = ("peft-lora-again", "soft-moa-no-prompt", "sparse-moa", "soft-moa")
-    found: dict[str, dict[str, Row]] = {}
+    found: dict[str, dict[str, str]] = {}
+    kept_by_lora: dict[str, float] = {}
     for row in read_rows(FILE):
-        if (
-            row["provenance"]["device"].startswith("cpu")
-            and row["method"] in methods
-            and not row["objections"]
-        ):
-            timed = row["kind"] in ("train", "decode") and row["over_baseline"] is not None
-            if timed:
-                found.setdefault(f"{row['kind']}: {row['work']}, {row['dtype']}", {})[row["method"]] = row
-    lines = [
-        [work, *(spread(of[one]["over_baseline"]) if one in of else "-" for one in methods)]
-        for work, of in found.items()
-    ]
-    return markdown_table(["time over `peft-lora`", *(f"`{one}`" for one in methods)], lines)
+        if not row["provenance"]["device"].startswith("cpu") or row["objections"]:
+            continue
+        work = f"{row['work']}, {row['dtype']}"
+        if row["kind"] in ("train", "decode") and row["over_baseline"] is not None and row["method"] in methods:
+            found.setdefault(f"time, {work}", {})[row["method"]] = spread(row["over_baseline"])
+        elif row["kind"] == "memory" and row["method"] == "peft-lora":
+            kept_by_lora[work] = row["saved_mib"]
+        elif row["kind"] == "memory" and row["method"] in methods and work in kept_by_lora:
+            ratio = f"{row['saved_mib'] / kept_by_lora[work]:.2f}"
+            found.setdefault(f"memory kept, {work}", {})[row["method"]] = ratio
+    lines = [[work, *(of.get(one, "-") for one in methods)] for work, of in found.items()]
+    return markdown_table(["over `peft-lora`", *(f"`{one}`" for one in methods)], lines)
 
 
 def table(rows: Sequence[Row]) -> str:

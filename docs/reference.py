@@ -241,7 +241,7 @@ GENERATED: Mapping[str, Any] = {
 
 def main() -> None:
     """Print one reference: ``python docs/reference.py methods`` prints the README's table of methods."""
-    known = {"methods": method_table, "found": accuracies, "families": counts}
+    known = {"methods": method_table, "costs": brief, "found": accuracies, "families": counts}
     if len(sys.argv) != 2 or sys.argv[1] not in known:
         sys.exit(f"usage: python docs/reference.py {'|'.join(known)}")
     print(known[sys.argv[1]]())

@@ -215,6 +215,7 @@ def test_the_readmes_tables_are_generated() -> None:
     assert between("README.md", "methods", "end of methods") == REFERENCE.method_table()
     assert between("README.md", "found", "end of found") == REFERENCE.accuracies()
     assert between("README.md", "families", "end of families") == REFERENCE.counts()
+    assert between("README.md", "costs", "end of costs") == REFERENCE.brief()
 
 
 def test_every_method_has_its_equations_in_the_documentation() -> None:
