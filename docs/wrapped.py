@@ -23,7 +23,7 @@ def models(named: Sequence[str]) -> str:
     """The methods that were run on each family."""
     methods: dict[str, list[str]] = {}
     for one in named:
-        family, method = one.split()
+        family, method = one.split(maxsplit=1)
         methods.setdefault(family, []).append(method)
     return "; ".join(f"{family}: {', '.join(some)}" for family, some in methods.items())
 
