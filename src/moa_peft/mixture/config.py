@@ -298,6 +298,8 @@ class ExpertConfig:
 
     kind: ClassVar[str]
     """The name of the kind, as files spell it."""
+    reads_frozen_weights: ClassVar[bool] = False
+    """Whether it reads its site's frozen weights in every call, so that they must lie as transformers loaded them."""
 
     layers: Sequence[int] | None = None
     """Decoder blocks that carry this expert, counted from 0; None is all of them."""

@@ -28,6 +28,7 @@ class DoraExpert(ExpertConfig):
     """DoRA on each of ``targets``, each an expert with a gate of its own. It reads the frozen weight in every call."""
 
     kind: ClassVar[str] = "dora"
+    reads_frozen_weights: ClassVar[bool] = True
 
     targets: Sequence[str]
     """Projections, by the names they have in Llama: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""

@@ -17,7 +17,6 @@ from moa_peft.data.tokenization import paper_chat_template
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.loading import AdapterFolder, choose_base
 from moa_peft.mixture.adapter_file import check_fit, check_values
-from moa_peft.mixture.experts import DoraExpert
 from moa_peft.mixture.peft_config import MoAConfig
 from moa_peft.official.adapter_folder import adapter_folder
 from moa_peft.official.exporter import read_mixture_config
@@ -47,8 +46,8 @@ def served_config(adapter: AdapterFolder) -> MoAConfig:
         )
     if config.modules_to_save:
         wrong.append(f"it has trained {', '.join(config.modules_to_save)} as a whole (modules_to_save)")
-    if any(isinstance(one, DoraExpert) for one in parts.experts):
-        wrong.append("expert 'dora' reads the frozen weights in each call, and vLLM repacks them")
+    for kind in sorted({one.kind for one in parts.experts if one.reads_frozen_weights}):
+        wrong.append(f"expert {kind!r} reads the frozen weights in each call, and vLLM repacks them")
     if wrong:
         raise UsageError(f"vLLM cannot serve {adapter.name}: {'; '.join(wrong)}. Instead {_ELSEWHERE}")
     return config
