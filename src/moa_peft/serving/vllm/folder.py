@@ -46,8 +46,11 @@ def served_config(adapter: AdapterFolder) -> MoAConfig:
         )
     if config.modules_to_save:
         wrong.append(f"it has trained {', '.join(config.modules_to_save)} as a whole (modules_to_save)")
-    for kind in sorted({one.kind for one in parts.experts if one.reads_frozen_weights}):
-        wrong.append(f"expert {kind!r} reads the frozen weights in each call, and vLLM repacks them")
+    wrong += [
+        f"expert {one.kind!r} reads the frozen weights in each call, and vLLM repacks them"
+        for one in parts.experts
+        if one.reads_frozen_weights
+    ]
     if wrong:
         raise UsageError(f"vLLM cannot serve {adapter.name}: {'; '.join(wrong)}. Instead {_ELSEWHERE}")
     return config
