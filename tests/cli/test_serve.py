@@ -29,7 +29,8 @@ def call(*words: str) -> str:
         (["a/run", "b/run"], "a/run and b/run would both be the model 'run'"),
         (["run", "--port", "70000"], "--port is 70000"),
         (["run", "--engine", "vlm"], "did you mean 'vllm'"),
-        (["a", "b", "--engine", "vllm"], "--engine vllm serves one run as it was trained"),
+        (["a", "b", "--engine", "vllm"], "--engine vllm serves one run, and 2 are given"),
+        (["a", "--engine", "vllm", "--template", "chat"], "--engine vllm serves a run as it was trained"),
         (["a", "--engine", "vllm"], "--engine vllm needs vLLM, which is not installed"),
     ],
 )
@@ -66,6 +67,16 @@ def test_one_run_is_served_by_vllm_where_it_is_installed(
         "run",
     )
     assert (told["--dtype"], told["--port"]) == ("float32", "81")
+
+
+@pytest.mark.parametrize("template", ["paper", "chat"])
+def test_a_chat_with_vllm_has_the_template_of_the_training(
+    tmp_path: Path, with_vllm: list[list[str]], template: str
+) -> None:
+    run = str(save_adapter(tmp_path / "run", save_base(tmp_path / "base"), template=template))
+    call(run)
+    told = dict(itertools.pairwise(with_vllm[0]))
+    assert ("### Instruction" in told.get("--chat-template", "")) == (template == "paper")
 
 
 def test_a_run_that_vllm_cannot_serve_is_served_without_it_unless_it_must(

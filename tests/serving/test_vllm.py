@@ -25,7 +25,8 @@ from moa_peft.data.base_model import resolve_model
 from moa_peft.evaluation.loading import load, read_adapter
 from moa_peft.serving.vllm.command import vllm_command
 from moa_peft.serving.vllm.folder import export_vllm
-from structures import llava, text_model
+from pictures import model_of
+from structures import text_model
 from tiny import FAMILIES, METHODS, awaken, base_model, tokens
 
 pytestmark = [
@@ -350,7 +351,7 @@ def test_what_does_not_go_with_a_mixture_is_refused_before_anything_starts(
     flags = {"enable_lora": True, "tensor_parallel_size": 2, "pipeline_parallel_size": 2}
     instance, _ = tiny_adapter(tmp_path / "instance", "llama", "instance-moa")
     routed, _ = saved_adapter(tmp_path / "routed", text_model("qwen3_moe"), MoAConfig.preset("lora"))
-    seeing, _ = saved_adapter(tmp_path / "seeing", llava(), MoAConfig.preset("lora"))
+    seeing, _ = saved_adapter(tmp_path / "seeing", model_of("llava"), MoAConfig.preset("lora"))
     misfit, _ = tiny_adapter(tmp_path / "misfit", "llama", "lora")
     file = misfit / "adapter_config.json"
     file.write_text(file.read_text().replace('"rank": 16', '"rank": 4'))

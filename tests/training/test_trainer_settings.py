@@ -115,6 +115,16 @@ def test_what_needs_a_gpu_is_refused_by_name_without_one(name: str, method: str,
     assert f"{name} is true and needs a GPU" in refused(recipe_of(method=method, **{name: True}), UsageError)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_processes_that_would_train_each_by_itself_are_refused(
+    recipe_of: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(
+        "WORLD_SIZE", "2"
+    )  # as torchrun does; without use_cpu the trainer takes no notice on a CPU
+    assert "started 2 processes, and the trainer sees 1" in refused(recipe_of(use_cpu=False), UsageError)
+
+
 def test_more_files_than_mappings_may_be_paths(tmp_path: Path) -> None:
     (tmp_path / "zero.json").write_text("{}")
     check_trainer(Recipe(data="x", output_dir="x", trainer={"deepspeed": str(tmp_path / "zero.json")}))

@@ -55,8 +55,10 @@ def serve(
     if engine not in ENGINES:
         raise UsageError(unknown("engine", engine, ENGINES))
     is_plain = len(runs) == 1 and all(one is None for one in (model, template, dtype, model_init_kwargs))
+    if engine == "vllm" and len(runs) > 1:
+        raise UsageError(f"--engine vllm serves one run, and {len(runs)} are given: leave --engine out")
     if engine == "vllm" and not is_plain:
-        raise UsageError("--engine vllm serves one run as it was trained: leave the other options out")
+        raise UsageError("--engine vllm serves a run as it was trained: leave the options of its model out")
     if engine == "vllm" or (engine == "auto" and is_plain and is_installed("vllm")):
         _go_on_as_vllm(names, host, port, must=engine == "vllm")
     for needed in ("uvicorn", "starlette"):
@@ -100,6 +102,8 @@ def _go_on_as_vllm(names: dict[str, str], host: str, port: int, *, must: bool) -
     Raises:
         UsageError: If it cannot and must.
     """
+    from moa_peft.data.base_loading import load_tokenizer
+    from moa_peft.data.tokenization import paper_chat_template
     from moa_peft.evaluation.loading import read_adapter
     from moa_peft.extras import is_installed
     from moa_peft.serving.vllm.command import vllm_command
@@ -121,6 +125,9 @@ def _go_on_as_vllm(names: dict[str, str], host: str, port: int, *, must: bool) -
         return
     command = vllm_command(adapter.path, host, port)
     command += ["--served-model-name", name, "--dtype", str(base.init_kwargs["dtype"])]
-    if not (adapter.path / "tokenizer_config.json").is_file():
+    own = adapter.path if (adapter.path / "tokenizer_config.json").is_file() else None
+    if own is None:
         command += ["--tokenizer", base.path]
+    if adapter.template == "paper":
+        command += ["--chat-template", paper_chat_template(load_tokenizer(base, own))]
     os.execv(command[0], command)

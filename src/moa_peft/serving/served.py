@@ -68,8 +68,8 @@ class Served:
         most = asked.max_tokens or (room if asked.is_chat else min(room, _COMPLETION_TOKENS))
         if not tokens or most < 1 or most > room:
             raise ApiError(
-                f"the prompt has {tokens} tokens and asks for {max(most, 1)}: it needs at least 1, and this model holds "
-                f"{self.engine.room} together",
+                f"the prompt has {tokens} tokens (at least 1 is needed) and asks for {max(most, 1)} more: this model holds "
+                f"{self.engine.room} in all",
                 parameter="messages" if asked.is_chat else "prompt",
                 code="context_length_exceeded",
             )

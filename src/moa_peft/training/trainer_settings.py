@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import itertools
 import math
+import os
 import textwrap
 import types
 import typing
@@ -166,6 +167,12 @@ def _check_possible(settings: "SFTConfig", *, has_validation: bool) -> None:
     """
     import torch
 
+    started = os.environ.get("WORLD_SIZE", "1")
+    if started != str(settings.world_size):
+        raise UsageError(
+            f"a launcher has started {started} processes, and the trainer sees {settings.world_size}, so each would train by itself: "
+            "on a CPU add use_cpu (--use_cpu true)"
+        )
     if (settings.eval_strategy != "no" or settings.eval_on_start) and not has_validation:
         raise UsageError(
             "eval_strategy or eval_on_start asks for held-out rows: give them (--validation 0.1, or a source), or leave it out"
