@@ -93,7 +93,10 @@ def greedy(model: torch.nn.Module, ids: Tensor, mask: Tensor, use_cache: bool) -
     return out[:, ids.shape[1] :]
 
 
-@every_case
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [pytest.param(*case, marks=[] if case[0] == "llama" else pytest.mark.slow) for case in CASES],
+)
 def test_greedy_tokens_do_not_depend_on_cache_batch_or_left_padding(family: str, method: str) -> None:
     model = mixture_model(family, method)
     lengths, width = (5, 9, 7), 9

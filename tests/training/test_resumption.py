@@ -52,6 +52,7 @@ RUN: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "step", "last", "cut_off"),
     [
