@@ -37,7 +37,11 @@ def brief() -> str:
         if not row["provenance"]["device"].startswith("cpu") or row["objections"]:
             continue
         work = f"{row['work']}, {row['dtype']}"
-        if row["kind"] in ("train", "decode") and row["over_baseline"] is not None and row["method"] in methods:
+        if (
+            row["kind"] in ("train", "decode")
+            and row["over_baseline"] is not None
+            and row["method"] in methods
+        ):
             found.setdefault(f"time, {work}", {})[row["method"]] = spread(row["over_baseline"])
         elif row["kind"] == "memory" and row["method"] == "peft-lora":
             kept_by_lora[work] = row["saved_mib"]
