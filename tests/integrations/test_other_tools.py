@@ -100,7 +100,9 @@ TINY = runpy.run_path(str(Path(__file__).parents[1] / "training" / "tiny.py"))
 
 
 def trained_by(module: str, *words: str, folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Run a tool's command in a folder; gives the config and the weights of the last checkpoint that it has left."""
+    """Run a tool's command in a folder with a tiny model and rows; gives the config and weights of its last checkpoint."""
+    TINY["write_model"](folder / "model")
+    TINY["write_rows"](folder / "rows.json")
     command = [sys.executable, "-m", module, *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -114,8 +116,6 @@ def trained_by(module: str, *words: str, folder: Path) -> tuple[dict[str, Any], 
 def test_axolotls_own_command_trains_a_mixture(tmp_path: Path) -> None:
     if not importlib.util.find_spec("axolotl"):
         pytest.skip("axolotl is not installed: scripts/other_tools.sh makes an environment that has it")
-    TINY["write_model"](tmp_path / "model")
-    TINY["write_rows"](tmp_path / "rows.json")
     settings = {
         "base_model": "./model", "plugins": ["moa_peft.integrations.axolotl.MoAPlugin"], "adapter": "moa",
         "moa": {"method": "sparse-moa", "mixture": {"router": {"initial_gate": 0.9}}},
@@ -135,8 +135,6 @@ def test_axolotls_own_command_trains_a_mixture(tmp_path: Path) -> None:
 def test_ms_swifts_own_command_trains_a_mixture(tmp_path: Path) -> None:
     if not importlib.util.find_spec("swift"):
         pytest.skip("ms-swift is not installed: scripts/other_tools.sh makes an environment that has it")
-    TINY["write_model"](tmp_path / "model")
-    TINY["write_rows"](tmp_path / "rows.json")
     (tmp_path / "moa.py").write_text(
         'from moa_peft.integrations.ms_swift import register\n\nregister("soft-moa", router={"initial_gate": 0.9})\n'
     )

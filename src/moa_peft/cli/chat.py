@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from moa_peft.cli.overrides import Dtype, ModelInitKwargs, parse_mapping
+from moa_peft.cli.overrides import ChatTemplate, Dtype, ModelInitKwargs, parse_mapping
 from moa_peft.errors import UsageError
 
 if TYPE_CHECKING:
@@ -137,12 +137,7 @@ def chat(
             help='Base model: folder, hub name or "smollm2". Default: the adapter\'s own, else smollm2.'
         ),
     ] = None,
-    template: Annotated[
-        str | None,
-        typer.Option(
-            help="chat or paper. Default: the one the adapter was trained with, else the model's chat template."
-        ),
-    ] = None,
+    template: ChatTemplate = None,
     system: Annotated[str | None, typer.Option(help="What the model is told before the first turn.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token; above: drawn at random.")] = 0.0,

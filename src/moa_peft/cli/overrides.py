@@ -219,6 +219,14 @@ def _kind(value: object) -> str:
     return "a list" if isinstance(value, list) else f"a single value ({value!r})"
 
 
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        help="chat or paper. Default: the one the adapter was trained with, else the model's chat template."
+    ),
+]
+"""The option of the verbs that hold conversations."""
+
 ModelInitKwargs = Annotated[
     str | None,
     typer.Option(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moa_peft.cli.overrides import Dtype, ModelInitKwargs, parse_mapping
+from moa_peft.cli.overrides import ChatTemplate, Dtype, ModelInitKwargs, parse_mapping
 from moa_peft.errors import UsageError, unknown
 
 ENGINES = ("auto", "vllm", "transformers")
@@ -29,12 +29,7 @@ def serve(
         str | None,
         typer.Option(help='Base model: folder, hub name or "smollm2". Default: each adapter\'s own.'),
     ] = None,
-    template: Annotated[
-        str | None,
-        typer.Option(
-            help="chat or paper. Default: the one the adapter was trained with, else the model's chat template."
-        ),
-    ] = None,
+    template: ChatTemplate = None,
     dtype: Dtype = None,
     model_init_kwargs: ModelInitKwargs = None,
 ) -> None:
