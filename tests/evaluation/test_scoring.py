@@ -11,6 +11,7 @@ from moa_peft.data.templates import render_prompt
 from moa_peft.data.tokenization import encode
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.batching import pad_left, plan_batches, positions
+from moa_peft.evaluation.generation import generate_batch
 from moa_peft.evaluation.scoring import (
     ChoiceScores,
     TokenQuestion,
@@ -124,6 +125,17 @@ def test_no_more_logits_are_computed_than_the_answers_need() -> None:
     model.lm_head.register_forward_hook(lambda module, args, output: widths.append(output.shape[1]))
     score_batch(model, asked)
     assert max(widths) <= max(one.num_logits for one in asked) < min(len(one.prompt) for one in asked)
+
+
+def test_the_output_layer_reads_whole_tensors_on_a_cpu() -> None:
+    """A product with a slice copies the output layer's weight for each row."""
+    whole: list[bool] = []
+    model = tiny_llama()
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: whole.append(inputs[0].is_contiguous()))
+    score_batch(model, questions(3))
+    generate_batch(model, [[1, 2], [3, 4, 5]], max_new_tokens=2, ends=())
+    assert len(whole) > 3
+    assert all(whole)
 
 
 def test_a_cache_that_cannot_keep_rows_is_named() -> None:

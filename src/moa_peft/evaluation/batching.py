@@ -78,3 +78,13 @@ def positions(mask: Tensor) -> Tensor:
         Int64, [B, T]; 0 where padded.
     """
     return (mask.cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def last_positions(count: int, device: torch.device) -> int | Tensor:
+    """The ``logits_to_keep`` that asks transformers for the logits of each row's last ``count`` positions.
+
+    On a CPU these are indices, not their number: transformers slices for a number, and the product of a slice with the
+    output layer's weight copies that weight for each row (torch 2.13: 300 times as slow for one position of 16 rows in
+    bfloat16, 6 times in float32).
+    """
+    return torch.arange(-count, 0) if device.type == "cpu" else count

@@ -8,7 +8,7 @@ import torch
 
 from moa_peft.data.templates import Template
 from moa_peft.data.tokenization import end_token_id
-from moa_peft.evaluation.batching import pad_left, plan_batches, positions
+from moa_peft.evaluation.batching import last_positions, pad_left, plan_batches, positions
 from moa_peft.evaluation.scoring import TOKEN_BUDGET, select_rows
 from moa_peft.mixture.gate_cache import cache_of
 
@@ -77,7 +77,11 @@ def generate_batch(
     replies: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))
     outcome = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=True, logits_to_keep=1
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions(mask),
+        use_cache=True,
+        logits_to_keep=last_positions(1, ids.device),
     )
     while True:
         new = outcome.logits[:, -1].argmax(dim=-1)  # [B], of the rows still running

@@ -18,7 +18,7 @@ from moa_peft.data.row import Row
 from moa_peft.data.templates import Template, render_completion, render_prompt
 from moa_peft.data.tokenization import completion_ids, end_token_id, prompt_ids
 from moa_peft.errors import UsageError
-from moa_peft.evaluation.batching import pad_left, plan_batches, positions, rows_at_once
+from moa_peft.evaluation.batching import last_positions, pad_left, plan_batches, positions, rows_at_once
 from moa_peft.mixture.gate_cache import cache_of
 from moa_peft.mixture.token_watch import prompt_lengths
 
@@ -155,7 +155,7 @@ def score_batch(model: Any, questions: Sequence[TokenQuestion]) -> list[list[lis
         attention_mask=mask,
         position_ids=positions(mask),
         use_cache=bool(rest),
-        logits_to_keep=max(shared) + 1,
+        logits_to_keep=last_positions(max(shared) + 1, ids.device),
         **prompt_lengths(model, [len(one.prompt) for one in questions]),
     )
     scores = _scores_of_begun(outcome.logits, questions, shared)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moa_peft.errors import UsageError
-from moa_peft.evaluation.batching import pad_left, plan_batches, positions, rows_at_once
+from moa_peft.evaluation.batching import last_positions, pad_left, plan_batches, positions, rows_at_once
 from moa_peft.inspection.observer import Batch, Observed, Observer
 from moa_peft.mixture.token_watch import prompt_lengths
 
@@ -85,7 +85,8 @@ def observe(model: Any, observer: Observer, texts: Sequence[TokenText]) -> Obser
     batch = Batch(mask=real, positions=places[real], classes=classes)
     with torch.inference_mode(), evaluating(model), observer.observing(batch) as observed:
         call = {"input_ids": ids, "attention_mask": mask, "position_ids": places, "use_cache": False}
-        model(**call, logits_to_keep=1, **prompt_lengths(model, mask.sum(dim=1)))
+        keep = last_positions(1, ids.device)
+        model(**call, logits_to_keep=keep, **prompt_lengths(model, mask.sum(dim=1)))
     return observed
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from moa_peft.evaluation.batching import pad_left, plan_batches, positions, rows_at_once
+from moa_peft.evaluation.batching import last_positions, pad_left, plan_batches, positions, rows_at_once
 from moa_peft.evaluation.scoring import TOKEN_BUDGET, TokenQuestion
 from moa_peft.mixture.block_hooks import GateRecord, MoALayer, mixture_layers
 from moa_peft.mixture.experts.lora import LowRankChange
@@ -107,7 +107,7 @@ def gate_means(model: Any, questions: Sequence[TokenQuestion], batch_size: int) 
                 attention_mask=real,
                 position_ids=positions(real),
                 use_cache=False,
-                logits_to_keep=1,
+                logits_to_keep=last_positions(1, device),
                 **prompt_lengths(model, [len(one.prompt) for one in chosen]),
             )
     finally:
