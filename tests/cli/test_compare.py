@@ -48,6 +48,7 @@ def invoke(finished: tuple[Path, Any], tmp_path: Path) -> Invoke:
     return call
 
 
+@pytest.mark.slow
 def test_a_study_says_what_it_will_do_how_far_it_is_and_what_it_found(finished: tuple[Path, Any]) -> None:
     folder, done = finished
     assert done.exit_code == 0, done.output

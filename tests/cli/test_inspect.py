@@ -110,6 +110,7 @@ def test_the_files_hold_what_the_model_says(tmp_path: Path, base: Path, adapter:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["soft-moa", "unipeft", "adamole", "lora"])
 def test_every_kind_of_method_has_its_page(tmp_path: Path, base: Path, prompts: Path, method: str) -> None:
     changes: dict[str, Any] = {}

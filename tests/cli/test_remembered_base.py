@@ -94,6 +94,7 @@ def bfloat16_eager_and_relative(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     return Told(model="models/base", flags=flags, remembered=kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "told_of",
     [

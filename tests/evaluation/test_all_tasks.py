@@ -28,6 +28,7 @@ def tasks(group: str) -> list[Task]:
     return load_tasks(group, data_root=DATA, limit=6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_no_score_of_the_papers_tasks_depends_on_the_batch_and_a_second_call_changes_nothing(
     group: str, tmp_path: Path

@@ -101,6 +101,7 @@ def test_a_program_that_sleeps_is_stopped_by_the_clock_and_leaves_no_process() -
     until(lambda: not running(limits))
 
 
+@pytest.mark.slow
 def test_a_program_is_killed_with_the_process_that_started_it() -> None:
     limits = Limits(open_files=52)
     code = (

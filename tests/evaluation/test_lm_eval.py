@@ -100,6 +100,7 @@ def of_their_own_model(
     return sorted(found["samples"][name], key=lambda one: one["doc_id"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapted", [False, True], ids=["bare", "adapter"])
 def test_the_harness_gives_the_same_on_a_model_of_ours_as_on_its_own_and_agrees_with_our_likelihoods(
     adapted: bool, tmp_path: Path

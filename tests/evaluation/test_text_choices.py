@@ -246,6 +246,7 @@ def lm_eval_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of lm-eval and what it brings along
 @pytest.mark.usefixtures("lm_eval_offline")
 def test_texts_are_judged_as_lm_evals_own_model_judges_them_on_its_own_tasks(tmp_path: Path) -> None:

@@ -158,6 +158,7 @@ def test_the_page_names_nothing_outside_itself_and_allows_nothing(report: tuple[
     assert json.loads(data.group(1))["prompts"][1]["start"].startswith("<img src=x")
 
 
+@pytest.mark.slow
 def test_the_page_and_the_numbers_in_the_documentation_are_of_one_inspection() -> None:
     folder = Path(__file__).parents[2] / "docs" / "static" / "inspect"
     numbers = json.loads((folder / "demo.json").read_text(encoding="utf-8"))

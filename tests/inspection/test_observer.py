@@ -104,6 +104,7 @@ def test_cosines_are_taken_of_changes_to_the_same_output_alone() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["everything", "instance-moa", "unipeft", "topk-moe-lora", "copies"])
 def test_nothing_depends_on_padding_batch_size_order_or_checkpointing(method: str) -> None:
     model = mixture_model("llama", method)

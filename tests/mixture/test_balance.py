@@ -397,6 +397,7 @@ def test_a_trainers_step_has_the_mean_of_its_batches_gradients_also_at_the_end_o
     assert {router.loss_scale for router in routers(trainer.model).values()} == {None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skips", [True, False])
 def test_a_resumed_run_knows_which_steps_are_incomplete(tmp_path: Path, skips: bool) -> None:
     whole, rest = [1 / 4] * 4, [1 / 3] * 3

@@ -327,6 +327,7 @@ def test_a_config_with_lists_and_ranges_survives_json() -> None:
     assert MoAConfig.from_peft_type(**written).parts() == config.parts()
 
 
+@pytest.mark.slow
 def test_importing_the_package_is_quiet_and_importing_it_twice_is_harmless() -> None:
     code = "import moa_peft, importlib; importlib.reload(moa_peft.mixture.registration); from moa_peft import MoAConfig"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,7 +9,11 @@ from transformers import GenerationConfig
 from tiny import CASES, FAMILIES, awaken, base_model, largest, mixture_model, tokens
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
-every_case = pytest.mark.parametrize(("family", "method"), CASES)
+every_case = pytest.mark.parametrize(
+    ("family", "method"),
+    [pytest.param(*case, marks=[] if case[0] == "llama" else pytest.mark.slow) for case in CASES],
+)
+"""Families other than Llama are marked slow."""
 
 
 @every_family
@@ -93,10 +97,7 @@ def greedy(model: torch.nn.Module, ids: Tensor, mask: Tensor, use_cache: bool) -
     return out[:, ids.shape[1] :]
 
 
-@pytest.mark.parametrize(
-    ("family", "method"),
-    [pytest.param(*case, marks=[] if case[0] == "llama" else pytest.mark.slow) for case in CASES],
-)
+@every_case
 def test_greedy_tokens_do_not_depend_on_cache_batch_or_left_padding(family: str, method: str) -> None:
     model = mixture_model(family, method)
     lengths, width = (5, 9, 7), 9

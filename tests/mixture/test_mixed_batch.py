@@ -119,6 +119,7 @@ def hooks(model: nn.Module) -> int:
     return sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in model.modules())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_adapter_is_replaced_in_a_running_model_without_a_trace(tmp_path: Path) -> None:
     expected: list[Tensor] = []

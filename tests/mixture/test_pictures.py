@@ -68,6 +68,7 @@ def test_the_language_model_alone_gets_experts_and_nothing_is_left_out(family: s
     assert layers == ["model.text_model" if "text_model" in layers[0] else "model.language_model"] * 2
 
 
+@pytest.mark.slow
 @every_family
 def test_a_mixture_learns_from_pictures_in_trls_trainer_and_comes_back_equal(
     tmp_path: Path, family: str

@@ -35,6 +35,7 @@ def config_of(name: str) -> MoAConfig:
     return MoAConfig.preset(config) if isinstance(config, str) else config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEXT)
 def test_a_mixture_holds_in_every_structure(name: str, tmp_path: Path) -> None:
     check_mixture(name, config_of(name), tmp_path)

@@ -112,6 +112,7 @@ def test_every_generate_gives_the_tokens_of_the_prompts_gates_without_a_cache_to
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["prompt_lookup_num_tokens", "target", "draft", "both"])
 def test_assisted_generation_gives_the_tokens_of_plain_generation(loaded: Any, form: str) -> None:
     """The first call of its target holds candidates beside the prompt."""

@@ -53,6 +53,7 @@ def test_transformers_trainer_trains_saves_and_resumes_it(tmp_path: Path, method
     assert not [name for name in trained if not torch.equal(trained[name], retrained[name])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_trls_sft_trainer_takes_the_config_with_and_without_packing(

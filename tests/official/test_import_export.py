@@ -139,6 +139,7 @@ SUMMARIES = {
 """What the summary of an import says, by reference file."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VERIFIED)
 def test_an_imported_checkpoint_is_recognised_computes_the_official_logits_and_exports_the_same_bits(
     official: Callable[[str], Golden], tmp_path: Path, name: str

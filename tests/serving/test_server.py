@@ -84,6 +84,7 @@ def test_what_batches_serves_all_but_gates_of_whole_prompts(served: dict[str, Se
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["first", "whole"])
 def test_twenty_streams_at_once_have_what_each_has_alone(
     runs: dict[str, str], served: dict[str, Served], name: str

@@ -372,14 +372,33 @@ def test_what_does_not_go_with_a_mixture_is_refused_before_anything_starts(
         note_run(f"vLLM, {message}", "llama soft-moa", ran="", refused=own, seed=0)
 
 
-@pytest.mark.parametrize(("method", "read"), [("soft-moa", 8), ("soft-moa", 32), ("molora", 32)])
+@pytest.mark.parametrize(
+    ("method", "read", "dtype", "shortest"),
+    [
+        ("soft-moa", 8, "float32", 32),
+        ("soft-moa", 32, "float32", 32),
+        ("molora", 32, "float32", 32),
+        ("soft-moa", 32, "bfloat16", 32),
+        ("soft-moa", 32, "bfloat16", 8),
+    ],
+)
 def test_throughput(
-    method: str, read: int, adapters: Callable[[str], Path], note_run: Callable[..., None]
+    method: str,
+    read: int,
+    dtype: str,
+    shortest: int,
+    adapters: Callable[[str], Path],
+    note_run: Callable[..., None],
 ) -> None:
-    """New tokens a CPU second, 32 requests of ``read`` tokens each, 32 more to make; one thread. It only measures."""
+    """New tokens a CPU second, one thread, 32 requests of ``read`` tokens each. It only measures.
+
+    Each wants 32 more, or evenly from ``shortest`` to as many above 32 as that lies below. transformers' batch ends
+    with its longest row.
+    """
     folder = adapters(method)
     rows = torch.randint(3, 49000, (32, read), generator=torch.Generator().manual_seed(0))
-    options = {"enable_prefix_caching": False}
+    wanted = torch.linspace(shortest, 64 - shortest, 32).round().int().tolist()
+    options = {"enable_prefix_caching": False, "dtype": dtype}
     timed = {
         "base": {
             "model": resolve_model("smollm2"),
@@ -389,8 +408,8 @@ def test_throughput(
         },
         "mixture": engine(folder, **options),
     }
-    found = work({"timed": timed, "prompts": rows.tolist(), "tokens": 32, "times": 5})
-    model = load(adapter=read_adapter(str(folder)), dtype="float32").model
+    found = work({"timed": timed, "prompts": rows.tolist(), "tokens": wanted, "times": 5})
+    model = load(adapter=read_adapter(str(folder)), dtype=dtype).model
     rates = []
     for _ in range(3):
         start = time.process_time()
@@ -398,13 +417,15 @@ def test_throughput(
             input_ids=rows,
             attention_mask=torch.ones_like(rows),
             do_sample=False,
-            min_new_tokens=32,
-            max_new_tokens=32,
+            min_new_tokens=max(wanted),
+            max_new_tokens=max(wanted),
             pad_token_id=0,
         )
-        rates.append(rows.shape[0] * 32 / (time.process_time() - start))
+        rates.append(sum(wanted) / (time.process_time() - start))
     figures = {**found, "transformers": rates[1:]}
+    each = "32" if shortest == 32 else f"{min(wanted)} to {max(wanted)}"
     note_run(
-        f"vLLM, throughput of {method} after {read} tokens", f"smollm2 {method}", ran=f"32 requests x 32 tokens after {read}, eager, one thread, base and mixture in turn",
+        f"vLLM, throughput of {method} after {read} tokens, {dtype}, {each} new", f"smollm2 {method}",
+        ran=f"32 requests x {each} tokens after {read}, {dtype}, eager, one thread, base and mixture in turn",
         rates=figures, seed=0,
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """Runs vLLM for a test, in a process of its own: vLLM changes the classes of transformers. Standard input says what, in JSON.
 
-``engine``: arguments of `LLM`; ``rounds``: lists of prompts as token ids, each served at once; ``tokens``: most new ones;
-``timed``: how often each round is timed, in turn with those of ``beside``, an engine of its own.
+``engines``: arguments of `LLM`; ``rounds``: lists of prompts as token ids, each served at once; ``tokens``: most new ones.
+``timed``: engines by name, each timed ``times`` times, in turn; then ``tokens`` says how many each of ``prompts`` wants.
+``refused``: engines that should not start.
 """
 
 import json
@@ -75,7 +76,7 @@ def main() -> None:
         result = refusals(asked["refused"])
     elif "timed" in asked:
         llms = {name: engine(one) for name, one in asked["timed"].items()}
-        whole = SamplingParams(temperature=0, max_tokens=asked["tokens"], ignore_eos=True)
+        whole = [SamplingParams(temperature=0, max_tokens=one, ignore_eos=True) for one in asked["tokens"]]
         result = timed(llms, asked["prompts"], whole, asked["times"])
     else:
         greedy = SamplingParams(temperature=0, max_tokens=asked["tokens"], logprobs=5)

@@ -54,6 +54,7 @@ def rows_seen(study: Study, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
     return run
 
 
+@pytest.mark.slow
 def test_methods_and_rates_meet_the_same_rows_in_the_same_order_and_seeds_do_not(
     rows_seen: Callable[..., list[Any]],
 ) -> None:
@@ -123,6 +124,7 @@ print(memory.mib() - start)
     assert 150 < float(done.stdout) < 300
 
 
+@pytest.mark.slow
 def test_forgetting_is_zero_for_the_frozen_model_and_its_tasks_are_scored_by_the_texts(
     study: Study, tmp_path: Path
 ) -> None:
@@ -153,6 +155,7 @@ def test_forgetting_is_zero_for_the_frozen_model_and_its_tasks_are_scored_by_the
     assert change.by_questions == pytest.approx(statistics.stdev(pairs) / 8**0.5)
 
 
+@pytest.mark.slow
 def test_frozen_and_tuned_runs_are_of_the_revision_that_the_study_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

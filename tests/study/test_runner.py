@@ -164,6 +164,7 @@ def test_what_another_call_did_since_the_study_was_opened_is_looked_at(study_of:
         run_study(late, pool=Counted())
 
 
+@pytest.mark.slow
 def test_a_base_model_with_other_weights_is_refused_in_one_line_before_anything_is_trained(
     study_of: Studies, tmp_path: Path
 ) -> None:
@@ -240,6 +241,7 @@ def test_what_no_run_could_do_is_refused_before_anything_is_read(
         study_of(data="nowhere", **changes)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_has_a_row_that_says_so_the_study_goes_on_and_it_can_be_done_again(
     study_of: Studies, monkeypatch: pytest.MonkeyPatch
 ) -> None:

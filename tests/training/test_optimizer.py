@@ -160,6 +160,7 @@ def optimizer_groups(folder: str) -> list[dict[str, Any]]:
     return torch.load(state)["param_groups"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_groups_are_those_of_the_uninterrupted_run_after_a_resume(
     recipe_of: RecipeOf, accumulation: int, tmp_path: Path

@@ -89,6 +89,7 @@ def refused(recipe: Recipe, kind: type[UsageError]) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changes", "said"), BY_THE_LIBRARIES, ids=lambda one: json.dumps(one)[:50])
 def test_a_setting_that_a_library_refuses_is_told_in_one_line_with_its_own_error_as_the_cause(
     changes: dict[str, Any], said: str, recipe_of: Recipes, monkeypatch: pytest.MonkeyPatch
