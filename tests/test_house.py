@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from moa_peft import __version__
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "moa_peft"
 PAGE = ROOT / "docs" / "architecture.md"
@@ -131,3 +133,13 @@ def test_every_file_and_function_of_the_architecture_page_exists(item: str) -> N
 def test_the_architecture_page_shows_the_order_of_imports() -> None:
     shown = " -> ".join(", ".join(folders) for folders in ORDER)
     assert shown in PAGE.read_text(encoding="utf-8")
+
+
+def test_package_citation_and_changelog_are_of_one_version() -> None:
+    cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    released = re.search(
+        r"^## ([\d.]+) - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
+    assert cited
+    assert released
+    assert cited[1] == released[1] == __version__

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from moa_peft.mixture.presets import preset_names
     from moa_peft.training.optimizer import parameter_groups
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ArchitectureConfig",

@@ -17,8 +17,8 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
 
 
 def install_hint(extra: str) -> str:
-    """The command that installs an extra."""
-    return f"it comes with pip install 'moa-peft[{extra}]'"
+    """What installs an extra."""
+    return f"in a checkout of moa-peft, pip install -c constraints.txt '.[{extra}]'"
 
 
 def require(module: str, what_for: str) -> ModuleType:
@@ -55,7 +55,7 @@ def check_installed(extra: str) -> None:
     """
     for module in EXTRAS[extra]:
         if not is_installed(module):
-            raise UsageError(f"this needs {module}, which is not installed: pip install 'moa-peft[{extra}]'")
+            raise UsageError(f"this needs {module}, which is not installed: {install_hint(extra)}")
 
 
 def _extra_of(module: str) -> str:

@@ -80,7 +80,9 @@ def test_a_command_that_is_missing_is_named_with_what_brings_it(monkeypatch: pyt
     monkeypatch.setattr("shutil.which", lambda *words, **options: None)
     with pytest.raises(UsageError, match="there is no command 'nosuch': give the path of a program"):
         exec_(["nosuch"])
-    with pytest.raises(UsageError, match=r"there is no command 'lm-eval': .*pip install 'moa-peft\[eval\]'"):
+    with pytest.raises(
+        UsageError, match=r"there is no command 'lm-eval': .*pip install -c constraints.txt '.\[eval\]'"
+    ):
         exec_(["lm-eval"])
 
 
@@ -97,7 +99,9 @@ def test_a_missing_module_of_an_extra_is_named_with_what_brings_it(
     module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UsageError, match=rf"scoring needs {module}.*: .*pip install 'moa-peft\[eval\]'"):
+    with pytest.raises(
+        UsageError, match=rf"scoring needs {module}.*: .*pip install -c constraints.txt '.\[eval\]'"
+    ):
         require(module, "scoring")
 
 

@@ -244,7 +244,9 @@ def test_png_without_matplotlib_says_what_to_install(
     tmp_path: Path, adapter: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(UsageError, match=r"--png needs matplotlib: pip install 'moa-peft\[report\]'"):
+    with pytest.raises(
+        UsageError, match=r"--png needs matplotlib: .*pip install -c constraints.txt '.\[report\]'"
+    ):
         call(
             "--adapter",
             adapter,

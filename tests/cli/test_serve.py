@@ -103,7 +103,7 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded() -> None:
 def test_without_its_packages_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert "moa serve without vLLM needs uvicorn, which is not installed" in call("run", "--port", "0")
-    assert "pip install 'moa-peft[serve]'" in call("run", "--port", "0")
+    assert "pip install -c constraints.txt '.[serve]'" in call("run", "--port", "0")
 
 
 @pytest.mark.slow

@@ -271,7 +271,9 @@ def test_an_expression_is_read_outside_the_main_thread_too() -> None:
 def test_reading_an_expression_needs_math_verify(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
     assert stated("The answer is 3/4.", NUMBER) == "3/4"
-    with pytest.raises(UsageError, match=r"expression needs math_verify.*pip install 'moa-peft\[eval\]'"):
+    with pytest.raises(
+        UsageError, match=r"expression needs math_verify.*pip install -c constraints.txt '.\[eval\]'"
+    ):
         stated(r"The answer is \frac{3}{4}.", NUMBER)
 
 

@@ -20,6 +20,7 @@ ROW: dict[str, Any] = {
     ],
     "rows_kept": 7000,
     "steps": 55,
+    "versions": {"moa-peft": "0.9"},
 }
 RECIPE: dict[str, Any] = {
     "model": "smollm2",
@@ -49,7 +50,7 @@ def test_a_card_names_base_method_data_sizes_settings_and_paper(tmp_path: Path) 
             "base_model:adapter:HuggingFaceTB/SmolLM2-135M-Instruct",
         ],
     }
-    wanted = ["pip install moa-peft", "1,234 (1.00 % of all)", "7,000 rows of `demo` (MD5 abc)", "2506.05928"]
+    wanted = ["With moa-peft 0.9, ", "1,234 (1.00 % of all)", "7,000 rows of `demo` (MD5 abc)", "2506.05928"]
     wanted += [
         "- lora in_proj in 2 blocks of state space; left out: prompt attention (it has no softmax attention)",
         "| learning_rate | `0.0001` |",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moa_peft.cli.overrides import load_yaml, parse_flags
-from moa_peft.extras import EXTRAS, check_installed, is_installed
+from moa_peft.extras import EXTRAS, check_installed, install_hint, is_installed
 from moa_peft.study.config import Method, StudyConfig, studies_of
 from moa_peft.training.trainer_settings import field_docs
 
@@ -139,7 +139,7 @@ def outcome_text(summary: "StudySummary", *, has_report: bool) -> str:
     lines += [f"failed    {run_name(row)}: {row.failure}" for row in summary.failures]
     lines += [f"missing   {one}" for one in summary.missing]
     report = f"report    {folder / 'report.md'}, {folder / 'report.html'}"
-    lines.append(report if has_report else "no report: it needs pip install 'moa-peft[report]'")
+    lines.append(report if has_report else f"no report: {install_hint('report')}")
     lines.append(f"rows      {folder / 'results.jsonl'}")
     what = "loss of the answers, nats a token" if by_loss else "mean accuracy over tests"
     return "\n".join([f"{what}, ± standard error over seeds:", *lines])

@@ -15,7 +15,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from moa_peft.errors import UsageError
-from moa_peft.extras import is_installed
+from moa_peft.extras import install_hint, is_installed
 from moa_peft.inspection.gate_statistics import CLASSES, POSITIONS
 from moa_peft.inspection.inspection import Inspection
 from moa_peft.inspection.observer import Where
@@ -235,7 +235,7 @@ def check_outputs(out: Path, json_file: Path | None, png: Path | None) -> None:
         if png.suffix or png.is_file():
             raise UsageError(f"--png is {png}: give a folder, as in figures")
         if not is_installed("matplotlib"):
-            raise UsageError("--png needs matplotlib: pip install 'moa-peft[report]', or leave it out")
+            raise UsageError(f"--png needs matplotlib: {install_hint('report')}, or leave it out")
         _check_folder("--png", png)
 
 
