@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+from moa_peft import __version__
 
 VERBS = (
     "train", "compare", "evaluate", "chat", "demo", "methods", "verify", "bench", "inspect", "import", "export", "exec",
@@ -37,6 +40,20 @@ for words in [[], *([verb] for verb in {VERBS})]:
     told = [line for line in run(script).splitlines() if line.startswith("heavy:")]
     assert len(told) == 1 + len(VERBS)
     assert [line for line in told if not line.endswith("[]")] == []
+
+
+def test_the_versions_are_told_without_importing_what_they_are_of() -> None:
+    script = f"""
+from moa_peft.cli import app
+try:
+    app(["--version"])
+except SystemExit as end:
+    assert end.code == 0
+assert not [name for name in {HEAVY} if name in sys.modules]
+"""
+    told = dict(line.split() for line in run(script).splitlines())
+    assert told["moa-peft"] == __version__
+    assert told["torch"] == version("torch")
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -25,6 +25,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+def tell_versions(asked: bool) -> None:
+    """Print the versions that a report of a bug needs, and leave."""
+    if asked:
+        from moa_peft.provenance import LIBRARIES, version_of
+
+        print("\n".join(f"{name} {version_of(name)}" for name in LIBRARIES))
+        raise typer.Exit
+
+
+@app.callback()
+def moa(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=tell_versions, is_eager=True, help="Say the versions and exit."),
+    ] = False,
+) -> None:
+    """The options of the command itself."""
 
 
 def register_verbs() -> None:
