@@ -10,8 +10,10 @@ import pytest
 
 from moa_peft.study.config import StudyConfig
 from moa_peft.study.document import Section, Table, as_html, as_markdown
+from moa_peft.study.estimates import Difference, Estimate
 from moa_peft.study.folder import append_row
 from moa_peft.study.one_run import Order, describe
+from moa_peft.study.plots import draw_plots
 from moa_peft.study.report import write_report
 from moa_peft.study.rows import StepTime
 from moa_peft.study.runner import Study, open_study, run_study
@@ -162,6 +164,37 @@ def test_the_page_needs_no_other_file_and_its_plots_name_every_method(reported: 
         assert (study.folder / file).read_text(encoding="utf-8").strip() == one
         words = [text.text for text in ElementTree.fromstring(one).iter() if (text.text or "").strip()]
         assert [label for label in ("soft-moa", "lora", "frozen") if label not in words] == []
+
+
+def test_tests_with_losses_alone_are_drawn_against_parameters_and_forgetting(reported: Any) -> None:
+    summary, _ = reported()
+
+    def drawn(error: float) -> dict[str, str]:
+        forgotten = Difference(
+            mean=-0.02, by_questions=error, by_seeds=0.0, error=error, detectable=0.1, seeds=2
+        )
+        methods = [
+            dataclasses.replace(
+                one,
+                tests={},
+                mean=None,
+                losses={"first": Estimate(mean=0.5, error=0.1)},
+                forgetting_mean=forgotten,
+            )
+            for one in summary.methods
+        ]
+        some = dataclasses.replace(summary, methods=tuple(methods), tests=("first",))
+        return {one.file: one.svg for one in draw_plots(some)}
+
+    plots = drawn(0.01)
+    assert list(plots) == ["loss_first_parameters.svg", "loss_first_forgetting.svg"]
+    for svg in plots.values():
+        words = [text.text for text in ElementTree.fromstring(svg).iter()]
+        assert "soft-moa" in words
+        assert "lora" in words
+        assert "frozen" not in words, "its loss is too high to be shown beside the others'"
+    other = drawn(0.02)
+    assert [plots[name] == other[name] for name in plots] == [True, False]
 
 
 def test_rows_of_runs_that_the_config_does_not_name_are_left_out(reported: Any, study: Study) -> None:

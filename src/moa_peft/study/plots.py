@@ -1,8 +1,9 @@
-"""The plots of a study: accuracy against parameters and against the time of a step, the same bytes every time."""
+"""The plots of a study, the same bytes every time: what its methods reach against what they cost and what they forget."""
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from moa_peft.study.config import FROZEN
@@ -21,29 +22,84 @@ _SETTINGS = {
 _MARKERS = ("o", "s", "^", "D")
 """Shapes of ten methods each."""
 
+Value = tuple[float, float | None]
+"""A figure of a method, and its standard error."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Axis:
+    name: str
+    """In the name of the plot's file."""
+    text: str
+    """What stands beside the axis."""
+    figures: Mapping[str, Value]
+    """By method; those that have one."""
+    log: bool = False
+
 
 def draw_plots(summary: StudySummary) -> list[Picture]:
-    """Draw the plots for which a study has anything to show."""
-    kinds: Sequence[tuple[str, str, Callable[[MethodSummary], float | None]]] = (
-        ("accuracy_parameters", "trained parameters", lambda one: one.rows[0].trainable_parameters),
-        ("accuracy_step_time", "time of a step, ms", median_step_ms),
+    """Draw the plots for which a study has anything to show: accuracies, or losses where its tests have no more."""
+    methods = [one for one in summary.methods if one.label != FROZEN]
+    parameters = _Axis(
+        name="parameters",
+        text="trained parameters",
+        figures={
+            one.label: (float(count), None) for one in methods if (count := one.rows[0].trainable_parameters)
+        },
+        log=True,
     )
-    frozen = next((one.mean for one in summary.methods if one.label == FROZEN), None)
-    pictures: list[Picture] = []
-    for name, axis, cost in kinds:
-        points = [
-            (one.label, cost(one), one.mean)
-            for one in summary.methods
-            if one.label != FROZEN and one.mean is not None and cost(one)
-        ]
-        if points:
-            says = f"Mean accuracy against {axis}, with standard errors over seeds"
-            svg = _draw(points, axis, None if frozen is None else frozen.mean)
-            pictures.append(Picture(file=f"{name}.svg", says=says, svg=svg))
-    return pictures
+    times = {one.label: (time, None) for one in methods if (time := median_step_ms(one)) is not None}
+    pairs = [
+        (parameters, _accuracy(summary.methods)),
+        (
+            _Axis(name="step_time", text="time of a step, ms", figures=times, log=True),
+            _accuracy(summary.methods),
+        ),
+    ]
+    if not any(one.tests for one in summary.methods):
+        forgetting = _Axis(
+            name="forgetting",
+            text="accuracy on other tasks less the frozen model's, points",
+            figures={
+                one.label: (100 * one.forgetting_mean.mean, _hundredfold(one.forgetting_mean.error))
+                for one in methods
+                if one.forgetting_mean is not None
+            },
+        )
+        pairs = [(x, _loss(methods, test)) for test in summary.tests for x in (parameters, forgetting)]
+    labels = [one.label for one in methods]
+    return [
+        Picture(
+            file=f"{y.name}_{x.name}.svg",
+            says=f"{y.text.capitalize()} against {x.text}, with standard errors",
+            svg=_draw(labels, x, y),
+        )
+        for x, y in pairs
+        if any(label in x.figures and label in y.figures for label in labels)
+    ]
 
 
-def _draw(points: Sequence[Any], axis: str, frozen: float | None) -> str:
+def _accuracy(methods: Sequence[MethodSummary]) -> _Axis:
+    figures = {
+        one.label: (100 * one.mean.mean, _hundredfold(one.mean.error))
+        for one in methods
+        if one.mean is not None
+    }
+    return _Axis(name="accuracy", text="mean accuracy, %", figures=figures)
+
+
+def _loss(methods: Sequence[MethodSummary], test: str) -> _Axis:
+    figures = {
+        one.label: (one.losses[test].mean, one.losses[test].error) for one in methods if test in one.losses
+    }
+    return _Axis(name=f"loss_{test}", text=f"loss of the answers of {test}, nats a token", figures=figures)
+
+
+def _hundredfold(error: float | None) -> float | None:
+    return None if error is None else 100 * error
+
+
+def _draw(labels: Sequence[str], x: _Axis, y: _Axis) -> str:
     from matplotlib import style
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -52,25 +108,28 @@ def _draw(points: Sequence[Any], axis: str, frozen: float | None) -> str:
         figure = Figure(figsize=(9, 4.5), layout="constrained")
         FigureCanvasSVG(figure)
         plot = figure.add_subplot()
-        for place, (label, cost, mean) in enumerate(points):
-            error = None if mean.error is None else 100 * mean.error
-            look = {
+        shown = [label for label in labels if label in x.figures and label in y.figures]
+        for place, label in enumerate(shown):
+            look: dict[str, Any] = {
                 "color": f"C{place % 10}",
                 "marker": _MARKERS[place // 10 % len(_MARKERS)],
-                "label": label,
             }
-            plot.errorbar([cost], [100 * mean.mean], yerr=error, linestyle="", capsize=3, **look)
-        figure.legend(loc="outside right upper", frameon=False)
-        if frozen is not None:
-            plot.axhline(100 * frozen, linestyle="--", linewidth=1, color="0.5")
-            place = (1, 100 * frozen)
-            plot.annotate(
-                FROZEN, place, xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4"
+            (across, width), (up, height) = x.figures[label], y.figures[label]
+            plot.errorbar(
+                [across], [up], xerr=width, yerr=height, linestyle="", capsize=3, label=label, **look
             )
-        plot.set_xscale("log")
+        figure.legend(loc="outside right upper", frameon=False)
+        if FROZEN in y.figures:
+            frozen, _ = y.figures[FROZEN]
+            plot.axhline(frozen, linestyle="--", linewidth=1, color="0.5")
+            plot.annotate(
+                FROZEN, (1, frozen), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4"
+            )
+        if x.log:
+            plot.set_xscale("log")
         plot.margins(x=0.2, y=0.2)
-        plot.set_xlabel(axis)
-        plot.set_ylabel("mean accuracy, %")
+        plot.set_xlabel(x.text)
+        plot.set_ylabel(y.text)
         written = io.StringIO()
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
     return re.sub(r"\A.*?(?=<svg )", "", written.getvalue(), flags=re.DOTALL)

@@ -65,7 +65,7 @@ def report_sections(summary: StudySummary, pictures: list[Picture]) -> list[Sect
         _loss_differences(summary),
         _forgetting(summary),
         _cost(summary),
-        Section(title="Accuracy against cost", pictures=pictures) if pictures else None,
+        Section(title="Plots", pictures=pictures) if pictures else None,
         _choices(summary),
         _tuning(summary),
         _router(summary),
