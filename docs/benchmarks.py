@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from writing import table as markdown_table
@@ -19,7 +20,10 @@ def benchmarks() -> str:
     devices: dict[str, dict[tuple[Any, ...], list[Row]]] = {}
     for row in rows:
         groups = devices.setdefault(row["provenance"]["device"], {})
-        key = (row["kind"], row["work"], row["model"], row["num_layers"], row["dtype"], row["baseline"])
+        key = (
+            *(row[one] for one in ("kind", "work", "model", "num_layers", "dtype", "baseline")),
+            row["provenance"]["commit"],
+        )
         groups.setdefault(key, []).append(row)
     sections = [
         "\n\n".join([f"## {device}", *[table(group) for group in groups.values()]])
@@ -29,27 +33,37 @@ def benchmarks() -> str:
 
 
 def brief() -> str:
-    """What a mixture takes relative to PEFT's LoRA on a CPU: medians and quartiles of the time, and what backward keeps."""
+    """What a mixture takes relative to PEFT's LoRA on a CPU: the time, and what backward keeps.
+
+    Where the same work was measured several times, with as many operators a block as the last time: the median of the
+    medians, and the outermost quartiles.
+    """
     methods = ("peft-lora-again", "soft-moa-no-prompt", "sparse-moa", "soft-moa")
-    found: dict[str, dict[str, str]] = {}
+    times: dict[str, dict[str, list[Row]]] = {}
+    kept: dict[str, dict[str, str]] = {}
     kept_by_lora: dict[str, float] = {}
     for row in read_rows(FILE):
         if not row["provenance"]["device"].startswith("cpu") or row["objections"]:
             continue
         work = f"{row['work']}, {row['dtype']}"
-        if (
-            row["kind"] in ("train", "decode")
-            and row["over_baseline"] is not None
-            and row["method"] in methods
-        ):
-            found.setdefault(f"time, {work}", {})[row["method"]] = spread(row["over_baseline"])
+        if row["kind"] in ("train", "decode") and row["over_baseline"] is not None:
+            times.setdefault(f"time, {work}", {}).setdefault(row["method"], []).append(row)
         elif row["kind"] == "memory" and row["method"] == "peft-lora":
             kept_by_lora[work] = row["saved_mib"]
         elif row["kind"] == "memory" and row["method"] in methods and work in kept_by_lora:
             ratio = f"{row['saved_mib'] / kept_by_lora[work]:.2f}"
-            found.setdefault(f"memory kept, {work}", {})[row["method"]] = ratio
+            kept.setdefault(f"memory kept, {work}", {})[row["method"]] = ratio
+    found = {work: {name: pooled(some) for name, some in of.items()} for work, of in times.items()} | kept
     lines = [[work, *(of.get(one, "-") for one in methods)] for work, of in found.items()]
     return markdown_table(["over `peft-lora`", *(f"`{one}`" for one in methods)], lines)
+
+
+def pooled(rows: Sequence[Row]) -> str:
+    """The ratio over the baseline of several measurements of one method's work."""
+    lower, middle, upper = zip(
+        *(row["over_baseline"] for row in rows if row["operators"] == rows[-1]["operators"]), strict=True
+    )
+    return spread((min(lower), median(middle), max(upper)))
 
 
 def table(rows: Sequence[Row]) -> str:

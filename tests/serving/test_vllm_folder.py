@@ -20,6 +20,8 @@ from moa_peft.data.templates import render_prompt
 from moa_peft.evaluation.loading import read_adapter
 from moa_peft.serving.vllm.command import vllm_command
 from moa_peft.serving.vllm.folder import export_vllm
+from pictures import model_of
+from structures import text_model
 from tiny_lm import save_adapter, save_base
 
 WEIGHTS = "adapter_model.safetensors"
@@ -105,6 +107,18 @@ def on_a_quantised_base(folder: Path, base: Path) -> None:
     save_adapter(folder, base, model=str(base), model_init_kwargs=four_bits)
 
 
+def on(make: Callable[[], Any]) -> Callable[[Path, Path], None]:
+    def save(folder: Path, base: Path) -> None:
+        odd = make()
+        odd.save_pretrained(base.parent / "odd")
+        odd.name_or_path = str(base.parent / "odd")
+        model = get_peft_model(odd, MoAConfig.preset("lora"))
+        assert isinstance(model, PeftModel)
+        model.save_pretrained(str(folder))
+
+    return save
+
+
 LORA = LoraExpert(targets=["q_proj"])
 INSTANCE = RouterConfig(kind="linear", granularity="instance")
 REFUSED: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
@@ -117,6 +131,8 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "size": (of_another_size, "does not fit this model"),
     "rank": (of_another_rank, r"is \[2, 32\], the model's is \[3, 32\]"),
     "added tokens": (with_added_tokens, "embed_tokens.weight, a weight of the base model"),
+    "pictures": (on(lambda: model_of("llava")), "is multimodal.*moa serve --engine transformers"),
+    "routed experts": (on(lambda: text_model("qwen3_moe")), "is a mixture of experts.*moa serve --engine"),
     "quantised while loaded": (on_a_quantised_base, 'with quantization_config.*"quantization_config": null'),
 }
 

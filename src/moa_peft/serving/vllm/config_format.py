@@ -60,12 +60,6 @@ class ServedMixture(VerifyAndUpdateConfig):
         }
         if given := [flag for flag, is_given in reasons.items() if is_given]:
             raise UsageError(f"{', '.join(given)} cannot be used with a mixture: leave it out")
-        is_multimodal = model.hf_text_config is not model.hf_config
-        kind = "multimodal" if is_multimodal else "a mixture of experts" if model.is_moe else None
-        if kind is not None:
-            raise UsageError(
-                f"the base model is {kind}, on which vLLM cannot serve a mixture of adapters: serve it with moa serve"
-            )
         # vLLM keeps compiled models by their config: another adapter is another model. As text, for a new process that
         # is sent it does not know PEFT's type of this package yet.
         model.hf_config.update({"moa_adapter": json.dumps(config.to_dict(), default=str)})

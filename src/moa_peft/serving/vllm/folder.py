@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import GenerationConfig
 
 from moa_peft.data.base_loading import BaseSettings, base_config, empty_model, load_tokenizer
@@ -25,9 +25,11 @@ from moa_peft.serving.vllm.command import ARCHITECTURE
 KEY_PREFIX = "base_model.model."
 """What PEFT puts before the names of an adapter's weights."""
 WEIGHTS = "adapter_model.safetensors"
-_ELSEWHERE = "serve it with transformers: moa serve, or moa chat"
+_ELSEWHERE = "serve it with transformers: moa serve --engine transformers, or moa chat"
 _BASE_ARGUMENTS = ("revision", "dtype", "attn_implementation", "trust_remote_code")
 """How a base model may have been loaded; vLLM needs the revision alone, and chooses the rest by its own flags."""
+_ROUTED_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Where configs of mixture-of-experts models say how many experts they have."""
 
 
 def served_config(adapter: AdapterFolder) -> MoAConfig:
@@ -51,6 +53,12 @@ def served_config(adapter: AdapterFolder) -> MoAConfig:
         for one in parts.experts
         if one.reads_frozen_weights
     ]
+    with safe_open(adapter.path / WEIGHTS, "pt") as weights:
+        others = [key for key in weights.keys() if ".moa.moa_mixture." not in key]  # noqa: SIM118  # no mapping
+    if others and not config.modules_to_save:
+        wrong.append(
+            f"it holds {others[0]}, a weight of the base model, as after tokens were added to the vocabulary"
+        )
     if wrong:
         raise UsageError(f"vLLM cannot serve {adapter.name}: {'; '.join(wrong)}. Instead {_ELSEWHERE}")
     return config
@@ -62,9 +70,18 @@ def served_base(
     """Find the base model of an adapter, as `choose_base` does, and check that vLLM loads the same one.
 
     Raises:
-        UsageError: As `choose_base`; if the adapter was trained on a base that was changed while it was loaded.
+        UsageError: As `choose_base`; if the base is multimodal or a mixture of experts, or if the adapter was trained on
+            one that was changed while it was loaded.
     """
     base = choose_base(model, adapter, init_kwargs)
+    config = base_config(base)
+    is_routed = any((getattr(config, name, 0) or 0) > 1 for name in _ROUTED_EXPERTS)
+    is_multimodal = config.get_text_config() is not config
+    if is_multimodal or is_routed:
+        kind = "multimodal" if is_multimodal else "a mixture of experts"
+        raise UsageError(
+            f"the base model of {adapter.name} is {kind}, on which vLLM cannot serve a mixture of adapters: {_ELSEWHERE}"
+        )
     others = {key: value for key, value in base.init_kwargs.items() if key not in _BASE_ARGUMENTS}
     if others:
         raise UsageError(
@@ -82,20 +99,6 @@ def config_changes(base: BaseSettings) -> dict[str, Any]:
         "moa_base": base.path,
         "moa_revision": base.init_kwargs.get("revision"),
     }
-
-
-def check_weights(weights: Mapping[str, Tensor], name: str) -> None:
-    """Refuse weights that are no mixture's: PEFT saves embeddings beside an adapter when tokens were added.
-
-    Raises:
-        UsageError: If there are any.
-    """
-    others = [key for key in weights if ".moa.moa_mixture." not in key]
-    if others:
-        raise UsageError(
-            f"vLLM cannot serve {name}: it holds {others[0]}, a weight of the base model, as after tokens were added to "
-            f"the vocabulary. Instead {_ELSEWHERE}"
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,7 +134,6 @@ def export_vllm(
     """
     config, base = served_config(adapter), served_base(adapter, model, init_kwargs)
     weights = load_file(adapter.path / WEIGHTS)
-    check_weights(weights, adapter.name)
     hollow = get_peft_model(empty_model(base), copy.deepcopy(config))
     check_values(weights, adapter.name)
     check_fit(get_peft_model_state_dict(hollow, save_embedding_layers=False), weights, adapter.name)
