@@ -155,4 +155,4 @@ def test_the_help_lists_every_key_with_its_doc_line(invoke: Invoke) -> None:
     shown = " ".join(invoke("--help").stdout.split())
     for one in (*dataclasses.fields(StudyConfig), *dataclasses.fields(Method)):
         assert f"--{one.name} " in shown
-    assert "moa compare --config studies/cpu.yaml --report-only" in shown
+    assert "moa compare --config studies/cpu.yaml --domain math --report-only" in shown

@@ -15,7 +15,7 @@ from moa_peft.errors import UsageError, unknown
 from moa_peft.mixture.block_hooks import mixture_layers
 from moa_peft.mixture.mixture import AtModule, Readers
 from moa_peft.mixture.peft_config import MoAConfig
-from moa_peft.mixture.presets import PRESETS, PROJECTIONS, promptless_experts
+from moa_peft.mixture.presets import PAPER_TARGETS, PRESETS, promptless_experts
 
 FROZEN, LORA, LORA_AGAIN, PROMPTLESS = "frozen", "peft-lora", "peft-lora-again", "soft-moa-no-prompt"
 """The frozen model; PEFT's LoRA of rank 8 on the paper's projections, and once more to see the noise; Soft MoA on the
@@ -80,7 +80,7 @@ def with_method(base: nn.Module, method: str, *, num_experts: int | None = None)
     if method == FROZEN:
         return model
     if method in (LORA, LORA_AGAIN):
-        lora = LoraConfig(r=8, lora_alpha=8, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM")
+        lora = LoraConfig(r=8, lora_alpha=8, target_modules=list(PAPER_TARGETS), task_type="CAUSAL_LM")
         return get_peft_model(model, lora)
     if method == PROMPTLESS:
         config = MoAConfig.preset("soft-moa", experts=list(promptless_experts()))

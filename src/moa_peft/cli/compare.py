@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\b
 Examples:
-  moa compare --config studies/cpu.yaml --dry-run
-  moa compare --config studies/cpu.yaml
-  moa compare --config studies/cpu.yaml --train_limit 200 --test_limit 25 --out runs/small
+  moa compare --config studies/demo.yaml --dry-run
+  moa compare --config studies/demo.yaml
+  moa compare --config studies/demo.yaml --train_limit 200 --out runs/larger
   moa compare --config studies/full.yaml --ray --cpus-per-run 2
-  moa compare --config studies/cpu.yaml --report-only"""
+  moa compare --config studies/cpu.yaml --domain math --report-only"""
 
 
 def compare_help() -> str:
@@ -181,9 +181,15 @@ def plan_text(study: "Study", left: dict[str, int]) -> str:
     rates = ", ".join(map(rate_text, config.learning_rates))
     tuning_seeds = ", ".join(map(str, config.tuning_seeds))
     chosen = f"tried on seed {tuning_seeds}, chosen by {config.choose_by}"
-    if len(config.learning_rates) == 1:
+    if not config.has_tuning:
         chosen = "the only one"
-    questions = sum(len(one.questions) for one in (*data.tests, *data.forgetting))
+    elif (config.most_rates or 0) > len(config.learning_rates):
+        chosen = f"up to {config.most_rates} a method, {chosen}"
+    tuning = (
+        f" ({data.short.rows:,} while rates are tried)" if config.has_tuning and config.short_rows else ""
+    )
+    questions = sum(len(one.questions) for one in data.tests)
+    forgetting = ", ".join(f"{one.name} ({len(one.questions):,})" for one in data.forgetting)
     trainer = config.trainer_of(config.methods[0])
     steps = trainer.get("max_steps", -1)
     length = f"{steps:,} steps" if steps > 0 else f"epochs {trainer['num_train_epochs']:g}"
@@ -191,11 +197,11 @@ def plan_text(study: "Study", left: dict[str, int]) -> str:
         f"  methods     {', '.join(config.labels())}, and the frozen model; baseline {config.baseline}",
         f"  rates       {rates}, {chosen}",
         f"  seeds       {', '.join(map(str, config.seeds))}",
-        f"  training    {data.train.rows:,} rows, {length}",
+        f"  training    {data.train.rows:,} rows{tuning}, {length}",
         f"  validation  {len(data.validation.questions):,} rows",
         f"  tests       {len(data.tests)}, {questions:,} questions in all",
         f"  left        {left['train']} runs to train, {left['score']} more to score only",
-        *([f"  forgetting  {', '.join(one.name for one in data.forgetting)}"] if data.forgetting else []),
+        *([f"  forgetting  {forgetting}"] if forgetting else []),
         f"  out         {config.out}",
     ]
     return "\n".join(lines)

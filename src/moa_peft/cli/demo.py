@@ -28,7 +28,7 @@ def demo(
 ) -> None:
     """Fine-tune the embedded model on film reviews and compare it with the frozen one.
 
-    Takes about 5 minutes on two cores after the first run's downloads (the model 98 MB, the reviews 145 MB).
+    Takes about 5 minutes on two cores after the first run's downloads (the model 93 MB, the reviews 145 MB).
 
     Example: moa demo --method sparse-moa --steps 100
     """

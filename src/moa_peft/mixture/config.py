@@ -195,7 +195,7 @@ class RouterConfig:
     """Hidden size of the SwiGLU router, times the number of experts; None is 4, the paper's. Not for "linear"."""
 
     bias: bool = True
-    """Whether the router's linear maps have biases; they start at zero."""
+    """Whether the router's linear maps have biases; they start at zero, the last one where initial_gate says."""
 
     gate: str = "sigmoid"
     """What makes weights of the logits: sigmoid, softmax, top-k, threshold (AdaMoLE), sparsegen, or a registered one."""
@@ -219,7 +219,7 @@ class RouterConfig:
     """Gate "sparsegen": coefficient of the sparsity control; None is 0.01 with a target."""
 
     balance: float | None = None
-    """Coefficient of the load balancing loss; None is the gate's own (0.001 for top-k and threshold), 0 is none."""
+    """Coefficient of the load balancing loss; None is the gate's own (0.001 for top-k, threshold and sparsegen), 0 is none."""
 
     router_input: RouterInput = "projection"
     """What a block's router reads: what q, k and v read (after the norm), or the "block"'s input (raw residual stream)."""
@@ -316,7 +316,7 @@ class ExpertConfig:
         reject(type(self).__name__, wrong)
 
     def copies(self) -> tuple[int, RouterConfig | None]:
-        """How many copies of the expert stand at each of its sites, and the router that weighs them, if any."""
+        """How many copies of the expert stand at each of its sites, and the router that weights them, if any."""
         return 1, None
 
     def problems(self) -> list[str]:
@@ -338,7 +338,7 @@ class ExpertConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CopiedExpertConfig(ExpertConfig):
-    """Base of the kinds that may stand at a site in several copies, weighed by a router of their own."""
+    """Base of the kinds that may stand at a site in several copies, weighted by a router of their own."""
 
     num_experts: int = 1
     """Copies at each site; more than one need a ``router``."""
@@ -363,7 +363,7 @@ class CopiedExpertConfig(ExpertConfig):
         if self.router is None and self.num_experts > 1:
             how = "router=RouterConfig(kind='linear', gate='softmax', bias=False)"
             return [
-                f"num_experts is {self.num_experts} and router is None: say how the copies are weighed: {how}"
+                f"num_experts is {self.num_experts} and router is None: say how the copies are weighted: {how}"
             ]
         if self.router is None:
             return []

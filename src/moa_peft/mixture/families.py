@@ -8,9 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 QKV = ("q_proj", "k_proj", "v_proj")
-TARGETS = (*QKV, "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The names that targets carry in every family."""
-
 PRE_NORMS = (
     "input_layernorm",
     "ln_1",

@@ -41,7 +41,7 @@ def promptless_experts() -> tuple[ExpertConfig, ...]:
 
 def mixed_lora(router: RouterConfig, *, shared: bool = False) -> Callable[[], tuple[ExpertConfig, ...]]:
     """Eight LoRA of rank 8 on each of the paper's projections, each projection with its own router."""
-    return lambda: (LoraExpert(targets=PROJECTIONS, num_experts=8, shared=shared, router=router),)
+    return lambda: (LoraExpert(targets=PAPER_TARGETS, num_experts=8, shared=shared, router=router),)
 
 
 def hydra_experts() -> tuple[ExpertConfig, ...]:
@@ -56,13 +56,13 @@ def hydra_experts() -> tuple[ExpertConfig, ...]:
     )
 
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
+PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
 """The projections on which the paper puts LoRA."""
 
 PAPER = "MoA, arXiv 2506.05928"
 PRESETS: dict[str, Preset] = {
     "soft-moa": Preset(
-        summary="all experts, each weighed by its own sigmoid gate for each token",
+        summary="all experts, each weighted by its own sigmoid gate for each token",
         source=f"{PAPER}, Soft MoA",
         experts=paper_experts,
         router=RouterConfig,
@@ -74,7 +74,7 @@ PRESETS: dict[str, Preset] = {
         router=lambda: RouterConfig(threshold=ThresholdConfig(maximum=0.5)),
     ),
     "soft-moa-hydra": Preset(
-        summary="Soft MoA with three copies of each expert, weighed by a softmax at each site",
+        summary="Soft MoA with three copies of each expert, weighted by a softmax at each site",
         source=f"the official code of {PAPER}",
         experts=hydra_experts,
         router=RouterConfig,
@@ -92,7 +92,7 @@ PRESETS: dict[str, Preset] = {
         router=lambda: RouterConfig(kind="linear", granularity="instance", gate_of="kind"),
     ),
     "molora": Preset(
-        summary="eight LoRA on each projection, all of them, weighed by a softmax at each projection",
+        summary="eight LoRA on each projection, all of them, weighted by a softmax at each projection",
         source="MoLoRA, arXiv 2309.05444",
         experts=mixed_lora(RouterConfig(kind="linear", gate="softmax", bias=False)),
     ),
@@ -114,7 +114,7 @@ PRESETS: dict[str, Preset] = {
     "lora": Preset(
         summary="plain LoRA, without a router: the baseline, equal to PEFT's own",
         source="LoRA, arXiv 2106.09685",
-        experts=lambda: (LoraExpert(targets=PROJECTIONS, rank=16, alpha=16),),
+        experts=lambda: (LoraExpert(targets=PAPER_TARGETS, rank=16, alpha=16),),
     ),
     "parallel-adapter": Preset(
         summary="a bottleneck network beside the MLP, without a router",

@@ -23,7 +23,7 @@ class PromptSource(Protocol):
         """Add the prompts' changes to the attention's output.
 
         Args:
-            output: Float, [B, T, H, D]; overwritten only where there are no gradients.
+            output: Float, [B, T, H, D].
             query: Float, [B, H, T, D], after rotary embedding.
             scaling: Factor of the attention scores.
 

@@ -4,10 +4,10 @@ Gates of a whole instance are made of its prompt, so every call has to know wher
 
 1. a cache that holds tokens: its first call has left the gates with it (`PromptRecord`), and nothing is pooled again;
 2. the argument ``prompt_length``: real tokens at the start of each row;
-3. the labels: what comes before the first that counts, in each row or packed sequence (positions that begin again
+3. the model's kind: what a classifier or a reward model reads is the prompt, all of it, whatever its labels say;
+4. the labels: what comes before the first that counts, in each row or packed sequence (positions that begin again
    without an attention mask tell these apart);
-4. ``generate``: the columns that it was given, in each of its own calls;
-5. the model's kind: what a classifier or a reward model reads is the prompt, all of it, whatever its labels say;
+5. ``generate``: the columns that it was given, in each of its own calls;
 6. in evaluation mode, a call that begins a cache: it reads a prompt, all of it.
 
 Where none of them does, or where they contradict each other, the call is refused as soon as a router needs the prompt.

@@ -242,11 +242,11 @@ def write_lora(
 
 
 def _up(expert: LowRankChange, site: LinearSite, gates: Tensor) -> Tensor:
-    """The columns [D_out, r] that write, weighed by gates [N], in their place of a fused layer."""
+    """The columns [D_out, r] that write, weighted by gates [N], in their place of a fused layer."""
     copies = expert.B.detach().double().unflatten(1, (-1, expert.rank))  # [D_out, N, r]
-    weighed = copies * (expert.scale * gates.expand(copies.shape[1])).view(1, -1, 1)
+    weighted = copies * (expert.scale * gates.expand(copies.shape[1])).view(1, -1, 1)
     shared = expert.A.shape[0] != copies.shape[1] * expert.rank
-    up = weighed.sum(dim=1) if shared else weighed.flatten(1)
+    up = weighted.sum(dim=1) if shared else weighted.flatten(1)
     return up if site.slot is None else site.slot.place(up.T).T
 
 

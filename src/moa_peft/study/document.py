@@ -70,6 +70,7 @@ def _markdown_table(table: Table) -> str:
 
 def _escaped(text: str) -> str:
     """Keep what Markdown would read as markup in words of errors, paths and names."""
-    for sign in ("\\", "|", "*", "_", "<", "`"):
+    underscore = ("_",) if "__" in text else ()  # a single one is no markup
+    for sign in ("\\", "|", "*", "<", "`", *underscore):
         text = text.replace(sign, f"\\{sign}")
-    return text.replace("\\_", "_") if "__" not in text else text
+    return text

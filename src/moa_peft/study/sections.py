@@ -88,14 +88,23 @@ def _tabled(title: str, texts: Sequence[str], head: Sequence[str], rows: list[li
 def _head(summary: StudySummary) -> Section:
     config = summary.config
     rates, seeds = ", ".join(map(rate_text, config.learning_rates)), ", ".join(map(str, config.seeds))
-    row = next((one for one in summary.rows if one.validation is not None), None)
-    trained, held_out = config.data, "validation rows"
-    if row is not None and row.validation is not None:
-        trained = f"{row.train.rows:,} rows of {row.train.source}"
-        held_out = f"{row.validation.n:,} validation rows"
+    done_rows = {
+        row.stage: row for row in summary.rows if row.validation is not None and row.method != FROZEN
+    }
+    final, tried = done_rows.get("final"), done_rows.get("tuning")
+    trained = (
+        f"rows of {config.data}" if final is None else f"{final.train.rows:,} rows of {final.train.source}"
+    )
     how = f"the learning rate {rates}"
-    if len(config.learning_rates) > 1:
-        how = f"a learning rate chosen among {rates} on {held_out} by {chosen_by(config)}"
+    if config.has_tuning:
+        more = (config.most_rates or 0) - len(config.learning_rates)
+        added = f" and up to {more} more" if more > 0 else ""
+        shorter = ""
+        held_out = "validation rows"
+        if tried is not None and tried.validation is not None:
+            held_out = f"{tried.validation.n:,} validation rows"
+            shorter = f" after {tried.train.rows:,} training rows" if config.short_rows else ""
+        how = f"a learning rate chosen among {rates}{added} by {chosen_by(config)} on {held_out}{shorter}"
     done = summary.planned - len(summary.missing)
     texts = [
         f"Each method is trained on the same {trained}, with the same epochs and batches and {how}.",
