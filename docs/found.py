@@ -1,4 +1,4 @@
-"""Tables of the committed study, from its rows in `docs/results/study-cpu-small`."""
+"""Tables of the committed studies, from their rows in `docs/results`."""
 
 import statistics
 from functools import cache
@@ -8,8 +8,8 @@ from writing import table
 
 from moa_peft.cli.overrides import load_yaml
 from moa_peft.evaluation.results import mean_and_standard_error
-from moa_peft.study.config import FROZEN, StudyConfig
-from moa_peft.study.formatting import NONE, count, difference_cells, percent
+from moa_peft.study.config import FROZEN, StudyConfig, studies_of
+from moa_peft.study.formatting import NONE, count, difference_cells, nats, percent, signed
 from moa_peft.study.one_run import COLUMNS
 from moa_peft.study.report import read_summary
 from moa_peft.study.rows import RunRow
@@ -22,8 +22,67 @@ FOLDER = ROOT / "docs" / "results" / "study-cpu-small"
 
 @cache
 def found() -> StudySummary:
-    """What the committed rows say."""
+    """What the committed rows of the first study say."""
     return read_summary(StudyConfig.from_mapping({**load_yaml(CONFIG), "out": str(FOLDER)}))
+
+
+@cache
+def mathematics() -> StudySummary:
+    """What the committed rows of the larger study say of its domain of mathematics."""
+    out = str(ROOT / "docs" / "results" / "study-cpu")
+    (config,) = studies_of(load_yaml(ROOT / "studies" / "cpu.yaml"), {"out": out}, "math")
+    return read_summary(config)
+
+
+def choices() -> str:
+    """One row a method: the learning rate that was chosen in stage 1, and how the validation answers did."""
+    rows = [
+        (
+            f"`{label}`",
+            count(one.rows[0].trainable_parameters),
+            ", ".join(f"{rate:g}" for rate in one.rates),
+            f"{one.rate:g}" + ("" if one.is_inside else ", at an end"),
+            nats(one.loss),
+            *difference_cells(one.versus, is_loss=True)[:2],
+        )
+        for label, one in mathematics().choices.items()
+    ]
+    over = f"less `{mathematics().config.baseline}`"
+    return table(("method", "trained", "rates tried", "chosen", "validation loss", over, "error"), rows)
+
+
+def finals() -> str:
+    """One row a finalist: loss of the trained domain's answers and of the other's, and what it forgot."""
+    summary = mathematics()
+    trained, *_ = summary.tests
+    rows = []
+    for one in summary.methods:
+        difference, error, _, _, detectable, _, claim = difference_cells(
+            one.losses_versus.get(trained), is_loss=True
+        )
+        rows.append(
+            (
+                f"`{one.label}`",
+                NONE if one.label == FROZEN else count(one.rows[0].trainable_parameters),
+                NONE if one.label == FROZEN else str(len(one.rows)),
+                *(nats(one.losses.get(name)) for name in summary.tests),
+                *(difference, error, detectable, claim),
+                signed(one.forgetting_mean),
+            )
+        )
+    over = f"`{trained}` less `{summary.config.baseline}`"
+    head = (
+        "method",
+        "trained",
+        "seeds",
+        *summary.tests,
+        over,
+        "error",
+        "detectable",
+        "claim",
+        "forgetting, points",
+    )
+    return table(head, rows)
 
 
 def accuracies() -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import benchmarks, brief
 from command_reference import commands
 from families import counts, shapes, structures
-from found import accuracies, losses, routers
+from found import accuracies, choices, finals, losses, routers
 from inspected import inspected
 from method_reference import costs, method_table, methods, routing
 from served import served
@@ -233,6 +233,8 @@ GENERATED: Mapping[str, Any] = {
     "wrappers": wrappers,
     "served": served,
     "found_accuracies": accuracies,
+    "found_choices": choices,
+    "found_finals": finals,
     "found_losses": losses,
     "found_routers": routers,
 }
