@@ -56,7 +56,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         return
     made = provenance()
     made["versions"] |= {one: found for one in OPTIONAL if (found := version_of(one)) is not None}
-    made["command"] = shlex.join(["pytest", *sys.argv[1:]])
+    words = [Path(one).name if Path(one).is_absolute() else one for one in sys.argv[1:]]
+    made["command"] = shlex.join(["pytest", *words])
     rows = []
     for wrapper, some in runs.items():
         worst = max(some, key=lambda run: run.get("difference", 0.0))
