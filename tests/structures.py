@@ -56,13 +56,16 @@ PER_LAYER = {
 
 TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, HEADS) for name in (
-        "gemma", "smollm3", "granite", "cohere", "cohere2", "olmo", "olmo3", "glm", "glm4", "ernie4_5", "stablelm",
+        "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "phi3", "smollm3", "granite",
+        "cohere", "cohere2", "olmo", "olmo3", "glm", "glm4", "ernie4_5", "stablelm",
         "starcoder2", "nemotron", "ministral3", "bitnet", "nanochat", "doge", "diffllama", "arcee", "helium",
         "hunyuan_v1_dense", "exaone4",
     )},
     "seed_oss": ("seed_oss", HEADS | NO_DROPOUT | {"residual_dropout": 0.0}),
     "phi": ("phi", HEADS | NO_DROPOUT | {"resid_pdrop": 0.0, "embd_pdrop": 0.0}),
     "opt": ("opt", ALIKE | {"ffn_dim": 40, "word_embed_proj_dim": 32, "dropout": 0.0}),
+    "gpt_neox": ("gpt_neox", ALIKE | NO_DROPOUT),
+    "gpt2": ("gpt2", GPT),
     "gptj": ("gptj", GPT | {"rotary_dim": 4}),
     "codegen": ("codegen", GPT | {"rotary_dim": 4}),
     "gpt_bigcode": ("gpt_bigcode", GPT | {"multi_query": True}),
