@@ -1,4 +1,4 @@
-"""The study that the documentation shows: its rows are whole, name where they come from, and give its report byte for byte."""
+"""The studies that the documentation shows: their rows name where they come from, and give their reports byte for byte."""
 
 import shutil
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moa_peft.cli.overrides import load_yaml
-from moa_peft.study.config import FROZEN, StudyConfig
+from moa_peft.study.config import FROZEN, StudyConfig, studies_of
 from moa_peft.study.report import read_summary, write_report
 from moa_peft.study.rows import read_results
 
@@ -36,12 +36,19 @@ def test_every_row_names_commit_config_versions_seed_and_data() -> None:
         assert {name: one.file_md5 for name, one in row.tests.items()}.items() <= files.items()
 
 
-def test_the_report_comes_out_of_the_rows_byte_for_byte(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("study", "domain"), [("cpu-small", None), ("cpu", "math")])
+def test_the_report_comes_out_of_the_rows_byte_for_byte(
+    study: str, domain: str | None, tmp_path: Path
+) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra report")
+    settings = load_yaml(ROOT / "studies" / f"{study}.yaml")
+    (config,) = studies_of(settings, {"out": str(tmp_path)}, domain)
+    folder, written = ROOT / "docs" / "results" / f"study-{study}" / (domain or ""), Path(config.out)
+    written.mkdir(exist_ok=True)
     for name in ("results.jsonl", "study.json"):
-        shutil.copy(FOLDER / name, tmp_path)
-    write_report(StudyConfig.from_mapping({**SETTINGS, "out": str(tmp_path)}))
-    written = sorted(one.name for one in tmp_path.iterdir())
-    assert written == sorted(one.name for one in FOLDER.iterdir())
-    for name in written:
-        assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes(), name
+        shutil.copy(folder / name, written)
+    write_report(config)
+    names = sorted(one.name for one in written.iterdir())
+    assert names == sorted(one.name for one in folder.iterdir() if one.is_file())
+    for name in names:
+        assert (written / name).read_bytes() == (folder / name).read_bytes(), name
