@@ -10,9 +10,8 @@ from moa_peft.cli.overrides import load_yaml
 from moa_peft.evaluation.results import mean_and_standard_error
 from moa_peft.study.config import FROZEN, StudyConfig, studies_of
 from moa_peft.study.formatting import NONE, count, difference_cells, nats, percent, signed
-from moa_peft.study.one_run import COLUMNS
 from moa_peft.study.report import read_summary
-from moa_peft.study.rows import RunRow
+from moa_peft.study.rows import ROUTER_FIGURES, RunRow
 from moa_peft.study.statistics import MethodSummary, StudySummary
 
 ROOT = Path(__file__).parent.parent
@@ -131,7 +130,7 @@ def losses() -> str:
 def routers() -> str:
     """One row a method with a router: its figures, means over seeds."""
     return table(
-        ("method", *COLUMNS.values()),
+        ("method", *ROUTER_FIGURES.values()),
         [(f"`{one.label}`", *_router_cells(one)) for one in found().methods if one.rows[0].router],
     )
 
@@ -142,7 +141,7 @@ def _answer_loss(row: RunRow) -> float:
 
 def _router_cells(method: MethodSummary) -> list[str]:
     cells = []
-    for name in COLUMNS:
+    for name in ROUTER_FIGURES:
         values = [value for row in method.rows if row.router and (value := row.router.get(name)) is not None]
         cells.append(_with_error(values, digits=3) if values else NONE)
     return cells

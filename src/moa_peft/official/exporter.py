@@ -13,6 +13,7 @@ from typing import Any, cast, get_args
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -139,7 +140,7 @@ def read_mixture_weights(adapter: AdapterFolder) -> Weights:
     Raises:
         UsageError: If they cannot be read, or some belong to no mixture.
     """
-    file = adapter.path / "adapter_model.safetensors"
+    file = adapter.path / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file():
         raise UsageError(f"{adapter.name} holds no {file.name}: save the adapter with PEFT's save_pretrained")
     try:

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -236,7 +237,7 @@ def write_lora(
         if any(path == one or path.endswith(f".{one}") for one in config.target_modules or ()):
             for letter, tensor in zip("AB", lora.get(path) or _zeros(path, lora), strict=True):
                 tensors[f"base_model.model.{path}.lora_{letter}.weight"] = tensor
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
     return config, sum(one.numel() for one in tensors.values())
 

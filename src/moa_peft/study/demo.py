@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
 from moa_peft.data.demo import sentence_of
 from moa_peft.evaluation.loading import RECIPE_FILE, load, read_adapter
 from moa_peft.evaluation.options import EvaluationOptions
@@ -17,8 +19,6 @@ from moa_peft.training.output_folder import append_result
 from moa_peft.training.prepare import Plan, TrainingOutcome
 from moa_peft.training.recipe import Recipe
 from moa_peft.training.run import train
-
-ADAPTER_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +71,7 @@ def demo_recipe(method: str, steps: int, output_dir: Path) -> Recipe:
 def free_folder(folder: Path) -> Path:
     """The folder itself, or the first of folder-2, folder-3, ... that holds no finished run."""
     number, chosen = 1, folder
-    while (chosen / ADAPTER_FILE).exists():
+    while (chosen / SAFETENSORS_WEIGHTS_NAME).exists():
         number += 1
         chosen = folder.with_name(f"{folder.name}-{number}")
     return chosen

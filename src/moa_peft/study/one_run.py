@@ -44,14 +44,6 @@ STEPS_FILE = "steps.jsonl"
 _TRAINED = ("rows_dropped", "trainable_parameters", "total_parameters", "steps", "final_loss", "train_s")
 
 
-COLUMNS = {
-    "active_experts": "active experts",
-    "load_variation": "load variation",
-    "mean_cka": "mean CKA",
-}
-"""Figures of a router and what the report calls them."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Order:
     """All that a process needs to do one run."""
@@ -291,7 +283,7 @@ def _free() -> None:
 def router_summary(
     model: Any, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row], template: Template
 ) -> dict[str, float | None] | None:
-    """Sum up what a model's routers do on the prompts of rows, by the names in `COLUMNS`; None without a router."""
+    """Sum up what a model's routers do on the prompts of rows, by the names in `rows.ROUTER_FIGURES`; None without a router."""
     from moa_peft.inspection.prompts import as_prompt
     from moa_peft.inspection.results import routing_summary
 

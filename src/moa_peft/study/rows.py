@@ -16,6 +16,14 @@ RESULTS_FILE = "results.jsonl"
 Stage = Literal["tuning", "final"]
 
 
+ROUTER_FIGURES = {
+    "active_experts": "active experts",
+    "load_variation": "load variation",
+    "mean_cka": "mean CKA",
+}
+"""Figures of a router and what the report calls them."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
     """What a model made of a set of questions."""

@@ -17,7 +17,7 @@ from moa_peft.study.formatting import (
     score_cell,
     signed,
 )
-from moa_peft.study.one_run import COLUMNS
+from moa_peft.study.rows import ROUTER_FIGURES
 from moa_peft.study.schedule import rate_text
 from moa_peft.study.statistics import MethodSummary, StudySummary, median_step_ms
 
@@ -275,13 +275,13 @@ def _tuning(summary: StudySummary) -> Section | None:
 
 def _router(summary: StudySummary) -> Section | None:
     rows = [
-        [run_name(row), *(plain(row.router.get(name)) for name in COLUMNS)]
+        [run_name(row), *(plain(row.router.get(name)) for name in ROUTER_FIGURES)]
         for one in summary.methods
         for row in one.rows
         if row.router
     ]
     told = "Figures of the trained routers on validation prompts."
-    return _tabled("Routers", [told], ["run", *COLUMNS.values()], rows)
+    return _tabled("Routers", [told], ["run", *ROUTER_FIGURES.values()], rows)
 
 
 def _seeds(summary: StudySummary) -> Section | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import GenerationConfig
@@ -24,7 +25,6 @@ from moa_peft.serving.vllm.command import ARCHITECTURE
 
 KEY_PREFIX = "base_model.model."
 """What PEFT puts before the names of an adapter's weights."""
-WEIGHTS = "adapter_model.safetensors"
 _ELSEWHERE = "serve it with transformers: moa serve --engine transformers, or moa chat"
 _BASE_ARGUMENTS = ("revision", "dtype", "attn_implementation", "trust_remote_code")
 """How a base model may have been loaded; vLLM needs the revision alone, and chooses the rest by its own flags."""
@@ -53,7 +53,7 @@ def served_config(adapter: AdapterFolder) -> MoAConfig:
         for one in parts.experts
         if one.reads_frozen_weights
     ]
-    with safe_open(adapter.path / WEIGHTS, "pt") as weights:
+    with safe_open(adapter.path / SAFETENSORS_WEIGHTS_NAME, "pt") as weights:
         others = [key for key in weights.keys() if ".moa.moa_mixture." not in key]  # noqa: SIM118  # no mapping
     if others and not config.modules_to_save:
         wrong.append(
@@ -133,7 +133,7 @@ def export_vllm(
         UsageError: If vLLM cannot serve the adapter, or it does not fit the base model.
     """
     config, base = served_config(adapter), served_base(adapter, model, init_kwargs)
-    weights = load_file(adapter.path / WEIGHTS)
+    weights = load_file(adapter.path / SAFETENSORS_WEIGHTS_NAME)
     hollow = get_peft_model(empty_model(base), copy.deepcopy(config))
     check_values(weights, adapter.name)
     check_fit(get_peft_model_state_dict(hollow, save_embedding_layers=False), weights, adapter.name)
@@ -145,7 +145,7 @@ def export_vllm(
     served.update(config_changes(base))
     with adapter_folder(out, overwrite=overwrite) as draft:
         for file in adapter.path.iterdir():
-            if file.name in ("adapter_config.json", WEIGHTS):
+            if file.name in ("adapter_config.json", SAFETENSORS_WEIGHTS_NAME):
                 (draft / file.name).write_bytes(file.read_bytes())
         tokenizer.save_pretrained(draft)
         served.save_pretrained(draft)

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.config import VllmConfig
@@ -27,7 +28,7 @@ from moa_peft.mixture.mixture import Mixture
 from moa_peft.mixture.placement import check_targets, chosen_blocks, placed_experts
 from moa_peft.mixture.sites import AttentionSite
 from moa_peft.mixture.token_watch import TokenWatch
-from moa_peft.serving.vllm.folder import KEY_PREFIX, WEIGHTS, served_config
+from moa_peft.serving.vllm.folder import KEY_PREFIX, served_config
 
 _ADAPTER = "default"
 
@@ -37,7 +38,7 @@ class MoAForCausalLM(TransformersForCausalLM):
 
     supports_lora = False  # its layers would be called past the hooks
     supports_pp = False
-    allow_patterns_overrides = [WEIGHTS]  # noqa: RUF012  # vLLM's name
+    allow_patterns_overrides = [SAFETENSORS_WEIGHTS_NAME]  # noqa: RUF012  # vLLM's name
     """What is loaded of the folder that is served; the base's weights come second."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
