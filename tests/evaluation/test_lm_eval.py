@@ -246,7 +246,7 @@ def test_without_the_extra_the_error_names_the_command_that_installs_it(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(
-        UsageError, match=r"--lm-eval needs lm_eval.*, which is not installed: .*moa-peft\[eval\]"
+        UsageError, match=r"--lm-eval needs lm_eval.*, which is not installed: .*pip install .*'.\[eval\]'"
     ):
         check_harness_tasks(HarnessOptions(tasks=("arc_easy",)))
 

@@ -509,7 +509,9 @@ def test_numbers_are_read_out_of_replies_only_where_math_verify_is_there(
 ) -> None:
     """Were it asked for only when an expression turns up, a score would depend on what is installed."""
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(UsageError, match=r"numbers of task 'mine' .* needs math_verify.*moa-peft\[eval\]"):
+    with pytest.raises(
+        UsageError, match=r"numbers of task 'mine' .* needs math_verify.*pip install .*'.\[eval\]'"
+    ):
         evaluate(tiny_llama(), TOKENIZER, task(number_rows(1)), options(tmp_path, max_new_tokens=2))
     assert not files(tmp_path)
     assert evaluate(tiny_llama(), TOKENIZER, task(number_rows(1)), options(mode="likelihood")).row.n == 1

@@ -6,14 +6,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from moa_peft import LoraExpert, MoAConfig, mixture_layers
-from moa_peft.mixture.presets import PROJECTIONS
+from moa_peft.mixture.presets import PAPER_TARGETS
 from tiny import base_model, tokens
 
 Weights = dict[tuple[int, str, str], nn.Parameter]
 
 
 def ours(family: str, *, rslora: bool) -> tuple[PeftModel, Weights]:
-    experts = [LoraExpert(targets=PROJECTIONS, rank=16, alpha=16, rslora=rslora)]
+    experts = [LoraExpert(targets=PAPER_TARGETS, rank=16, alpha=16, rslora=rslora)]
     model = get_peft_model(base_model(family), MoAConfig.preset("lora", experts=experts))
     assert isinstance(model, PeftModel)
     found: Weights = {}
@@ -26,7 +26,7 @@ def ours(family: str, *, rslora: bool) -> tuple[PeftModel, Weights]:
 
 def theirs(family: str, *, rslora: bool) -> tuple[PeftModel, Weights]:
     config = LoraConfig(
-        r=16, lora_alpha=16, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM", use_rslora=rslora
+        r=16, lora_alpha=16, target_modules=list(PAPER_TARGETS), task_type="CAUSAL_LM", use_rslora=rslora
     )
     model = get_peft_model(base_model(family), config)
     assert isinstance(model, PeftModel)
