@@ -9,7 +9,7 @@ from writing import table
 from moa_peft.cli.overrides import load_yaml
 from moa_peft.evaluation.results import mean_and_standard_error
 from moa_peft.study.config import FROZEN, StudyConfig, studies_of
-from moa_peft.study.formatting import NONE, count, difference_cells, nats, percent, signed
+from moa_peft.study.formatting import NONE, count, difference_cells, nats, percent
 from moa_peft.study.report import read_summary
 from moa_peft.study.rows import ROUTER_FIGURES, RunRow
 from moa_peft.study.statistics import MethodSummary, StudySummary
@@ -48,40 +48,6 @@ def choices() -> str:
     ]
     over = f"less `{mathematics().config.baseline}`"
     return table(("method", "trained", "rates tried", "chosen", "validation loss", over, "error"), rows)
-
-
-def finals() -> str:
-    """One row a finalist: loss of the trained domain's answers and of the other's, and what it forgot."""
-    summary = mathematics()
-    trained, *_ = summary.tests
-    rows = []
-    for one in summary.methods:
-        difference, error, _, _, detectable, _, claim = difference_cells(
-            one.losses_versus.get(trained), is_loss=True
-        )
-        rows.append(
-            (
-                f"`{one.label}`",
-                NONE if one.label == FROZEN else count(one.rows[0].trainable_parameters),
-                NONE if one.label == FROZEN else str(len(one.rows)),
-                *(nats(one.losses.get(name)) for name in summary.tests),
-                *(difference, error, detectable, claim),
-                signed(one.forgetting_mean),
-            )
-        )
-    over = f"`{trained}` less `{summary.config.baseline}`"
-    head = (
-        "method",
-        "trained",
-        "seeds",
-        *summary.tests,
-        over,
-        "error",
-        "detectable",
-        "claim",
-        "forgetting, points",
-    )
-    return table(head, rows)
 
 
 def accuracies() -> str:

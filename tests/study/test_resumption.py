@@ -13,6 +13,7 @@ import pytest
 
 from moa_peft.json_lines import read_rows
 from moa_peft.study.config import StudyConfig
+from moa_peft.study.ray_pool import first_sentence
 from moa_peft.study.report import write_report
 from tiny_study import same_on_every_run, tables, write_study
 
@@ -135,6 +136,11 @@ def test_the_report_comes_out_of_its_rows_byte_for_byte(
     write_report(StudyConfig.from_mapping({**settings, "out": str(out)}))
     for name in ("report.md", "report.html", "accuracy_parameters.svg", "accuracy_step_time.svg"):
         assert (out / name).read_bytes() == (folder / "whole" / name).read_bytes()
+
+
+def test_what_ray_says_of_a_process_that_died_names_no_machine() -> None:
+    told = "1 worker(s) were killed.\nMemory on the node (IP: 192.0.2.1) was 9GB. Top users: 24787 /home/someone/python"
+    assert first_sentence(MemoryError(told)) == "MemoryError: 1 worker(s) were killed"
 
 
 @pytest.mark.slow

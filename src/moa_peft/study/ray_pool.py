@@ -61,10 +61,15 @@ def _pool(remote: Any, cpus: int) -> Pool:
             except OtherBaseError as error:  # Ray's copy of it tells the whole traceback
                 raise getattr(error, "cause", error) from None
             except RayError as error:  # its process died, as for want of memory
-                row = describe(order, {}, " ".join(f"{type(error).__name__}: {error}".split()))
+                row = describe(order, {}, first_sentence(error))
             yield order, row
 
     return run
+
+
+def first_sentence(error: Exception) -> str:
+    """What Ray says of an error before it lists the machine's processes and addresses, which belong in no row."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()).split('. ')[0].rstrip('.')}"
 
 
 def _execute(order: Order, folder: str, cpus: int) -> RunRow:
