@@ -111,7 +111,7 @@ def test_without_its_packages_it_says_what_to_install(monkeypatch: pytest.Monkey
 def test_a_signal_ends_the_server_and_its_requests_within_five_seconds(
     tmp_path: Path, kind: signal.Signals
 ) -> None:
-    base = save_base(tmp_path / "base", max_position_embeddings=100_000)
+    base = save_base(tmp_path / "base", max_position_embeddings=100_000, vocab_size=256)  # no end token: no answer ends
     runs = [
         str(save_adapter(tmp_path / "one", base)),
         str(save_adapter(tmp_path / "two", base, {"router": {"granularity": "instance"}})),
