@@ -18,6 +18,25 @@ ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "studies" / "cpu-small.yaml"
 FOLDER = ROOT / "docs" / "results" / "study-cpu-small"
 
+LOSS, OTHER_LOSS, FORGETTING = (
+    "loss of the answers",
+    "loss of the other domain's answers",
+    "forgetting, points",
+)
+CLAIMS = (
+    *((LOSS, label, "lora-s4") for label in ("soft-moa-s4", "soft-moa")),
+    *((LOSS, label, "lora-all-s4") for label in ("soft-moa-all-s4", "soft-lora-all-s4")),
+    *(
+        (LOSS, "soft-moa-s4", copies)
+        for copies in ("molora-6x2-s4", "hydralora-8x3", "topk-6x2", "adamole-6x2-s4")
+    ),
+    *((LOSS, "soft-moa-s4", copies) for copies in ("molora-8x8", "hydralora-8x8", "topk-8x8", "adamole-8x8")),
+    (LOSS, "sparse-moa-s4", "soft-moa-s4"),
+    *((measure, "soft-moa-s4", "lora-s4") for measure in (OTHER_LOSS, FORGETTING)),
+    *((measure, "soft-moa-all-s4", "lora-all-s4") for measure in (OTHER_LOSS, FORGETTING)),
+)
+"""What the larger study compares in each domain, named before its runs with three seeds: measure, method and other method."""
+
 
 @cache
 def found() -> StudySummary:
@@ -26,11 +45,29 @@ def found() -> StudySummary:
 
 
 @cache
-def mathematics() -> StudySummary:
-    """What the committed rows of the larger study say of its domain of mathematics."""
+def mathematics(baseline: str = "lora-s4") -> StudySummary:
+    """What the committed rows of the larger study say of its domain of mathematics, with differences from one of its methods."""
     out = str(ROOT / "docs" / "results" / "study-cpu")
-    (config,) = studies_of(load_yaml(ROOT / "studies" / "cpu.yaml"), {"out": out}, "math")
+    (config,) = studies_of(
+        load_yaml(ROOT / "studies" / "cpu.yaml"), {"out": out, "baseline": baseline}, "math"
+    )
     return read_summary(config)
+
+
+def claims() -> str:
+    """One row a comparison of the larger study."""
+    rows = []
+    for measure, label, other in CLAIMS:
+        method = next((one for one in mathematics(other).methods if one.label == label), None)
+        one = None
+        if method is not None and measure == FORGETTING:
+            one = method.forgetting_versus
+        elif method is not None:
+            one = method.losses_versus.get("math_small" if measure == LOSS else "codealpaca")
+        mean, error, _, _, detectable, seeds, claim = difference_cells(one, is_loss=measure != FORGETTING)
+        told = "not run yet" if one is None else claim if one.is_found else "not decided"
+        rows.append((f"`{label}` less `{other}`", measure, mean, error, detectable, seeds, told))
+    return table(("compared", "measure", "difference", "error", "detectable", "seeds", "claim"), rows)
 
 
 def choices() -> str:

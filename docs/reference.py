@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import benchmarks, brief
 from command_reference import commands
 from families import counts, shapes, structures
-from found import accuracies, choices, losses, routers
+from found import accuracies, choices, claims, losses, routers
 from inspected import inspected
 from method_reference import costs, method_table, methods, routing
 from served import served
@@ -234,6 +234,7 @@ GENERATED: Mapping[str, Any] = {
     "served": served,
     "found_accuracies": accuracies,
     "found_choices": choices,
+    "found_claims": claims,
     "found_losses": losses,
     "found_routers": routers,
 }
