@@ -29,9 +29,11 @@ def call(*words: str) -> str:
         (["a/run", "b/run"], "a/run and b/run would both be the model 'run'"),
         (["run", "--port", "70000"], "--port is 70000"),
         (["run", "--engine", "vlm"], "did you mean 'vllm'"),
-        (["a", "b", "--engine", "vllm"], "--engine vllm serves one run, and 2 are given"),
-        (["a", "--engine", "vllm", "--template", "chat"], "--engine vllm serves a run as it was trained"),
+        (["a", "b", "--engine", "vllm"], "vLLM serves one run, and 2 are given: leave --engine vllm out"),
+        (["a", "--engine", "vllm", "--template", "chat"], "vLLM serves a run as it was trained"),
         (["a", "--engine", "vllm"], "--engine vllm needs vLLM, which is not installed"),
+        (["a", "--vllm-args", "--seed 1"], "--vllm-args needs vLLM, which is not installed"),
+        (["a", "--vllm-args", "--seed 1", "--engine", "transformers"], "leave one of them out"),
     ],
 )
 def test_what_cannot_be_served_is_refused(words: list[str], message: str) -> None:
@@ -67,6 +69,13 @@ def test_one_run_is_served_by_vllm_where_it_is_installed(
         "run",
     )
     assert (told["--dtype"], told["--port"]) == ("float32", "81")
+
+
+def test_arguments_for_vllm_follow_its_own(tmp_path: Path, with_vllm: list[list[str]]) -> None:
+    run = str(save_adapter(tmp_path / "run", save_base(tmp_path / "base")))
+    call(run, "--vllm-args", "--max-model-len 64 --api-key 'a b'")
+    assert with_vllm[0][-4:] == ["--max-model-len", "64", "--api-key", "a b"]
+    assert "No closing quotation" in call(run, "--vllm-args", "'")
 
 
 @pytest.mark.parametrize("template", ["paper", "chat"])
@@ -111,7 +120,9 @@ def test_without_its_packages_it_says_what_to_install(monkeypatch: pytest.Monkey
 def test_a_signal_ends_the_server_and_its_requests_within_five_seconds(
     tmp_path: Path, kind: signal.Signals
 ) -> None:
-    base = save_base(tmp_path / "base", max_position_embeddings=100_000, vocab_size=256)  # no end token: no answer ends
+    base = save_base(
+        tmp_path / "base", max_position_embeddings=100_000, vocab_size=256
+    )  # no end token: no answer ends
     runs = [
         str(save_adapter(tmp_path / "one", base)),
         str(save_adapter(tmp_path / "two", base, {"router": {"granularity": "instance"}})),

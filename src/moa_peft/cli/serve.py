@@ -1,6 +1,7 @@
 """`moa serve`: an OpenAI-compatible server for adapters."""
 
 import os
+import shlex
 import sys
 from pathlib import PurePath
 from typing import Annotated
@@ -25,6 +26,10 @@ def serve(
             help="vllm, transformers or auto: vLLM where it is installed, for one run without other options of its model."
         ),
     ] = "auto",
+    vllm_args: Annotated[
+        str | None,
+        typer.Option(help='Arguments for vLLM, in one text: "--max-model-len 2048 --api-key secret".'),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(help='Base model: folder, hub name or "smollm2". Default: each adapter\'s own.'),
@@ -41,6 +46,7 @@ def serve(
     Examples:
       moa serve runs/first
       moa serve runs/reviews runs/sums --port 8080
+      moa serve runs/first --vllm-args "--max-model-len 2048"
     """  # noqa: D301  # the backspace keeps the lines of the examples apart
     from moa_peft.extras import is_installed, require
 
@@ -50,12 +56,19 @@ def serve(
     if engine not in ENGINES:
         raise UsageError(unknown("engine", engine, ENGINES))
     is_plain = len(runs) == 1 and all(one is None for one in (model, template, dtype, model_init_kwargs))
-    if engine == "vllm" and len(runs) > 1:
-        raise UsageError(f"--engine vllm serves one run, and {len(runs)} are given: leave --engine out")
-    if engine == "vllm" and not is_plain:
-        raise UsageError("--engine vllm serves a run as it was trained: leave the options of its model out")
-    if engine == "vllm" or (engine == "auto" and is_plain and is_installed("vllm")):
-        _go_on_as_vllm(names, host, port, must=engine == "vllm")
+    if vllm_args is not None and engine == "transformers":
+        raise UsageError("--vllm-args are for vLLM, and --engine is transformers: leave one of them out")
+    asked = "--engine vllm" if engine == "vllm" else None if vllm_args is None else "--vllm-args"
+    if asked and len(runs) > 1:
+        raise UsageError(f"vLLM serves one run, and {len(runs)} are given: leave {asked} out")
+    if asked and not is_plain:
+        raise UsageError(
+            f"vLLM serves a run as it was trained: leave the options of its model, or {asked}, out"
+        )
+    if asked and not is_installed("vllm"):
+        raise UsageError(f"{asked} needs vLLM, which is not installed: leave it out, or install vllm")
+    if asked or (engine == "auto" and is_plain and is_installed("vllm")):
+        _go_on_as_vllm(names, host, port, _split(vllm_args or ""), must=asked is not None)
     for needed in ("uvicorn", "starlette"):
         require(needed, "moa serve without vLLM")
     from moa_peft.quiet import quiet_libraries
@@ -91,7 +104,19 @@ def _names(runs: list[str]) -> dict[str, str]:
     return names
 
 
-def _go_on_as_vllm(names: dict[str, str], host: str, port: int, *, must: bool) -> None:
+def _split(vllm_args: str) -> list[str]:
+    """The words of a text as a shell reads it.
+
+    Raises:
+        UsageError: If a quotation mark is not closed.
+    """
+    try:
+        return shlex.split(vllm_args)
+    except ValueError as error:
+        raise UsageError(f"--vllm-args is {vllm_args!r}: {error}") from error
+
+
+def _go_on_as_vllm(names: dict[str, str], host: str, port: int, more: list[str], *, must: bool) -> None:
     """Become vLLM's server of an only run; where vLLM cannot serve it and need not, say why.
 
     Raises:
@@ -100,14 +125,9 @@ def _go_on_as_vllm(names: dict[str, str], host: str, port: int, *, must: bool) -
     from moa_peft.data.base_loading import load_tokenizer
     from moa_peft.data.tokenization import paper_chat_template
     from moa_peft.evaluation.loading import read_adapter
-    from moa_peft.extras import is_installed
     from moa_peft.serving.vllm.command import vllm_command
     from moa_peft.serving.vllm.folder import served_base, served_config
 
-    if not is_installed("vllm"):
-        raise UsageError(
-            "--engine vllm needs vLLM, which is not installed: leave --engine out, or install vllm"
-        )
     ((name, run),) = names.items()
     adapter = read_adapter(run)
     try:
@@ -125,4 +145,4 @@ def _go_on_as_vllm(names: dict[str, str], host: str, port: int, *, must: bool) -
         command += ["--tokenizer", base.path]
     if adapter.template == "paper":
         command += ["--chat-template", paper_chat_template(load_tokenizer(base, own))]
-    os.execv(command[0], command)
+    os.execv(command[0], [*command, *more])
