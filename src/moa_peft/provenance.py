@@ -16,8 +16,8 @@ def provenance() -> dict[str, Any]:
     """Say what is needed to repeat a run beside its recipe.
 
     Returns:
-        ``versions``, ``commit`` and ``dirty`` (of the source checkout; None for an installed package), ``command`` (of absolute paths the last part),
-        ``device``, ``threads``, ``taken_at`` (UTC, ISO 8601).
+        ``versions``, ``commit`` and ``dirty`` (of the source checkout; None for an installed package), ``command`` (from
+        `command_line`), ``device``, ``threads``, ``taken_at`` (UTC, ISO 8601).
     """
     import torch
 
@@ -30,11 +30,16 @@ def provenance() -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {one: version_of(one) for one in LIBRARIES},
         "commit": commit,
         "dirty": None if commit is None or changes is None else bool(changes),
-        "command": shlex.join(Path(one).name if Path(one).is_absolute() else one for one in sys.argv),
+        "command": command_line(),
         "device": torch.cuda.get_device_name() if cuda else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "taken_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def command_line() -> str:
+    """The command line of this process, of absolute paths the last part: where they lie is nobody else's."""
+    return shlex.join(Path(one).name if Path(one).is_absolute() else one for one in sys.argv)
 
 
 def version_of(distribution: str) -> str | None:

@@ -104,7 +104,9 @@ def test_generated_answers_show_both_rules_and_those_cut_off(tmp_path: Path, bas
     assert shown[-1] == "generation"
 
 
-def test_texts_of_choices_are_compared_with_mode_text(tmp_path: Path, adapter: Path) -> None:
+def test_texts_of_choices_are_compared_with_mode_text(
+    tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     listed = "Answer1: it is. Answer2: so\n\nAnswer format: answer1/answer2"
     rows = [
         Row(
@@ -116,7 +118,8 @@ def test_texts_of_choices_are_compared_with_mode_text(tmp_path: Path, adapter: P
         for place in range(4)
     ]
     write_rows(tmp_path / "data/ARC-Easy/test.json", rows)
-    words = ["--tasks", "ARC-Easy", "--data-root", tmp_path / "data", "--mode", "text", "--limit", 3]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["--tasks", "ARC-Easy", "--data-root", "~/data", "--mode", "text", "--limit", 3]
     done = call("--adapter", adapter, *words, "--extraction", "per_character")
     (row,) = read_rows(adapter / "evaluation/results.jsonl")
     assert (row["task"], row["n"], row["mode"], row["answer_loss"]) == ("ARC-Easy", 3, "text", None)

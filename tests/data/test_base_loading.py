@@ -55,11 +55,19 @@ def test_the_fingerprint_of_a_hub_name_is_the_cached_commit_of_its_revision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cached(name: str, file: str, revision: str = "main") -> str | None:
-        return None if revision == "v3" else str(tmp_path / name / revision / file)
+        if revision == "v3":
+            return None
+        return (
+            str(tmp_path / name / revision / file)
+            if file in ("config.json", "deep/config.json", "m.gguf")
+            else None
+        )
 
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
     found = [model_fingerprint(find_base("org/m", {"revision": one})) for one in (None, "v1", "v3")]
     assert found == ["main", "v1", "unknown"]
+    parts = ({"subfolder": "deep"}, {"gguf_file": "m.gguf"}, {"subfolder": "no"})
+    assert [model_fingerprint(find_base("org/m", one)) for one in parts] == ["main", "main", "unknown"]
 
 
 def test_code_in_a_base_folder_runs_only_where_that_is_said_and_nobody_is_asked(

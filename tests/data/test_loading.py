@@ -49,6 +49,13 @@ def test_a_folder_gives_the_split_that_is_asked_for(tmp_path: Path) -> None:
     assert load_rows(str(tmp_path), split="test") == ROWS[3:]
 
 
+def test_the_demo_data_is_one_of_several_sources(tmp_path: Path) -> None:
+    file = write(tmp_path / "mine.jsonl", as_lines(RECORDS))
+    rows = load_rows(f"demo, {file}", limit=4)
+    assert rows[::2] == load_rows("demo", limit=2)
+    assert rows[1::2] == ROWS[:2]
+
+
 def test_a_folder_with_one_split_in_two_files_is_refused(tmp_path: Path) -> None:
     for name in ("train.json", "train.jsonl", "test.json"):
         write(tmp_path / name, as_lines(RECORDS[:1]) if name.endswith("l") else json.dumps(RECORDS[:1]))

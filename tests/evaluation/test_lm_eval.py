@@ -20,10 +20,10 @@ from moa_peft.errors import RunError, UsageError
 from moa_peft.evaluation.lm_eval import HarnessOptions, check_harness_tasks, run_harness
 from moa_peft.evaluation.loading import load
 from moa_peft.evaluation.options import EvaluationOptions
-from moa_peft.evaluation.questions import Question
+from moa_peft.evaluation.questions import Question, as_question
 from moa_peft.evaluation.result_key import identify
 from moa_peft.evaluation.run import evaluate
-from moa_peft.evaluation.tasks import as_question, load_tasks
+from moa_peft.evaluation.tasks import load_tasks
 from moa_peft.json_lines import read_rows
 from tiny_lm import byte_tokenizer, choice_rows, save_adapter, save_base, tiny_llama, with_mixture
 

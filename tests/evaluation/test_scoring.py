@@ -12,6 +12,7 @@ from moa_peft.data.tokenization import encode
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.batching import pad_left, plan_batches, positions
 from moa_peft.evaluation.generation import generate_batch
+from moa_peft.evaluation.questions import as_question
 from moa_peft.evaluation.scoring import (
     ChoiceScores,
     TokenQuestion,
@@ -22,7 +23,6 @@ from moa_peft.evaluation.scoring import (
     select_rows,
     token_question,
 )
-from moa_peft.evaluation.tasks import as_question
 from tiny_lm import byte_tokenizer, choice_rows, number_rows, tiny_llama, with_mixture
 
 TOKENIZER = byte_tokenizer()

@@ -6,7 +6,8 @@ import pytest
 
 from moa_peft.data.row import Row
 from moa_peft.errors import UsageError
-from moa_peft.evaluation.tasks import GROUPS, as_question, load_task, load_tasks, task_names
+from moa_peft.evaluation.questions import as_question
+from moa_peft.evaluation.tasks import GROUPS, load_task, load_tasks, task_names
 from tiny_lm import choice_rows, number_rows, write_rows
 
 DATA = Path(__file__).parents[2] / "../shared/data"

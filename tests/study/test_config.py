@@ -26,6 +26,12 @@ def test_a_method_is_called_by_its_name_unless_it_has_a_label() -> None:
     assert made.labels() == ["soft-moa", "lora-r16"]
 
 
+def test_folders_may_be_those_of_a_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made = config(out="~/o", data_root="~/d")
+    assert (made.out, made.data_root) == (f"{tmp_path}/o", f"{tmp_path}/d")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

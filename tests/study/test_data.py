@@ -114,7 +114,7 @@ def test_rows_of_several_sources_come_in_turn_and_each_is_tested_by_what_chose_n
 ) -> None:
     write_rows(tmp_path / "other" / "train.json", named("other", 3))
     write_rows(tmp_path / "other" / "validation.json", named("other held out", 6))
-    config = config_of(data="mix,other", tasks="mix,other,first", train_limit=8, validation_limit=9)
+    config = config_of(data="mix, other", tasks="mix,other,first", train_limit=8, validation_limit=9)
     source = source_of(config, "mix,other")
     rows = load_rows(source, limit=8)
     begins = [" ".join(row.instruction.split()[:1]) for row in rows]
@@ -136,10 +136,26 @@ def test_tasks_of_forgetting_are_drawn_and_must_hold_texts_under_a_name_of_their
     write_forgetting(tmp_path)
     (task,) = load_data(config_of(forgetting="piqa", forgetting_limit=5)).forgetting
     assert (task.name, len(task.questions)) == ("piqa", 5)
-    with pytest.raises(UsageError, match="forgetting names piqa, which tasks does too"):
+    with pytest.raises(UsageError, match="tasks and forgetting have piqa twice"):
         load_data(config_of(forgetting="piqa", tasks="first,piqa"))
     with pytest.raises(UsageError, match="task 'second' has no choices whose texts can be compared"):
         load_data(config_of(forgetting="second", tasks="first"))
+
+
+@pytest.mark.parametrize("name", ["first", "validation"])
+def test_tests_of_one_name_are_refused(config_of: Configs, tmp_path: Path, name: str) -> None:
+    """The rows of one took the place of the other's, or of the validation rows'."""
+    write_rows(tmp_path / "other" / name / "test.json", named("other", 3))
+    with pytest.raises(UsageError, match=f"tasks and forgetting have {name} twice"):
+        load_data(config_of(tasks=["first", str(tmp_path / "other" / name)]))
+
+
+def test_rows_that_only_evaluation_reads_are_refused_before_anything_is_trained(
+    config_of: Configs, tmp_path: Path
+) -> None:
+    (tmp_path / "mix" / "train.json").write_text('[{"question": "2 + 3?", "answer": "2 + 3 = 5\\n#### 5"}]')
+    with pytest.raises(UsageError, match="has question, answer: a row needs instruction and output"):
+        load_data(config_of())
 
 
 def test_a_row_of_a_task_says_which_rows_were_used(tmp_path: Path) -> None:

@@ -178,16 +178,16 @@ def test_tests_with_losses_alone_are_drawn_against_parameters_and_forgetting(rep
                 one,
                 tests={},
                 mean=None,
-                losses={"first": Estimate(mean=0.5, error=0.1)},
+                losses={"org/first": Estimate(mean=0.5, error=0.1)},
                 forgetting_mean=forgotten,
             )
             for one in summary.methods
         ]
-        some = dataclasses.replace(summary, methods=tuple(methods), tests=("first",))
+        some = dataclasses.replace(summary, methods=tuple(methods), tests=("org/first",))
         return {one.file: one.svg for one in draw_plots(some)}
 
     plots = drawn(0.01)
-    assert list(plots) == ["loss_first_parameters.svg", "loss_first_forgetting.svg"]
+    assert list(plots) == ["loss_org_first_parameters.svg", "loss_org_first_forgetting.svg"]
     for svg in plots.values():
         words = [text.text for text in ElementTree.fromstring(svg).iter()]
         assert "soft-moa" in words

@@ -69,6 +69,17 @@ def test_an_adapter_appears_whole_its_config_last(tmp_path: Path, monkeypatch: p
     assert all(one.read_text() == "new" for one in tmp_path.iterdir())
 
 
+def test_a_folder_of_the_adapter_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    """A tokenizer's further chat templates lie in one; the second save failed, with the adapter's config gone."""
+    for text in ("old", "new"):
+        with output_folder.replacing(tmp_path) as draft:
+            (draft / "templates").mkdir()
+            (draft / "templates" / text).write_text(text)
+            (draft / "adapter_config.json").write_text(text)
+    assert [one.name for one in (tmp_path / "templates").iterdir()] == ["new"]
+    assert (tmp_path / "adapter_config.json").read_text() == "new"
+
+
 def test_an_error_while_an_adapter_is_written_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("old")
 

@@ -113,8 +113,6 @@ def main() -> None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = "free some space or choose another folder" if full else "choose another folder"
         fail(f"{error.strerror}: {error.filename or 'while writing'}: {hint}", 2)
-    except KeyboardInterrupt:
-        fail("interrupted", 130)
 
 
 def check_arguments(arguments: Sequence[str]) -> None:

@@ -131,6 +131,7 @@ def evaluate(
       moa evaluate --adapter runs/first --lm-eval arc_easy,openbookqa
     """  # noqa: D301  # the backspace keeps the lines of the examples apart
     init_kwargs = parse_mapping("--model-init-kwargs", model_init_kwargs)
+    out, data_root, lm_eval_path = (one and expanded(one) for one in (out, data_root, lm_eval_path))
     if lm_eval is not None:
         own = {"tasks": tasks, "mode": mode, "extraction": extraction, "split": split}
         own |= {"max-new-tokens": max_new_tokens, "data-root": data_root}
@@ -156,7 +157,7 @@ def evaluate(
     from moa_peft.evaluation.tasks import load_tasks
 
     found = None if adapter is None else read_adapter(adapter)
-    out = default_out(model, found) if out is None else expanded(out)
+    out = out or default_out(model, found)
     options = EvaluationOptions(
         mode=cast("Any", mode),
         extraction=extraction,

@@ -82,8 +82,7 @@ def find_base(
     wrong = [f"model_init_kwargs.{key}: {why}" for key, why in _REFUSED.items() if key in given]
     if wrong:
         raise UsageError("; ".join(wrong))
-    file = Path(given.get("subfolder", ""), given.get("gguf_file", "config.json"))
-    path = resolve_model(name, places, str(file))
+    path = resolve_model(name, places, str(_config_file(given)))
     looked_in = () if Path(path).is_dir() else tuple(str(one.absolute()) for one in places or [Path(name)])
     return BaseSettings(name=name, path=path, init_kwargs=given, looked_in=looked_in)
 
@@ -242,8 +241,14 @@ def _hub_commit(base: BaseSettings) -> str:
     from huggingface_hub import try_to_load_from_cache
 
     where = {name: base.init_kwargs[name] for name in ("revision", "cache_dir") if name in base.init_kwargs}
-    found = try_to_load_from_cache(base.path, "config.json", **where)
-    return Path(found).parent.name if isinstance(found, str) else "unknown"
+    file = _config_file(base.init_kwargs)
+    found = try_to_load_from_cache(base.path, file.as_posix(), **where)
+    return Path(found).parents[len(file.parts) - 1].name if isinstance(found, str) else "unknown"
+
+
+def _config_file(init_kwargs: Mapping[str, Any]) -> Path:
+    """The file of a model's folder that says what the model is."""
+    return Path(init_kwargs.get("subfolder", ""), init_kwargs.get("gguf_file", "config.json"))
 
 
 def _unreadable(what: str, base: BaseSettings, error: Exception) -> UsageError:

@@ -1,5 +1,6 @@
 """Rows of instruction data, from files, folders, the demo data and `datasets`."""
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -30,11 +31,6 @@ def load_rows(source: str, *, split: str = "train", limit: int | None = None) ->
     Raises:
         UsageError: If the source or the split does not exist, is empty, damaged or malformed, or a row lacks a field.
     """
-    if source == "demo":
-        from moa_peft.data.demo import demo_rows
-
-        _check_limit(limit)
-        return demo_rows(split)[:limit]
     return [as_row(record, where) for where, record in load_records(source, split=split, limit=limit)]
 
 
@@ -42,7 +38,7 @@ def load_records(source: str, *, split: str = "train", limit: int | None = None)
     """Read records of any form, each with the place it stands at, for errors.
 
     Args:
-        source: As for `load_rows`, without "demo".
+        source: As for `load_rows`.
         split: As for `load_rows`.
         limit: As for `load_rows`.
 
@@ -52,16 +48,12 @@ def load_records(source: str, *, split: str = "train", limit: int | None = None)
     Raises:
         UsageError: If the source or the split does not exist, is empty, damaged or malformed.
     """
-    _check_limit(limit)
+    if limit is not None and not 1 <= limit <= sys.maxsize:
+        raise UsageError(f"limit is {limit}: give at least 1, below 2**63, or leave it out to read all rows")
     records = list(islice(_records(source, split), limit))
     if not records:
         raise UsageError(f"data {source!r} holds no rows (split {split!r})")
     return records
-
-
-def _check_limit(limit: int | None) -> None:
-    if limit is not None and not 1 <= limit <= sys.maxsize:
-        raise UsageError(f"limit is {limit}: give at least 1, below 2**63, or leave it out to read all rows")
 
 
 SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
@@ -158,6 +150,11 @@ def _list(file: Path, text: TextIO) -> Iterator[tuple[str, Any]]:
 
 def _records(source: str, split: str) -> Iterable[tuple[str, Any]]:
     """Find out what the source is and read it; several, with commas between, one record of each in turn."""
+    if source == "demo":
+        from moa_peft.data.demo import demo_rows
+
+        rows = enumerate(demo_rows(split), start=1)
+        return ((f"demo, row {place}", dataclasses.asdict(row)) for place, row in rows)
     path = expanded(source)
     if "," in source and not path.exists():
         turns = itertools.zip_longest(*(_records(one.strip(), split) for one in source.split(",")))

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from moa_peft.errors import RunError, UsageError, unknown
 from moa_peft.evaluation.result_key import ModelIdentity
-from moa_peft.evaluation.results import RESULTS_FILE
+from moa_peft.evaluation.results import RESULTS_FILE, file_name
 from moa_peft.extras import require
 from moa_peft.json_lines import append_rows, drop_torn_line, replace_rows
 from moa_peft.mixture.token_watch import prompt_lengths
@@ -241,7 +240,7 @@ def _result(
     if out is not None:
         weights = f"{row.base_fingerprint}{row.adapter_fingerprint}{row.task_config}{row.limit}{row.chat}{row.num_fewshot}"
         key = hashlib.sha256(weights.encode()).hexdigest()[:12]
-        file = out / "examples" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}-lm-eval-{key}.jsonl"
+        file = out / "examples" / f"{file_name(name)}-lm-eval-{key}.jsonl"
         replace_rows(file, samples)
     return HarnessResult(row=row, samples=samples, examples_file=file)
 

@@ -1,6 +1,5 @@
 """How a task is evaluated."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from moa_peft.data.templates import Template
 from moa_peft.errors import UsageError, expanded, unknown
 from moa_peft.evaluation.extraction_rules import RULES
 from moa_peft.evaluation.questions import Task
+from moa_peft.evaluation.results import file_name
 from moa_peft.extras import require
 
 if TYPE_CHECKING:
@@ -139,4 +139,4 @@ def default_out(model: str | None, adapter: "AdapterFolder | None") -> Path:
     if adapter is not None and expanded(adapter.name).is_dir():
         return adapter.path / "evaluation"
     name = adapter.name if adapter is not None else model or "smollm2"
-    return Path("moa_evaluation") / re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("_.")
+    return Path("moa_evaluation") / file_name(name).strip("_.")

@@ -1,6 +1,7 @@
 """A row of results, and the figures in it."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -95,6 +96,11 @@ class ResultRow:
     """The command line."""
     taken_at: str
     """UTC, ISO 8601."""
+
+
+def file_name(text: str) -> str:
+    """A text, as a task's name, in letters that a file's name may have everywhere."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text)
 
 
 def proportion_standard_error(share: float, count: int) -> float:

@@ -1,7 +1,6 @@
 """One model on one task: resumable, and the same whatever the size of the batch."""
 
 import dataclasses
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from moa_peft.evaluation.result_key import ModelIdentity, describe, evaluation_k
 from moa_peft.evaluation.results import (
     RESULTS_FILE,
     ResultRow,
+    file_name,
     mean_and_standard_error,
     proportion_standard_error,
 )
@@ -113,7 +113,7 @@ def _evaluate(
     file = (
         None
         if options.out is None
-        else options.out / "examples" / f"{_safe(task.name)}-{mode}-{key[:12]}.jsonl"
+        else options.out / "examples" / f"{file_name(task.name)}-{mode}-{key[:12]}.jsonl"
     )
     done = _stored(file)
     resumed = len(done)
@@ -227,8 +227,3 @@ def _figures(examples: Sequence[Record], mode: Mode, rule: str) -> dict[str, Any
         "extraction": rule,
         "num_cut_off": cut_off,
     }
-
-
-def _safe(name: str) -> str:
-    """A task's name as part of a file's name."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)

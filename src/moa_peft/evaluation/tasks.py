@@ -6,10 +6,10 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from moa_peft.data.loading import SUFFIXES, is_row_file, load_records, load_rows, split_name
+from moa_peft.data.loading import SUFFIXES, is_row_file, load_records, split_name
 from moa_peft.errors import UsageError, expanded, unknown
 from moa_peft.evaluation.hub_tasks import HUB
-from moa_peft.evaluation.questions import Question, Task, as_question, question_of
+from moa_peft.evaluation.questions import Task, question_of
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "commonsense": (
@@ -54,17 +54,12 @@ def load_task(
         name=name or _name_of(source, folder),
         source=source,
         split=chosen if file is None else split_name(file),
-        questions=tuple(_questions(source, chosen, limit)),
+        questions=tuple(
+            question_of(record, where) for where, record in load_records(source, split=chosen, limit=limit)
+        ),
         limit=limit,
         file_md5=None if file is None else _md5(file),
     )
-
-
-def _questions(source: str, split: str, limit: int | None) -> list[Question]:
-    if source == "demo":
-        rows = load_rows(source, split=split, limit=limit)
-        return [as_question(row, f"demo, row {place}") for place, row in enumerate(rows, start=1)]
-    return [question_of(record, where) for where, record in load_records(source, split=split, limit=limit)]
 
 
 def load_tasks(

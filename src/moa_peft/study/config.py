@@ -121,7 +121,7 @@ class StudyConfig:
             raise UsageError(
                 f"the study has no {' and no '.join(missing)}: give --config FILE with it, or --{missing[0]} VALUE"
             )
-        entries, out, form = settings["methods"], settings["out"], "each with method: NAME"
+        entries, form = settings["methods"], "each with method: NAME"
         if not is_list(entries):
             raise UsageError(f"study: methods is {entries!r}: give a list of entries, {form}")
         for one in entries:
@@ -138,8 +138,12 @@ class StudyConfig:
             for one in entries
         )
         given = _without_empty(settings, ("trainer", "data_md5"))
-        out = str(expanded(out)) if isinstance(out, str) else out
-        return from_mapping(cls, {**given, "out": out, "methods": methods}, "study key")
+        folders = {
+            name: str(expanded(given[name]))
+            for name in ("out", "data_root")
+            if isinstance(given.get(name), str)
+        }
+        return from_mapping(cls, {**given, **folders, "methods": methods}, "study key")
 
     def task_names(self) -> str:
         """The tests with commas between."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moa_peft.data.loading import load_rows
 from moa_peft.data.row import Row, rows_md5
 from moa_peft.errors import UsageError, unknown
 from moa_peft.evaluation.tasks import GROUPS, Task, load_task, load_tasks
@@ -58,6 +59,7 @@ def load_data(config: StudyConfig) -> StudyData:
         load_task(source, split="train", limit=limit, name="train")
         for limit in (config.train_limit, config.short_rows or config.train_limit)
     )
+    load_rows(source, limit=1)  # training reads fewer forms of rows than evaluation
     held_out = load_task(
         source if config.validation is None else source_of(config, config.validation),
         split=VALIDATION,
@@ -66,19 +68,18 @@ def load_data(config: StudyConfig) -> StudyData:
     root = Path(config.data_root)
     whole = load_tasks(config.task_names(), data_root=root)
     kept = load_tasks(config.forgetting_names(), data_root=root) if config.forgetting else []
-    twice = [one.name for one in kept if one.name in {test.name for test in whole}]
+    names = [VALIDATION, *(one.name for one in (*whole, *kept))]
+    twice = sorted({one for one in names if names.count(one) > 1})
     if twice:
         raise UsageError(
-            f"forgetting names {', '.join(twice)}, which tasks does too: take it out of one of them"
+            f"tasks and forgetting have {', '.join(twice)} twice (the validation rows are {VALIDATION}): take one of them out, or "
+            "rename its file or folder"
         )
     for one in kept:
         text_questions(one)
     check_files([train, held_out, *whole, *kept], config)
     validation = draw(held_out, config.validation_limit, config.draw_seed)
-    files = {
-        load_task(source_of(config, one), split=VALIDATION).file_md5
-        for one in (config.validation or config.data).split(",")
-    }
+    files = {load_task(one, split=VALIDATION).file_md5 for one in held_out.source.split(",")}
     whole = [rest_of(one, validation) if one.file_md5 in files else one for one in whole]
     check_apart(train, validation, [*whole, *kept])
     return StudyData(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moa_peft.evaluation.results import file_name
 from moa_peft.study.config import FROZEN
 from moa_peft.study.document import Picture
 from moa_peft.study.statistics import MethodSummary, StudySummary, median_step_ms
@@ -70,7 +71,7 @@ def draw_plots(summary: StudySummary) -> list[Picture]:
     labels = [one.label for one in methods]
     return [
         Picture(
-            file=f"{y.name}_{x.name}.svg",
+            file=file_name(f"{y.name}_{x.name}.svg"),
             says=f"{y.text.capitalize()} against {x.text}, with standard errors",
             svg=_draw(labels, x, y),
         )

@@ -56,9 +56,7 @@ def _pool(remote: Any, cpus: int) -> Pool:
             order = waiting.pop(ended)
             try:
                 row = ray.get(ended)
-            except OSError:
-                raise
-            except OtherBaseError as error:  # Ray's copy of it tells the whole traceback
+            except (OSError, OtherBaseError) as error:  # Ray's copy has the whole traceback and no errno
                 raise getattr(error, "cause", error) from None
             except RayError as error:  # its process died, as for want of memory
                 row = describe(order, {}, first_sentence(error))

@@ -1,9 +1,7 @@
 """A study from its config to its rows: what is left is done, run after run, each row on the disk before the next."""
 
 import json
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moa_peft.folder_lock import claimed
+from moa_peft.provenance import command_line
 from moa_peft.study.config import StudyConfig
 from moa_peft.study.data import StudyData, load_data, questions_md5
 from moa_peft.study.folder import append_row, check_run_folders, check_same_study, write_study
@@ -115,7 +114,6 @@ class Study:
 
     def orders(self, jobs: Sequence[Job], rows: Sequence[RunRow] = (), *, progress: bool) -> list[Order]:
         """What processes need to do jobs, beside the rows that there are."""
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         whole = self.config.trainer.get("bf16", False)
         bases = {
             bool(row.trainer.get("bf16", whole)): row.base_fingerprint  # its weights differ with their dtype
@@ -128,7 +126,7 @@ class Study:
                 data=self.data,
                 job=one,
                 config_hash=run_hash(self.shared, one.run),
-                command=command,
+                command=command_line(),
                 base_fingerprint=bases.get(reads_bf16(self.config, one.run.method)),
                 progress=progress,
             )

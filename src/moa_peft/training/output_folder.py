@@ -98,7 +98,12 @@ def replacing(output_dir: Path) -> Iterator[Path]:
         yield draft
         (output_dir / ADAPTER_CONFIG).unlink(missing_ok=True)
         for file in sorted(draft.iterdir(), key=lambda one: one.name == ADAPTER_CONFIG):
-            file.replace(output_dir / file.name)
+            old = output_dir / file.name
+            if (
+                old.is_dir()
+            ):  # a tokenizer's further chat templates; nothing replaces a folder that holds files
+                shutil.rmtree(old)
+            file.replace(old)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

@@ -253,7 +253,7 @@ def _load_model(base: BaseSettings, tokenizer: Any, recipe: Recipe) -> Any:
     model = load_base(base, tokenizer)
     if recipe.trainer.get("fp16") or all(one.dtype != torch.float16 for one in model.parameters()):
         return model
-    if base.init_kwargs["dtype"] != "auto" or getattr(model, "is_quantized", False):
+    if base.init_kwargs.get("dtype", "auto") != "auto" or getattr(model, "is_quantized", False):
         raise UsageError(
             f"the model {recipe.model!r} is in float16, whose small gradients become 0 where nothing scales the loss: give "
             "model_init_kwargs dtype float32 or bfloat16, or fp16 on a GPU"
