@@ -12,7 +12,15 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from moa_peft import MoAConfig, MoALayer, RunError, UsageError
+from moa_peft import (
+    LoraExpert,
+    MoAConfig,
+    MoALayer,
+    ParallelAdapterExpert,
+    RouterConfig,
+    RunError,
+    UsageError,
+)
 from tiny import base_model, mixture_model, tokens
 
 
@@ -111,6 +119,32 @@ def test_a_refused_adapter_leaves_a_native_model_with_those_it_had() -> None:
         assert model._hf_peft_config_loaded is bool(had)
         if not had:
             model.add_adapter(MoAConfig.preset("soft-moa"), adapter_name="first")
+
+
+@pytest.mark.usefixtures("any_peft")
+@pytest.mark.parametrize("where", ["every block", "the second block"])
+@pytest.mark.parametrize("had", [True, False], ids=["second", "first"])
+def test_an_adapter_that_is_refused_while_its_blocks_are_built_leaves_none_of_them(
+    where: str, had: bool
+) -> None:
+    """PEFT took what was left for an adapter, and trained the whole base model with the next one."""
+    base = base_model("llama")
+    right = MoAConfig.preset("topk-moe-lora")
+    model = get_peft_model(base, right) if had else base
+    before = parts(base)
+    more = [ParallelAdapterExpert(layers=[0])] if where == "the second block" else []
+    wrong = MoAConfig(
+        experts=[LoraExpert(targets=["q_proj"]), *more], router=RouterConfig(gate="top-k", keep=2)
+    )
+    with pytest.raises(UsageError, match="keep is 2: there are 1 experts"):
+        model.add_adapter("wrong", wrong) if had else get_peft_model(model, wrong)
+    assert parts(base) == before
+    model = model if had else get_peft_model(base, right)
+    assert list(model.peft_config) == ["default"]
+    trained = [name for name, one in model.named_parameters() if one.requires_grad]
+    assert trained
+    assert all(".moa_mixture.default." in name for name in trained)
+    assert model(tokens()).logits.isfinite().all()
 
 
 def test_mixtures_are_not_combined_into_one() -> None:

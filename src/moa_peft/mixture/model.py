@@ -66,6 +66,18 @@ class MoAModel(BaseTuner):
                 host._hf_peft_config_loaded = False
             raise
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter into every block, as PEFT does; one that is refused at a block is taken off those before it."""
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except UsageError:
+            layers = mixture_layers(model)
+            for _, layer in layers:
+                if adapter_name in layer.moa_mixture:
+                    layer.delete_adapter(adapter_name)
+            _take_off(model, [(name, layer) for name, layer in layers if not layer.moa_mixture])
+            raise
+
     def _prepare_adapter_config(self, peft_config: MoAConfig, model_config: dict[str, Any]) -> MoAConfig:  # noqa: ARG002
         return peft_config
 
@@ -220,10 +232,7 @@ class MoAModel(BaseTuner):
             self._check_merge_allowed()
         layers = mixture_layers(self.model)
         super()._unload_and_optionally_merge(False, *args, **kwargs)
-        for name, layer in layers:
-            layer.disconnect()
-            layer.watch.detach()
-            delattr(self.model.get_submodule(name.removesuffix(f".{CHILD}")), CHILD)
+        _take_off(self.model, layers)
         return self.model
 
     @classmethod
@@ -266,6 +275,14 @@ class MoAModel(BaseTuner):
         expected = {key: one for key, one in model.state_dict().items() if mine.search(key)}
         check_fit(expected, own | unknown, adapter_name)
         return own | added_rows
+
+
+def _take_off(model: nn.Module, layers: Sequence[tuple[str, MoALayer]]) -> None:
+    """Remove layers, with their hooks, from the blocks of a model."""
+    for name, layer in layers:
+        layer.disconnect()
+        layer.watch.detach()
+        delattr(model.get_submodule(name.removesuffix(f".{CHILD}")), CHILD)
 
 
 def _check_placement(model: nn.Module) -> None:
