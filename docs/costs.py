@@ -90,16 +90,16 @@ def _count(model: Any) -> Operations:
     """Run a model on tensors that have sizes but no data, under torch's own counter."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
 
     from moa_peft import packed_weights
-    from moa_peft.bench.work import flop_counter
     from moa_peft.mixture.gate_cache import cache_of
 
     def operations(tokens: int, seen: int, past: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         mask = torch.zeros(
             1, 1, tokens, seen
         )  # four dimensions: what a token sees is not asked of its values
-        with flop_counter() as counter:
+        with FlopCounterMode(display=False) as counter:
             output = model(
                 input_ids=torch.zeros(1, tokens, dtype=torch.long),
                 attention_mask=mask,

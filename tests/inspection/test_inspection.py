@@ -5,12 +5,14 @@ import dataclasses
 import pytest
 import torch
 from peft import get_peft_model
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from moa_peft import LoraExpert, MoAConfig, RouterConfig, mixture_layers
+from moa_peft import LoraExpert, MoAConfig, ParallelAdapterExpert, RouterConfig, mixture_layers
 from moa_peft.data.row import Row
 from moa_peft.errors import UsageError
 from moa_peft.inspection.agreement import AgreementSums
+from moa_peft.inspection.figures import _figures
 from moa_peft.inspection.forward_pass import TokenText
 from moa_peft.inspection.gate_statistics import CLASSES
 from moa_peft.inspection.inspection import inspect_model
@@ -19,7 +21,7 @@ from moa_peft.inspection.prompts import Prompt, as_prompt, tokenise
 from moa_peft.inspection.similarity import Change
 from moa_peft.inspection.token_view import ShownTokens, encode_gates
 from tiny import awaken, base_model, mixture_model
-from tiny_lm import byte_tokenizer
+from tiny_lm import END, byte_tokenizer
 from two_pass import keep_everything, texts
 
 
@@ -161,3 +163,47 @@ def test_a_tokenizer_that_does_not_know_its_places_is_refused() -> None:
 
     with pytest.raises(UsageError, match="Slow does not say where in a text its tokens stand"):
         tokenise([Prompt(text="a", own=())], Slow())
+
+
+def test_an_end_token_that_the_tokenizer_adds_is_not_looked_at() -> None:
+    """Training and evaluation take it off a prompt, so the model has never read it there."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {END}", special_tokens=[(END, tokenizer.eos_token_id)]
+    )
+    assert tokenizer("ab")["input_ids"][-1] == tokenizer.eos_token_id
+    (found,) = tokenise([Prompt(text="ab", own=((0, 2),))], tokenizer)
+    assert (found.pieces, len(found.ids), len(found.classes)) == (("a", "b"), 2, 2)
+
+
+def test_heat_maps_are_drawn_by_the_names_of_experts_that_not_every_layer_has() -> None:
+    experts = [
+        LoraExpert(targets=["q_proj"], layers=[1]),
+        ParallelAdapterExpert(layers=[0]),
+        LoraExpert(targets=["o_proj"]),
+    ]
+    model = get_peft_model(base_model("llama"), MoAConfig(experts=experts, router=RouterConfig()))
+    awaken(model)
+    finding = inspect_model(model, written()).findings["default"]
+    drawn = dict(_figures(finding, ""))
+    for kind in ("gates", "changes"):
+        axes = drawn[kind].axes[0]
+        assert sorted(one.get_text() for one in axes.get_yticklabels()) == [
+            "lora_o_proj",
+            "lora_q_proj",
+            "parallel_adapter",
+        ]
+        shown = dict(
+            zip([one.get_text() for one in axes.get_yticklabels()], axes.images[0].get_array(), strict=True)
+        )
+        known = {name: [value == value for value in row.filled(float("nan"))] for name, row in shown.items()}
+        assert known == {
+            "lora_o_proj": [True, True],
+            "lora_q_proj": [False, True],
+            "parallel_adapter": [True, False],
+        }
+    first = next(one for one in finding.routers if one.layer == 0)
+    values = dict(zip(first.names, first.mean_gate, strict=True))
+    axes = drawn["gates"].axes[0]
+    names = [one.get_text() for one in axes.get_yticklabels()]
+    assert axes.images[0].get_array()[names.index("parallel_adapter")][0] == values["parallel_adapter"]

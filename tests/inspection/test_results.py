@@ -21,6 +21,8 @@ WITHOUT = ("lora", "parallel-adapter", "prompt-tuning")
 class Letters:
     """A tokenizer whose text is the number of one of the reference's texts."""
 
+    eos_token_id = None
+
     def __call__(self, text: str) -> dict[str, list[int]]:
         return {"input_ids": list(texts()[int(text)].ids)}
 

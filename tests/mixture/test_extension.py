@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import moa_peft
 from moa_peft import ExpertConfig, LoraExpert, MoAConfig, RouterConfig, UsageError, mixture_layers
+from moa_peft.bench.subjects import one_by_one
 from moa_peft.cli.overrides import load_yaml
 from moa_peft.mixture.config import GATES
 from moa_peft.mixture.experts import LinearExpert, expert_kinds, register_expert
@@ -193,6 +194,30 @@ def test_a_recipe_names_both(tmp_path: Path) -> None:
 def test_a_config_survives_json() -> None:
     written = json.loads(json.dumps(config().to_dict()))
     assert MoAConfig.from_peft_type(**written).parts() == config().parts()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OtherLora(LoraExpert):
+    """A LoRA under another name: a plain bottleneck that can be gated together with its neighbour."""
+
+    kind: ClassVar[str] = "other-lora"
+
+
+def test_kinds_that_share_their_gates_are_never_gated_as_neighbours() -> None:
+    """q's second expert had the gate of its neighbour's kind."""
+    register_expert(OtherLora)
+    experts = [
+        LoraExpert(targets=["q_proj"]),
+        OtherLora(targets=["q_proj"]),
+        LoraExpert(targets=["o_proj"]),
+    ]
+    model = get_peft_model(
+        base_model("llama"), MoAConfig(experts=experts, router=RouterConfig(gate_of="kind"))
+    )
+    awaken(model)
+    together = logits(model)
+    with one_by_one(model):
+        torch.testing.assert_close(together, logits(model), atol=1e-5, rtol=1e-5)
 
 
 def test_the_fields_of_both_are_checked_like_the_packages_own() -> None:

@@ -176,6 +176,8 @@ def test_the_official_pooling_sees_padding_and_answer() -> None:
     labels = ids.clone()
     labels[:, :3] = IGNORED
     assert same(gates(model, input_ids=ids, labels=labels), alone)
+    with pytest.raises(UsageError, match="pooling 'official' is the mean of a whole row, and this row holds"):
+        model(input_ids=ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=False)
 
 
 def paged_call(starts: list[int], lengths: list[int], whole: list[bool]) -> dict[str, Any]:

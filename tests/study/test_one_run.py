@@ -2,8 +2,6 @@
 
 import dataclasses
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,12 @@ from moa_peft.errors import UsageError
 from moa_peft.evaluation.loading import load
 from moa_peft.evaluation.result_key import identify
 from moa_peft.json_lines import append_rows
-from moa_peft.study import training_cost
 from moa_peft.study.config import StudyConfig
 from moa_peft.study.one_run import Order, train_once
 from moa_peft.study.report import read_summary
 from moa_peft.study.runner import Study, open_study, run_study
 from moa_peft.study.schedule import Job, Run
-from moa_peft.study.training_cost import PeakMemory, step_time
+from moa_peft.study.training_cost import step_time
 from moa_peft.training.trainer import AdapterTrainer
 from tiny_lm import save_hub
 from tiny_study import write_forgetting, write_study
@@ -83,45 +80,6 @@ def test_the_time_of_a_step_leaves_out_the_first_of_each_process_and_counts_none
     assert found is not None
     assert (found.lower, found.median, found.upper) == pytest.approx((150, 200, 300))
     assert found.steps == 3
-
-
-@pytest.mark.parametrize("resettable", [True, False], ids=["the peak can be reset", "it cannot"])
-def test_the_peak_of_memory_is_of_the_run_and_never_of_what_was_before_it(
-    resettable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    status, reset = tmp_path / "status", tmp_path / "clear_refs"
-    reset.touch()
-    monkeypatch.setattr(training_cost, "_STATUS", status)
-    monkeypatch.setattr(training_cost, "_RESET", reset)
-
-    def held(now: int, peak: int) -> None:
-        status.write_text(f"VmHWM:\t{peak * 1024} kB\nVmRSS:\t{now * 1024} kB\n")
-
-    held(now=300, peak=300 if resettable else 2000)
-    memory = PeakMemory()
-    assert reset.read_text() == "5"
-    held(now=400, peak=900 if resettable else 2000)
-    assert memory.mib() == (900 if resettable else None)
-    held(now=400, peak=2500)
-    assert memory.mib() == 2500
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="this system does not tell a process's memory"
-)
-def test_the_peak_of_a_new_process_has_what_it_held_and_let_go() -> None:
-    program = """
-from moa_peft.study.training_cost import PeakMemory, _status_mib
-memory = PeakMemory()
-start = _status_mib('VmRSS')
-held = bytearray(200 * 2**20)
-held[:: 2**12] = b"x" * len(held[:: 2**12])
-del held
-print(memory.mib() - start)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert 150 < float(done.stdout) < 300
 
 
 @pytest.mark.slow

@@ -4,14 +4,11 @@ import dataclasses
 import gc
 import multiprocessing
 import random
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,6 +19,7 @@ from moa_peft.bench import subjects, work
 from moa_peft.bench.rows import BenchRow, Kind
 from moa_peft.errors import UsageError, unknown
 from moa_peft.mixture.block_hooks import mixture_layers
+from moa_peft.peak_memory import PeakMemory
 from moa_peft.provenance import provenance
 
 MIB = 2**20
@@ -89,6 +87,13 @@ class BenchOptions:
         ]
         if self.kind == "scaling" and (not self.num_experts or min(self.num_experts) < 1):
             problems.append("num_experts is empty: give numbers of copies, as in --num-experts 8,64")
+        if self.kind == "scaling":
+            scaled = [one for one in known if subjects.has_copies(one)]
+            problems += [
+                f"{one!r} has no copies of its experts to scale: give {', '.join(scaled)}"
+                for one in self.methods
+                if one in known and one not in scaled
+            ]
         if self.compiled and self.kind != "train":
             problems.append(f"compile is on: it is for train, not for {self.kind}; leave it out")
         if problems:
@@ -113,7 +118,7 @@ def measure(options: BenchOptions, on_turn: Callable[[], None] = lambda: None) -
     """Measure every method, one row each, the frozen model's first; ``on_turn`` is called after each round of the timing."""
     base = options.base()
     names = dict.fromkeys((subjects.FROZEN, options.baseline, *options.methods))
-    scaled = options.methods if options.kind == "scaling" else ()
+    scaled = set(options.methods) - {options.baseline} if options.kind == "scaling" else ()
     variants = [
         (name, count) for name in names for count in (options.num_experts if name in scaled else (None,))
     ]
@@ -135,7 +140,7 @@ def measure(options: BenchOptions, on_turn: Callable[[], None] = lambda: None) -
         model = models.pop(label) if models else _prepared(base, name, count, options)
         own = _counted(model, ids, options)
         frozen = frozen or own  # the first
-        layers = max(len(one) for one in model.modules() if isinstance(one, nn.ModuleList))
+        layers = base.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]  # a transformers model
         largest, error = _errors(model, _as_run(model, options), ids)
         peak, device = _peaks(model, ids, name, count, options) if options.kind == "memory" else (None, None)
         yield BenchRow(
@@ -223,7 +228,7 @@ def _errors(model: nn.Module, run: nn.Module, ids: Tensor) -> tuple[float, float
 
 def _peaks(
     model: nn.Module, ids: Tensor, name: str, count: int | None, options: BenchOptions
-) -> tuple[float, float | None]:
+) -> tuple[float | None, float | None]:
     """Peak memory of a few training steps above that before them; on CUDA also all that was held of the device; MiB."""
     if options.device == "cuda":
         gc.collect()
@@ -236,27 +241,20 @@ def _peaks(
         return pool.apply(_peak_here, (name, count, options)), None
 
 
-def _peak_here(name: str, count: int | None, options: BenchOptions) -> float:
+def _peak_here(name: str, count: int | None, options: BenchOptions) -> float | None:
     base = options.base()
     model = _prepared(base, name, count, options)
     ids = work.random_tokens(base, options.batch_size, options.length)
     gc.collect()
-    before = psutil.Process().memory_info().rss
+    before, memory = psutil.Process().memory_info().rss / MIB, PeakMemory()
     _few(model, ids, options)
-    return (_peak_bytes() - before) / MIB
+    peak = memory.mib()
+    return None if peak is None else peak - before
 
 
 def _few(model: nn.Module, ids: Tensor, options: BenchOptions) -> None:
     for _ in range(2):
         _piece(model, ids, options)
-
-
-def _peak_bytes() -> int:
-    """The most memory that this process has held: what the system says of it is, on Linux, also its parent's peak."""
-    if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes there
 
 
 def as_dict(row: BenchRow) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """One measurement, and when it must not be published."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +17,7 @@ class BenchRow:
     kind: Kind
     """What was measured."""
     method: str
-    """What was measured."""
+    """The method."""
     baseline: str
     """What it was taken in turn with."""
     model: str
@@ -72,11 +71,6 @@ class BenchRow:
     provenance: dict[str, Any]
     """Commit, command, versions, device, threads, time."""
 
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Tokens of all rows, or those decoded, by the median time; the reading of prompts is part of that."""
-        return tokens_per_second(dataclasses.asdict(self))
-
     def objections(self) -> list[str]:
         """Reasons not to publish this row; empty when there are none."""
         reasons: list[str] = []
@@ -90,6 +84,6 @@ class BenchRow:
 
 
 def tokens_per_second(row: Mapping[str, Any]) -> float | None:
-    """Do what `BenchRow.tokens_per_second` does with a row as a file of results holds it."""
+    """Tokens of all rows, or those decoded, by the median time, the reading of prompts included; of a row as a file holds it."""
     each = row["new_tokens"] if row["kind"] == "decode" else row["length"]
     return row["batch_size"] * each / row["step_ms"][1] * 1e3 if row["pairs"] else None

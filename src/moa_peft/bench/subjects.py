@@ -68,10 +68,15 @@ def base_model(name: str, *, layers: int | None, dtype: torch.dtype, device: str
 
 
 def with_method(base: nn.Module, method: str, *, num_experts: int | None = None) -> nn.Module:
-    """Put one of `method_names` on a copy of the base that shares its weights, with so many copies of each expert.
+    """Put one of `method_names` on a copy of the base that shares its weights.
+
+    Args:
+        base: The frozen model.
+        method: Its name.
+        num_experts: Copies of each expert, for one that `has_copies`.
 
     Raises:
-        UsageError: If the method is unknown or has no copies.
+        UsageError: If the method is unknown.
     """
     if method not in method_names():
         raise UsageError(unknown("method", method, method_names()))
@@ -113,15 +118,15 @@ def one_by_one(model: nn.Module) -> Iterator[None]:
             one.readers, one.modules_changed = readers, changed
 
 
+def has_copies(method: str) -> bool:
+    """Whether every expert of one of `method_names` has copies, whose number can be set."""
+    return method in PRESETS and all(getattr(one, "num_experts", 1) > 1 for one in PRESETS[method].experts())
+
+
 def _copies(method: str, num_experts: int | None) -> dict[str, Any]:
     if num_experts is None:
         return {}
-    experts: list[dict[str, Any]] = [dict(one.to_dict()) for one in PRESETS[method].experts()]
-    if not all(one.get("num_experts", 1) > 1 for one in experts):
-        raise UsageError(
-            f"{method!r} has no copies of its experts to scale: give molora, hydralora, topk-moe-lora or adamole"
-        )
-    return {"experts": [{**one, "num_experts": num_experts} for one in experts]}
+    return {"experts": [{**one.to_dict(), "num_experts": num_experts} for one in PRESETS[method].experts()]}
 
 
 def trainable(model: nn.Module) -> Sequence[nn.Parameter]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop, baddbmm_flop
+from torch.utils.flop_counter import FlopCounterMode
 
 from moa_peft.bench.subjects import trainable
 from moa_peft.mixture.token_watch import prompt_lengths
@@ -116,21 +116,8 @@ def decoding_operators(model: nn.Module, ids: Tensor) -> tuple[int, int]:
     return three.all - two.all, three.kernels - two.kernels
 
 
-def flop_counter() -> FlopCounterMode:
-    """Torch's counter of floating-point operations, with the products that accumulate in place, which it does not know."""
-
-    def accumulated(self_shape: Any, first: Any, second: Any, *args: Any, **kwargs: Any) -> int:  # noqa: ARG001  # torch's
-        return addmm_flop(self_shape, first, second)
-
-    def accumulated_batch(self_shape: Any, first: Any, second: Any, *args: Any, **kwargs: Any) -> int:  # noqa: ARG001  # torch's
-        return baddbmm_flop(self_shape, first, second)
-
-    known = {torch.ops.aten.addmm_: accumulated, torch.ops.aten.baddbmm_: accumulated_batch}
-    return FlopCounterMode(display=False, custom_mapping=known)
-
-
 def flops(work: Callable[[], None]) -> float:
     """Floating-point operations of matrix products and attention in a piece of work."""
-    with flop_counter() as count:
+    with FlopCounterMode(display=False) as count:
         work()
     return float(count.get_total_flops())

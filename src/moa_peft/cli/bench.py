@@ -15,17 +15,18 @@ if TYPE_CHECKING:
 
     from moa_peft.bench.rows import BenchRow
 
-DEFAULT_METHODS = "peft-lora-again,soft-moa-no-prompt,soft-moa,sparse-moa"
+DEFAULT_METHODS, SCALED_METHODS = "peft-lora-again,soft-moa-no-prompt,soft-moa,sparse-moa", "molora,adamole"
 
 
 def bench(
     kind: Annotated[str, typer.Argument(help="train, decode, memory or scaling.")],
     methods: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help='Methods with commas between, or "all". The frozen model and the baseline come along.'
+            help='Methods with commas between, or "all". The frozen model and the baseline come along. '
+            f"Default: {DEFAULT_METHODS}; for scaling {SCALED_METHODS}."
         ),
-    ] = DEFAULT_METHODS,
+    ] = None,
     baseline: Annotated[str, typer.Option(help="What each method is taken in turn with.")] = "peft-lora",
     model: Annotated[
         str,
@@ -73,15 +74,16 @@ def bench(
     """  # noqa: D301  # the backspace keeps the lines of the examples apart
     from moa_peft.bench.measure import BenchOptions, as_dict, measure
     from moa_peft.bench.rows import Kind
-    from moa_peft.bench.subjects import FROZEN, method_names
+    from moa_peft.bench.subjects import FROZEN, has_copies, method_names
     from moa_peft.json_lines import append_rows, drop_torn_line
     from moa_peft.quiet import quiet_libraries
 
     if kind not in get_args(Kind):
         raise UsageError(unknown("kind of measurement", kind, get_args(Kind)))
-    chosen = [one.strip() for one in methods.split(",") if one.strip()]
+    given = methods or (SCALED_METHODS if kind == "scaling" else DEFAULT_METHODS)
+    chosen = [one.strip() for one in given.split(",") if one.strip()]
     if methods == "all":
-        chosen = [one for one in method_names() if one != FROZEN]
+        chosen = [one for one in method_names() if (has_copies(one) if kind == "scaling" else one != FROZEN)]
     options = BenchOptions(
         kind=cast("Any", kind),
         methods=tuple(chosen),
@@ -132,6 +134,9 @@ def print_table(rows: "list[BenchRow]") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from moa_peft.bench.measure import as_dict
+    from moa_peft.bench.rows import tokens_per_second
+
     first = rows[0]
     title = f"{first.work}; {first.model}, {first.num_layers} blocks, {first.dtype}; median (quartiles) of {first.pairs}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -139,7 +144,7 @@ def print_table(rows: "list[BenchRow]") -> None:
     columns = {
         "parameters": [f"{row.trainable_parameters:,}" for row in rows],
         "ms": [f"{row.step_ms[1]:,.1f}" if row.pairs else "-" for row in rows],
-        "tokens/s": ["-" if not (speed := row.tokens_per_second) else f"{speed:,.0f}" for row in rows],
+        "tokens/s": [f"{speed:,.0f}" if (speed := tokens_per_second(as_dict(row))) else "-" for row in rows],
         f"over {first.baseline}": [_in_two_lines(row.over_baseline) for row in rows],
         "over frozen": [_in_two_lines(row.over_frozen) for row in rows],
         "saved MiB": ["-" if row.saved_mib is None else f"{row.saved_mib:,.1f}" for row in rows],

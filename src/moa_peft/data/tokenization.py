@@ -96,7 +96,7 @@ def prompt_ids(prompt: str, tokenizer: "PreTrainedTokenizerBase", template: Temp
     if template == "chat":
         return tokenizer(prompt, add_special_tokens=False)["input_ids"]
     ids = list(tokenizer(prompt)["input_ids"])
-    while ids and ids[-1] == end_token_id(tokenizer, template):
+    while ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     return ids
 

@@ -1,11 +1,11 @@
 """The figures of an inspection as PNG files, for papers; needs matplotlib."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moa_peft.inspection.inspection import Inspection
-from moa_peft.inspection.results import Finding, Numbers
+from moa_peft.inspection.results import Finding
 from moa_peft.json_lines import written_whole
 
 DPI = 200
@@ -30,12 +30,12 @@ def _figures(finding: Finding, router: str) -> Iterator[tuple[str, Any]]:
     routers = [one for one in finding.routers if one.router == router]
     groups = [one for one in finding.groups if one.router == router]
     if routers:
-        gates = [one.mean_gate for one in routers]
-        yield "gates", _heat([one.layer for one in routers], routers[0].names, gates, "mean gate")
+        gates = {one.layer: dict(zip(one.names, one.mean_gate, strict=True)) for one in routers}
+        yield "gates", _heat(gates, "mean gate")
     if groups:
-        shares = [one.changes.norm_share for one in groups]
-        layers = [one.layer for one in groups]
-        yield "changes", _heat(layers, groups[0].changes.names, shares, "share of the change")
+        changes = {one.layer: one.changes for one in groups}
+        shares = {layer: dict(zip(one.names, one.norm_share, strict=True)) for layer, one in changes.items()}
+        yield "changes", _heat(shares, "share of the change")
     curves = [
         ("load variation", [(one.layer, one.load_variation) for one in routers]),
         ("active experts of a token", [(one.layer, one.active_experts) for one in routers]),
@@ -47,10 +47,14 @@ def _figures(finding: Finding, router: str) -> Iterator[tuple[str, Any]]:
         yield "layers", _curves(shown)
 
 
-def _heat(layers: Sequence[int], names: Sequence[str], rows: Sequence[Numbers], what: str) -> Any:
+def _heat(by_layer: Mapping[int, Mapping[str, float | None]], what: str) -> Any:
+    """A heat map of experts, by name, against layers; empty where a layer has not the expert, or no value of it."""
     from matplotlib.figure import Figure
 
-    values = [[float("nan") if one is None else one for one in row] for row in zip(*rows, strict=True)]
+    layers = list(by_layer)
+    names = list(dict.fromkeys(name for row in by_layer.values() for name in row))
+    found = [[row.get(name) for row in by_layer.values()] for name in names]
+    values = [[float("nan") if one is None else one for one in row] for row in found]
     figure = Figure(figsize=(7, 1.2 + 0.25 * len(names)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, aspect="auto", cmap="cividis")

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moa_peft.data.row import Row
 from moa_peft.data.templates import Template, render_prompt
+from moa_peft.data.tokenization import prompt_ids
 from moa_peft.errors import UsageError
 from moa_peft.inspection.forward_pass import TokenText
 from moa_peft.inspection.gate_statistics import token_class
@@ -71,9 +72,8 @@ def as_prompt(row: Row, template: Template | None, tokenizer: "PreTrainedTokeniz
 
 
 def token_ids(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
-    """Cut a prompt into its tokens alone; any tokenizer does that."""
-    options: dict[str, Any] = {"add_special_tokens": False} if prompt.holds_special else {}
-    return tuple(tokenizer(prompt.text, **options)["input_ids"])
+    """Cut a prompt into the tokens that training and evaluation see; any tokenizer does that."""
+    return tuple(prompt_ids(prompt.text, tokenizer, "chat" if prompt.holds_special else "paper"))
 
 
 def tokenise(prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase") -> list[TokenText]:
@@ -99,12 +99,13 @@ def _tokenise(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> TokenText
         return_offsets_mapping=True,
         return_special_tokens_mask=True,
     )
+    ids = token_ids(prompt, tokenizer)  # without an end token that the tokenizer adds
     special = set(tokenizer.all_special_ids)
     pieces: list[str] = []
     classes: list[int] = []
     end = 0
     for token, (start, stop), added in zip(
-        encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True
+        ids, encoded["offset_mapping"], encoded["special_tokens_mask"], strict=False
     ):
         is_special = bool(added) or token in special
         outside = not any(left < max(stop, start + 1) and start < right for left, right in prompt.own)
@@ -114,4 +115,4 @@ def _tokenise(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> TokenText
             piece = str(tokenizer.convert_ids_to_tokens(token))
         pieces.append(piece)
         classes.append(token_class(piece, special=is_special, template=outside))
-    return TokenText(ids=tuple(encoded["input_ids"]), pieces=tuple(pieces), classes=tuple(classes))
+    return TokenText(ids=ids, pieces=tuple(pieces), classes=tuple(classes))

@@ -182,6 +182,6 @@ def load_balancing_loss(load: Tensor, probability: Tensor, counted: Tensor | Non
     load, probability = load.flatten(0, -2), probability.flatten(0, -2)
     if counted is None:
         return load.shape[-1] * (load.mean(dim=0) * probability.mean(dim=0)).sum()
-    weight = counted.flatten().to(load.dtype)
+    weight = counted.flatten().to(load)
     number = weight.sum().clamp(min=1)
     return load.shape[-1] * ((weight @ load / number) * (weight @ probability / number)).sum()

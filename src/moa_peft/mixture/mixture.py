@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moa_peft.errors import UsageError
 from moa_peft.mixture.config import ExpertConfig, RouterConfig
 from moa_peft.mixture.experts.base import AttentionExpert, Bottleneck, LinearExpert, ScaledPrompt
 from moa_peft.mixture.precision import cast, in_float32
@@ -141,11 +142,6 @@ class Mixture(nn.Module):
     def names(self) -> tuple[str, ...]:
         """The experts' names, in order."""
         return tuple(place.name for place in self.places)
-
-    @property
-    def starts_at_zero(self) -> bool:
-        """Whether a fresh mixture leaves the model bit-equal to the frozen one."""
-        return all(expert.starts_at_zero for expert in self.experts.values())
 
     def routers(self) -> dict[str, Router]:
         """Every router by name: the block's as "", those of copies by their expert's name."""
@@ -289,7 +285,8 @@ class Mixture(nn.Module):
             one, other = self._bottleneck(last), self._bottleneck(place)
             alike = one.down.shape == other.down.shape and one.scale == other.scale
             plain = one.is_plain and other.is_plain and not {last.name, place.name} & set(self.copy_routers)
-            if plain and alike and place.column == last.column + 1:
+            own = len(self.gate_names) == len(self.places)  # no two experts share a gate
+            if plain and alike and own and place.column == last.column + 1:
                 runs[-1].append(place)
                 return
         runs.append([place])
@@ -451,6 +448,11 @@ class MixturePass:
     def _instance_routing(self, router: Router, x: Tensor) -> Routing:
         """One gate for a whole instance, from its mean prompt token; kept for later calls on the same cache."""
         call, official = self._call, router.config.pooling == "official"
+        if official and call.sequences is not None:
+            raise UsageError(
+                "pooling 'official' is the mean of a whole row, and this row holds several sequences: give one a row, or use "
+                "pooling 'prompt'"
+            )
         routing = router(call.mean(x, everything=official), None if official else call.starts())
         if call.paged is not None:
             return routing._replace(gates=call.paged.keep(self._key, routing.gates))

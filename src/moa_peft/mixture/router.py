@@ -200,7 +200,7 @@ class Router(nn.Module):
             total = total + self.balance * balance
         if weights.penalty is not None:
             penalty = weights.penalty.flatten()
-            counting = torch.ones_like(penalty) if counted is None else counted.flatten().to(penalty.dtype)
+            counting = torch.ones_like(penalty) if counted is None else counted.flatten().to(penalty)
             total = total + (penalty * counting).sum() / counting.sum().clamp(min=1)
         gates = weights.gates
         if scale is not None:

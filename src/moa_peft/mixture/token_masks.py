@@ -194,7 +194,7 @@ def _begun(
         columns = (torch.arange(shape[1], device=ids.device) < said).expand(shape)
         return {"prompt": columns if real is None else columns & real, "is_told": True}
     if labels is not None or module.training or not keeps_cache:
-        raise UsageError(NOBODY_SAYS)
+        return {"sequences": sequences, "unknown": NOBODY_SAYS}
     return {"prompt": real, "sequences": sequences}
 
 

@@ -126,7 +126,7 @@ class RouterFigures(TrainerCallback):
         if not observed:
             return {}
         tensors = [one for sums in observed.values() for one in sums.values()]
-        numbers = iter(torch.cat(tensors).tolist())
+        numbers = iter(torch.cat([one.to(tensors[0].device) for one in tensors]).tolist())
         read: dict[str, Sums] = {
             kind: {key: [next(numbers) for _ in range(len(one))] for key, one in sums.items()}
             for kind, sums in observed.items()

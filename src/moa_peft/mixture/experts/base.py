@@ -139,18 +139,20 @@ class ScaledPrompt(NamedTuple):
         return (share.to(query.dtype) @ self.values).transpose(0, 1).unflatten(0, tokens)
 
 
-class LinearExpert(nn.Module):
-    """An expert beside a linear layer or a whole MLP: it sees that module's input and output.
+class Expert(nn.Module):
+    """What all kinds of experts say of their parameters."""
 
-    A kind is a bottleneck, and says so by `bottleneck`, or has a `change` of its own.
-    """
-
-    starts_at_zero: ClassVar[bool] = True
-    """Whether a fresh expert leaves the model bit-equal to the frozen one."""
     undecayed: ClassVar[frozenset[str]] = frozenset()
     """Parameters, beside biases, that weight decay must not shrink where it is selective: scales and prompts."""
     lora_b: ClassVar[frozenset[str]] = frozenset()
     """Parameters that are the B of a low-rank product, which LoRA+ trains at a rate of its own."""
+
+
+class LinearExpert(Expert):
+    """An expert beside a linear layer or a whole MLP: it sees that module's input and output.
+
+    A kind is a bottleneck, and says so by `bottleneck`, or has a `change` of its own.
+    """
 
     def change(self, x: Tensor, base: Tensor, gate: Tensor) -> Tensor:
         """Give the gated change of the site's output.
@@ -179,18 +181,11 @@ class LinearExpert(nn.Module):
         return None
 
 
-class AttentionExpert(nn.Module):
+class AttentionExpert(Expert):
     """An expert beside a block's attention: it sees the queries and may project vectors to keys and values.
 
     A kind is a prompt, and says so by `prompt`, or has a `change` of its own.
     """
-
-    starts_at_zero: ClassVar[bool] = True
-    """Whether a fresh expert leaves the model bit-equal to the frozen one."""
-    undecayed: ClassVar[frozenset[str]] = frozenset()
-    """Parameters, beside biases, that weight decay must not shrink where it is selective: scales and prompts."""
-    lora_b: ClassVar[frozenset[str]] = frozenset()
-    """Parameters that are the B of a low-rank product, which LoRA+ trains at a rate of its own."""
 
     def change(self, site: "AttentionSite", query: Tensor, scaling: float, gate: Tensor) -> Tensor:
         """Give the gated change of the attention's output, before o_proj.

@@ -52,8 +52,6 @@ class BottleneckChange(LinearExpert):
     Source: MoA, arXiv 2506.05928, after He et al., arXiv 2110.04366.
     """
 
-    starts_at_zero: ClassVar[bool] = False
-
     def __init__(self, config: ParallelAdapterExpert, in_features: int, out_features: int) -> None:
         super().__init__()
         size, copies = config.size, config.num_experts
