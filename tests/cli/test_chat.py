@@ -9,8 +9,8 @@ from typer.testing import CliRunner, Result
 
 from moa_peft.cli.chat import Conversation, chat, talk
 from moa_peft.errors import UsageError
-from moa_peft.evaluation.generation import generate
 from moa_peft.evaluation.loading import load, read_adapter
+from oracles import generate
 from tiny_lm import save_adapter, save_base
 
 PROGRAM = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)

@@ -10,7 +10,7 @@ import pytest
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.answer_extraction import expression_value
 from moa_peft.evaluation.answer_forms import AnswerForm, parse_number, same_answer
-from moa_peft.evaluation.extraction_rules import RULES, find_rule, official, stated
+from moa_peft.evaluation.extraction_rules import official, stated
 
 AQUA = Path(__file__).parents[2] / "../shared/data/AQuA/test.json"
 WORDS = AnswerForm(kind="choice", choices=("answer1", "answer2", "answer3"))
@@ -292,12 +292,6 @@ def test_of_the_real_replies_every_stated_number_is_read(name: str) -> None:
         assert parse_number(read[row["output"]] or "") == float((one[1] + one[2]).replace(",", "")), row[
             "output"
         ]
-
-
-def test_an_unknown_rule_is_named_with_the_nearest_one() -> None:
-    assert find_rule("official") is RULES["official"]
-    with pytest.raises(UsageError, match="unknown extraction rule 'oficial': did you mean 'official'"):
-        find_rule("oficial")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from moa_peft.evaluation.generation import as_generation, end_ids, generate, generate_batch
+from moa_peft.evaluation.generation import as_generation, end_ids, generate_batch
+from oracles import generate
 from tiny_lm import byte_tokenizer, tiny_llama, with_mixture
 
 TOKENIZER = byte_tokenizer()

@@ -16,13 +16,12 @@ from moa_peft.evaluation.questions import as_question
 from moa_peft.evaluation.scoring import (
     ChoiceScores,
     TokenQuestion,
-    answer_losses,
     check_lengths,
     score_batch,
-    score_choices,
     select_rows,
     token_question,
 )
+from oracles import answer_losses, score_choices
 from tiny_lm import byte_tokenizer, choice_rows, number_rows, tiny_llama, with_mixture
 
 TOKENIZER = byte_tokenizer()

@@ -18,10 +18,11 @@ from moa_peft import LoraExpert, MoAConfig, ParallelAdapterExpert, PromptExpert,
 from moa_peft.cli import app, register_verbs
 from moa_peft.data.row import Row
 from moa_peft.evaluation.loading import load, read_adapter
-from moa_peft.evaluation.scoring import TokenQuestion, answer_losses
+from moa_peft.evaluation.scoring import TokenQuestion
 from moa_peft.mixture.block_hooks import GateRecord, mixture_layers
 from moa_peft.official.gate_means import gate_means
 from moa_peft.official.lora_export import plain_lora, write_lora
+from oracles import answer_losses
 from tiny import FAMILIES, awaken, base_model, tokens
 from tiny_lm import number_rows, save_base, write_rows
 

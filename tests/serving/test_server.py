@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from openai import APIStatusError, AsyncOpenAI, OpenAI
 
-from moa_peft.evaluation.generation import generate
 from moa_peft.evaluation.loading import LoadedModel, load, read_adapter
 from moa_peft.serving.batching import Batched
 from moa_peft.serving.engines import OneByOne
 from moa_peft.serving.served import Served, load_served
 from moa_peft.serving.server import Server, bind
+from oracles import generate
 from tiny_lm import save_adapter, save_base
 
 HOST = "127.0.0.1"

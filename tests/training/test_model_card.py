@@ -3,7 +3,7 @@ from typing import Any
 
 import yaml
 
-from moa_peft.training.model_card import add_results, write_card
+from moa_peft.training.model_card import write_card
 
 ROW: dict[str, Any] = {
     "final_loss": 1.25,
@@ -74,19 +74,3 @@ def test_a_base_model_in_a_folder_of_this_machine_is_no_metadata(tmp_path: Path)
     assert "base_model" not in metadata(card)
     assert not [tag for tag in metadata(card)["tags"] if "base_model" in tag]
     assert "held-out" not in card
-
-
-def test_new_results_replace_the_table_and_nothing_else(tmp_path: Path) -> None:
-    write_card(tmp_path, ROW, RECIPE, "AutoModelForCausalLM")
-    before = (tmp_path / "README.md").read_text()
-    results = [{"task": "boolq", "accuracy": 0.5, "n": 80}, {"task": "piqa", "accuracy": None, "n": 3}]
-    add_results(tmp_path, results)
-    add_results(tmp_path, results)
-    after = (tmp_path / "README.md").read_text()
-    assert after.split("## Results")[0] == before.split("## Results")[0]
-    assert after.split("## Results")[1].strip().splitlines() == [
-        "| task | accuracy | n |",
-        "| --- | --- | --- |",
-        "| boolq | 0.5000 | 80 |",
-        "| piqa |  | 3 |",
-    ]

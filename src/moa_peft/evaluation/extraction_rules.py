@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Mapping
 
-from moa_peft.errors import UsageError, unknown
 from moa_peft.evaluation.answer_extraction import stated_choice, stated_letter, stated_number, stated_text
 from moa_peft.evaluation.answer_forms import AnswerForm, AnswerKind
 from moa_peft.evaluation.code_answers import stated_code
@@ -65,17 +64,6 @@ def official(text: str, form: AnswerForm) -> str | None:
 
 RULES: Mapping[str, Rule] = {"stated": stated, "official": official}
 """The rules by name; the first is the default."""
-
-
-def find_rule(name: str) -> Rule:
-    """Look a rule up.
-
-    Raises:
-        UsageError: If there is no such rule.
-    """
-    if name not in RULES:
-        raise UsageError(unknown("extraction rule", name, RULES))
-    return RULES[name]
 
 
 def _official_words(choices: tuple[str, ...]) -> list[str]:

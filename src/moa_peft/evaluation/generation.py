@@ -120,34 +120,3 @@ def as_generation(
     text = tokenizer.decode(list(tokens[:-1] if ended else tokens), skip_special_tokens=True)
     assert isinstance(text, str)
     return Generation(text=text, num_tokens=len(tokens), stopped="end" if ended else "length")
-
-
-def generate(
-    model: Any,
-    tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    batch_size: int = 16,
-) -> list[Generation]:
-    """Answer each prompt greedily.
-
-    Args:
-        model: As for `generate_batch`.
-        tokenizer: The base model's.
-        prompts: Token ids of each prompt.
-        max_new_tokens: Most tokens of an answer.
-        batch_size: Most prompts in a batch.
-
-    Returns:
-        One answer a prompt, in the order given.
-    """
-    ends = end_ids(model, tokenizer)
-    found: dict[int, Generation] = {}
-    for batch in plan_prompts(prompts, batch_size, max_new_tokens):
-        replies = generate_batch(
-            model, [prompts[place] for place in batch], max_new_tokens=max_new_tokens, ends=ends
-        )
-        for place, tokens in zip(batch, replies, strict=True):
-            found[place] = as_generation(tokens, ends, tokenizer)
-    return [found[place] for place in range(len(prompts))]

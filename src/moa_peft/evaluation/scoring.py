@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from moa_peft.data.row import Row
-from moa_peft.data.templates import Template, render_completion, render_prompt
+from moa_peft.data.templates import Template, render_prompt
 from moa_peft.data.tokenization import completion_ids, end_token_id, prompt_ids
 from moa_peft.errors import UsageError
-from moa_peft.evaluation.batching import last_positions, pad_left, plan_batches, positions, rows_at_once
+from moa_peft.evaluation.batching import last_positions, pad_left, plan_batches, positions
 from moa_peft.mixture.gate_cache import cache_of
 from moa_peft.mixture.token_watch import prompt_lengths
 
@@ -167,53 +167,6 @@ def score_batch(model: Any, questions: Sequence[TokenQuestion]) -> list[list[lis
     return scores
 
 
-def score_choices(
-    model: Any, questions: Sequence[TokenQuestion], *, batch_size: int = 16
-) -> list[ChoiceScores]:
-    """Score the choices of each question.
-
-    Args:
-        model: As for `score_batch`.
-        questions: The questions with their choices.
-        batch_size: Most questions in a forward pass.
-
-    Returns:
-        One value a question, in the order given.
-    """
-    found = _score_all(model, questions, batch_size)
-    return [
-        ChoiceScores.of(scores, with_end=one.is_nested) for one, scores in zip(questions, found, strict=True)
-    ]
-
-
-def answer_losses(
-    model: Any,
-    tokenizer: "PreTrainedTokenizerBase",
-    rows: Sequence[Row],
-    *,
-    template: Template = "paper",
-    batch_size: int = 16,
-) -> list[float]:
-    """Compute the loss of each row's reference answer, as training does: its end token counts, its prompt does not.
-
-    Args:
-        model: As for `score_batch`.
-        tokenizer: The base model's.
-        rows: Rows with an output.
-        template: How a row becomes text.
-        batch_size: Most rows in a forward pass.
-
-    Returns:
-        Nats a token, one value a row, in the order given.
-
-    Raises:
-        UsageError: As `token_question` and `check_lengths`.
-    """
-    questions = [token_question(row, [render_completion(row)], tokenizer, template) for row in rows]
-    check_lengths(model, [one.num_tokens for one in questions])
-    return [mean_loss(one[0]) for one in _score_all(model, questions, batch_size)]
-
-
 def mean_loss(token_log_likelihoods: Sequence[float]) -> float:
     """The mean negative log-likelihood of tokens, nats."""
     return -sum(token_log_likelihoods) / len(token_log_likelihoods)
@@ -255,13 +208,6 @@ def check_lengths(model: Any, lengths: Sequence[int]) -> None:
             f"row {lengths.index(longest) + 1} takes {longest} tokens, the model reads {most}: leave such rows out, "
             "choose a model that reads more, or lower max_new_tokens"
         )
-
-
-def _score_all(model: Any, questions: Sequence[TokenQuestion], batch_size: int) -> list[list[list[float]]]:
-    scores: dict[int, list[list[float]]] = {}
-    for batch in plan(questions, rows_at_once(model, batch_size)):
-        scores |= dict(zip(batch, score_batch(model, [questions[place] for place in batch]), strict=True))
-    return [scores[place] for place in range(len(questions))]
 
 
 def _scores_of_begun(

@@ -36,8 +36,6 @@ _NATIVE_BASE = re.compile(
 class OfficialCheckpoint:
     """An official checkpoint, read."""
 
-    files: tuple[Path, ...]
-    """What it was read from."""
     layout: Layout
     """Which code wrote it."""
     weights: Mapping[str, Tensor]
@@ -87,7 +85,6 @@ def read_checkpoint(path: Path, base_names: Collection[str]) -> OfficialCheckpoi
     layout, adapter = _normalised(adapter)
     idle = idle_routers(adapter)
     return OfficialCheckpoint(
-        files=tuple(files),
         layout=layout,
         weights={name: one for name, one in adapter.items() if name not in idle},
         base_weights=tuple(base),

@@ -10,7 +10,6 @@ from moa_peft.mixture.placement import Placement
 from moa_peft.training.output_folder import write_text
 
 CARD_FILE = "README.md"
-RESULTS_HEADING = "## Results"
 TAGS = ("moa", "mixture-of-adapters", "peft")
 HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """What the hub calls the models that moa has short names for."""
@@ -33,18 +32,6 @@ def write_card(folder: Path, row: Mapping[str, Any], recipe: Mapping[str, Any], 
     write_text(folder / CARD_FILE, card_text(row, recipe, loader) + results_text(results))
 
 
-def add_results(folder: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Replace the table of results in an adapter's card, as after an evaluation.
-
-    Args:
-        folder: Where the adapter and its card lie.
-        results: Rows of the table; the keys of the first are its columns.
-    """
-    card = folder / CARD_FILE
-    text = card.read_text(encoding="utf-8").partition(RESULTS_HEADING)[0]
-    write_text(card, text + results_text(results))
-
-
 def _metadata(recipe: Mapping[str, Any]) -> dict[str, Any]:
     metadata: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
     metadata["tags"] = [*TAGS, recipe["method"]]
@@ -58,7 +45,7 @@ def _metadata(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def results_text(results: Sequence[Mapping[str, Any]]) -> str:
     """Set the results as the last section of a card."""
     columns = list(results[0]) if results else []
-    lines = [RESULTS_HEADING, "", _line(columns), _line(["---"] * len(columns))]
+    lines = ["## Results", "", _line(columns), _line(["---"] * len(columns))]
     lines += [_line([_figure(one.get(column)) for column in columns]) for one in results]
     return "\n".join(lines) + "\n"
 
