@@ -50,7 +50,7 @@ def register_verbs() -> None:
     """Add every verb to the application."""
     from moa_peft.cli.bench import bench
     from moa_peft.cli.chat import chat
-    from moa_peft.cli.compare import compare, compare_help
+    from moa_peft.cli.compare import compare
     from moa_peft.cli.demo import demo
     from moa_peft.cli.evaluate import evaluate
     from moa_peft.cli.exec_ import exec_
@@ -59,11 +59,11 @@ def register_verbs() -> None:
     from moa_peft.cli.inspect import inspect
     from moa_peft.cli.methods import methods
     from moa_peft.cli.serve import serve
-    from moa_peft.cli.train import ANY_FIELD, train, train_help
+    from moa_peft.cli.train import ANY_FIELD, train
     from moa_peft.cli.verify import verify
 
-    app.command(context_settings=ANY_FIELD, help=train_help())(registered(train))
-    app.command(context_settings=ANY_FIELD, help=compare_help())(registered(compare))
+    for verb in (train, compare):
+        app.command(context_settings=ANY_FIELD)(registered(verb))
     for verb in (evaluate, chat, serve, demo, methods, verify, bench, inspect):
         app.command()(registered(verb))
     app.command("import")(registered(import_))

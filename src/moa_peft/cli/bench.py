@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
+from moa_peft.cli.table import print_table
 from moa_peft.errors import UsageError, unknown
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def bench(
     if as_json:
         print(json.dumps({"rows": [as_dict(row) for row in rows]}))
         return
-    print_table(rows)
+    print_rows(rows)
     if out is not None:
         print(f"rows      {out} ({len(rows)} added)")
 
@@ -128,20 +129,17 @@ def _numbers(text: str) -> tuple[int, ...]:
         ) from None
 
 
-def print_table(rows: "list[BenchRow]") -> None:
+def print_rows(rows: "list[BenchRow]") -> None:
     """Print one line a method."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
     from moa_peft.bench.measure import as_dict
     from moa_peft.bench.rows import tokens_per_second
 
     first = rows[0]
     title = f"{first.work}; {first.model}, {first.num_layers} blocks, {first.dtype}; median (quartiles) of {first.pairs}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("method", no_wrap=True)
     columns = {
+        "method": [
+            row.method + ("" if row.num_experts is None else f", {row.num_experts} copies") for row in rows
+        ],
         "parameters": [f"{row.trainable_parameters:,}" for row in rows],
         "ms": [f"{row.step_ms[1]:,.1f}" if row.pairs else "-" for row in rows],
         "tokens/s": [f"{speed:,.0f}" if (speed := tokens_per_second(as_dict(row))) else "-" for row in rows],
@@ -155,15 +153,7 @@ def print_table(rows: "list[BenchRow]") -> None:
         "error": ["-" if row.max_abs_err is None else f"{row.max_abs_err:.0e}" for row in rows],
     }
     shown = {head: cells for head, cells in columns.items() if any(cell != "-" for cell in cells)}
-    for head in shown:
-        table.add_column(head, justify="right", overflow="fold")
-    for row, *cells in zip(rows, *shown.values(), strict=True):
-        copies = "" if row.num_experts is None else f", {row.num_experts} copies"
-        table.add_row(row.method + copies, *cells)
-    console = Console()
-    natural = console.measure(table, options=console.options.update(max_width=1000)).maximum
-    console.width = max(console.width, natural)  # figures are not broken to fit
-    console.print(table)
+    print_table(title, list(shown), list(zip(*shown.values(), strict=True)), left=("method",))
     for reason in dict.fromkeys(reason for row in rows for reason in row.objections()):
         print(f"not to be published: {reason}", file=sys.stderr)
 

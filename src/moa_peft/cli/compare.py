@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import sys
-import textwrap
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moa_peft.cli.overrides import load_yaml, parse_flags
+from moa_peft.cli.overrides import key_lines, load_yaml, parse_flags
 from moa_peft.extras import EXTRAS, check_installed, install_hint, is_installed
 from moa_peft.study.config import Method, StudyConfig, studies_of
-from moa_peft.training.trainer_settings import field_docs
 
 if TYPE_CHECKING:
     from moa_peft.study.runner import Study
@@ -38,9 +36,9 @@ def compare_help() -> str:
             "Settings come from a YAML file, from flags, or from both; a flag overrides the file.",
             EXAMPLES,
             "Keys of a study, each also a flag:",
-            "\n".join(["\b", *_keys(StudyConfig)]),
+            "\n".join(["\b", *key_lines(StudyConfig)]),
             "Keys of an entry of methods:",
-            "\n".join(["\b", *_keys(Method)]),
+            "\n".join(["\b", *key_lines(Method)]),
         ]
     )
 
@@ -83,7 +81,7 @@ def compare(
         summary = write_report(study_config) if has_report else read_summary(study_config)
         say(outcome_text(summary, has_report=has_report))
         if as_json:
-            print(json.dumps(as_object(summary)))
+            print(json.dumps(as_object(summary), default=dataclasses.asdict))
         has_failed |= bool(summary.failures)
     if has_failed:
         raise typer.Exit(1)
@@ -152,22 +150,19 @@ def _losses(method: "MethodSummary") -> str:
 
 
 def as_object(summary: "StudySummary") -> dict[str, Any]:
-    """What a study has found, as one JSON object."""
+    """What a study has found, as one JSON object; estimates and differences are dataclasses still."""
     from moa_peft.study.formatting import run_name
 
-    methods = {one.label: dataclasses.asdict(one) for one in summary.methods}
     return {
         "out": summary.config.out,
         "rows": len(summary.rows),
         "chosen": dict(summary.chosen),
-        "accuracy": {label: one["mean"] for label, one in methods.items()},
-        "losses": {label: one["losses"] for label, one in methods.items()},
+        "accuracy": {one.label: one.mean for one in summary.methods},
+        "losses": {one.label: dict(one.losses) for one in summary.methods},
         "forgetting": {
-            label: mean for label, one in methods.items() if (mean := one["forgetting_mean"]) is not None
+            one.label: one.forgetting_mean for one in summary.methods if one.forgetting_mean is not None
         },
-        "versus_baseline": {
-            label: versus for label, one in methods.items() if (versus := one["versus"]) is not None
-        },
+        "versus_baseline": {one.label: one.versus for one in summary.methods if one.versus is not None},
         "failures": [f"{run_name(row)}: {row.failure}" for row in summary.failures],
         "missing": list(summary.missing),
     }
@@ -205,23 +200,6 @@ def plan_text(study: "Study", left: dict[str, int]) -> str:
         f"  out         {config.out}",
     ]
     return "\n".join(lines)
-
-
-def _keys(config_class: Any) -> list[str]:
-    docs, layout = (
-        field_docs(config_class),
-        textwrap.TextWrapper(92, subsequent_indent=" " * 6, break_on_hyphens=False),
-    )
-    return [
-        layout.fill(f"--{one.name}  {docs[one.name]}{_default(one)}")
-        for one in dataclasses.fields(config_class)
-    ]
-
-
-def _default(one: Any) -> str:
-    if one.default is dataclasses.MISSING:
-        return "" if one.default_factory is not dataclasses.MISSING else " (required)"
-    return "" if one.default in (None, "", False) else f" (default: {one.default})"
 
 
 compare.__doc__ = compare_help()

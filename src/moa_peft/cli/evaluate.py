@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from moa_peft.cli.overrides import Dtype, ModelInitKwargs, options_from_file, parse_mapping
+from moa_peft.cli.table import print_table
 from moa_peft.errors import UsageError, expanded
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def evaluate(
     if as_json:
         print(json.dumps(as_object(results)))
         return
-    print_table(results)
+    print_results(results)
     print_places(results)
 
 
@@ -215,23 +216,17 @@ def as_object(results: "list[TaskResult]") -> dict[str, Any]:
     }
 
 
-def print_table(results: "list[TaskResult]") -> None:
+def print_results(results: "list[TaskResult]") -> None:
     """Print one line a task, with standard errors."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
     both = any(one.row.mode == "generation" for one in results)
     heads = ["task", "n", "accuracy %", *(["official %"] if both else []), "answer loss", "mode"]
-    table = Table(title=_title(results[0]), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in heads:
-        table.add_column(name, justify="left" if name in ("task", "mode") else "right")
+    rows: list[tuple[str, ...]] = []
     for one in results:
         row = one.row
         scored = f"{row.n:,}" if row.num_scored in (0, row.n) else f"{row.n:,}, {row.num_scored:,} scored"
         rule = "" if row.extraction in ("sum", "stated") else f", {row.extraction}"
         official = _plus_minus(row.accuracies.get("official"), None, scale=100, digits=1)
-        table.add_row(
+        cells = (
             row.task,
             scored,
             _plus_minus(row.accuracy, row.standard_error, scale=100, digits=1),
@@ -239,7 +234,8 @@ def print_table(results: "list[TaskResult]") -> None:
             _plus_minus(row.answer_loss, row.answer_loss_standard_error, scale=1, digits=4),
             f"{row.mode}{rule}",
         )
-    Console().print(table)
+        rows.append(cells)
+    print_table(_title(results[0]), heads, rows, left=("task", "mode"))
 
 
 def print_places(results: "list[TaskResult]") -> None:

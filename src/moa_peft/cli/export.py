@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from moa_peft.cli.overrides import Dtype, ModelInitKwargs, parse_mapping
+from moa_peft.cli.table import print_table
 from moa_peft.errors import UsageError, unknown
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def print_official(report: "ExportReport") -> None:
 def print_lora(report: "LoraReport") -> None:
     """Say what was kept and dropped, and what that loses."""
     losses = report.losses
-    _print_table(
+    print_table(
         f"mean answer loss on {losses.rows:,} held-out rows ({losses.tokens:,} tokens)",
         ("model", "loss", "above the mixture"),
         [
@@ -169,8 +170,9 @@ def print_lora(report: "LoraReport") -> None:
             for name in ("mixture", "export", "frozen")
             for loss in [getattr(losses, name)]
         ],
+        left=("model",),
     )
-    _print_table(
+    print_table(
         f"gates over {report.rows:,} rows ({report.tokens:,} tokens)",
         ("expert", "in the export", "mean gate", "deviation", "blocks"),
         [
@@ -183,6 +185,7 @@ def print_lora(report: "LoraReport") -> None:
             )
             for one in report.experts
         ],
+        left=("expert", "in the export"),
     )
     print(
         "This export is lossy: every gate is frozen at its mean, and what is marked as dropped is gone. The adapter "
@@ -191,16 +194,3 @@ def print_lora(report: "LoraReport") -> None:
     print(f"written     {report.adapter}: rank {report.rank}, {report.num_parameters:,} parameters, on")
     print(f"            {', '.join(report.target_modules)}")
     print(f"next        moa evaluate --adapter {report.adapter} --tasks demo")
-
-
-def _print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in head:
-        table.add_column(name, justify="left" if name in ("model", "expert", "in the export") else "right")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)

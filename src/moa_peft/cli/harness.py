@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moa_peft.cli.table import print_table
 from moa_peft.errors import UsageError, unknown
 
 if TYPE_CHECKING:
@@ -92,22 +93,11 @@ def as_object(results: "list[HarnessResult]", out: Path | None) -> dict[str, Any
 
 def print_results(results: "list[HarnessResult]", out: Path | None) -> None:
     """Print one line a figure, with its standard error where the harness gives one."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
     first = results[0].row
     model = f"{first.base_model}, frozen" if first.adapter_fingerprint is None else (
         f"{first.base_model} with {first.adapter} ({first.method})"
     )  # fmt: skip
-    table = Table(
-        title=f"{model}, lm-eval {first.lm_eval_version}",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    for name in ("task", "n", "figure", "value"):
-        table.add_column(name, justify="right" if name in ("n", "value") else "left")
+    rows: list[tuple[str, ...]] = []
     for one in results:
         for name, value in one.row.metrics.items():
             figure, _, way = name.partition(",")
@@ -115,8 +105,13 @@ def print_results(results: "list[HarnessResult]", out: Path | None) -> None:
                 continue
             error = one.row.metrics.get(f"{figure}_stderr,{way}")
             shown = f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
-            table.add_row(
-                one.row.task, f"{one.row.n:,}", figure if way == "none" else f"{figure} ({way})", shown
+            rows.append(
+                (one.row.task, f"{one.row.n:,}", figure if way == "none" else f"{figure} ({way})", shown)
             )
-    Console().print(table)
+    print_table(
+        f"{model}, lm-eval {first.lm_eval_version}",
+        ("task", "n", "figure", "value"),
+        rows,
+        left=("task", "figure"),
+    )
     print(f"results   {out}/results.jsonl ({len(results)} row{'s' if len(results) > 1 else ''} added)")

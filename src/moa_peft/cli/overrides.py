@@ -3,8 +3,10 @@
 YAML is read with the scalars of its version 1.2: ``1e-4`` is a number, and ``no``, ``off`` and ``yes`` are words.
 """
 
+import dataclasses
 import json
 import re
+import textwrap
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +15,7 @@ import typer
 import yaml
 
 from moa_peft.errors import UsageError, unknown
+from moa_peft.training.trainer_settings import field_docs
 
 
 class _Loader(yaml.SafeLoader):
@@ -297,3 +300,22 @@ def _plain(value: object) -> object:
     if isinstance(value, dict):
         return json.dumps(value)
     return ",".join(str(one) for one in value) if isinstance(value, list) else value
+
+
+def key_lines(config_class: Any, leave_out: Collection[str] = ()) -> list[str]:
+    """Lines of a command's help: each field of a config as a flag, with its doc line and its default."""
+    docs, layout = (
+        field_docs(config_class),
+        textwrap.TextWrapper(92, subsequent_indent=" " * 6, break_on_hyphens=False),
+    )
+    return [
+        layout.fill(f"--{one.name}  {docs[one.name]}{_default(one)}")
+        for one in dataclasses.fields(config_class)
+        if one.name not in leave_out
+    ]
+
+
+def _default(field: Any) -> str:
+    if field.default is dataclasses.MISSING:
+        return " (required)" if field.default_factory is dataclasses.MISSING else ""
+    return "" if field.default in (None, "", False) else f" (default: {field.default})"

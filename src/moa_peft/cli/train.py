@@ -3,18 +3,14 @@
 import dataclasses
 import json
 import sys
-import textwrap
-from collections.abc import Mapping
-from dataclasses import MISSING
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moa_peft.cli.overrides import load_yaml, parse_flags
+from moa_peft.cli.overrides import key_lines, load_yaml, parse_flags
 from moa_peft.training.recipe import TRAINER_DEFAULTS, Recipe, merge
-from moa_peft.training.trainer_settings import field_docs
 
 if TYPE_CHECKING:
     from moa_peft.training.prepare import Plan, TrainingOutcome
@@ -32,17 +28,6 @@ Examples:
 
 def train_help() -> str:
     """Write the help of the command; the keys and their meaning come from the recipe's own doc lines."""
-    docs = {name: text for name, text in field_docs(Recipe).items() if name != "trainer"}
-    defaults = {one.name: one.default for one in dataclasses.fields(Recipe) if one.default_factory is MISSING}
-    keys = [
-        textwrap.fill(
-            f"--{name}  {text}{_default(name, defaults)}",
-            width=92,
-            subsequent_indent=" " * 6,
-            break_on_hyphens=False,
-        )
-        for name, text in docs.items()
-    ]
     others = ", ".join(f"{name} {json.dumps(value)}" for name, value in TRAINER_DEFAULTS.items())
     return "\n\n".join(
         [
@@ -50,7 +35,7 @@ def train_help() -> str:
             "Settings come from a YAML file, from flags, or from both; a flag overrides the file.",
             EXAMPLES,
             "Keys of a recipe, each also a flag:",
-            "\n".join(["\b", *keys]),
+            "\n".join(["\b", *key_lines(Recipe, leave_out=("trainer",))]),
             f"Every other field of trl.SFTConfig is a key too. Set here unless the recipe says otherwise: {others}.",
         ]
     )
@@ -150,13 +135,6 @@ def outcome_text(outcome: "TrainingOutcome") -> str:
 
 def _silent(text: str) -> None:
     """Say nothing: every process but the first."""
-
-
-def _default(name: str, defaults: Mapping[str, Any]) -> str:
-    value = defaults.get(name)
-    if value is MISSING:
-        return " (required)"
-    return "" if value is None or value is False else f" (default: {value})"
 
 
 train.__doc__ = train_help()

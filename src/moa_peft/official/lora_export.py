@@ -7,7 +7,6 @@ modules are padded with zeros to one rank, so that ``lora_alpha = r`` and server
 Sizes: N copies of an expert, r rank.
 """
 
-import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from moa_peft.official.gate_means import (
     places_of,
     with_bar,
 )
+from moa_peft.training.rows import hold_out
 
 HELD_OUT_SHARE = 0.2
 """Share of the rows that is held out of the gate means where no held-out rows are named."""
@@ -293,12 +293,7 @@ def _rows(data: str, held_out: str | None, limit: int | None, seed: int) -> tupl
         raise UsageError(
             f"data {data!r} holds one row, which cannot be both measured and held out: give more, or --held-out FILE"
         )
-    count = max(1, round(HELD_OUT_SHARE * len(rows)))
-    chosen = set(random.Random(seed).sample(range(len(rows)), count))  # not for secrets
-    return (
-        [row for place, row in enumerate(rows) if place not in chosen],
-        [row for place, row in enumerate(rows) if place in chosen],
-    )
+    return hold_out(rows, HELD_OUT_SHARE, seed)
 
 
 def _answer_loss(model: Any, questions: Sequence[TokenQuestion], batch_size: int, what: str) -> float:

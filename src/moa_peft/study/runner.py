@@ -180,25 +180,17 @@ def run_study(
         study.check_folder(rows)  # another call may have worked here since the study was opened
         write_study(study.folder, study.config, study.shared, study.tests)
         study_progress = StudyProgress(planned(study, rows, retry_failed=retry_failed), at_once=at_once)
-        for stage, again in stages(study.config, retry_failed=retry_failed):
-            jobs = study.jobs(stage, rows, retry_failed=again)
-            orders = study.orders(jobs, rows, progress=progress)
-            for order, row in (pool or one_by_one(say, study_progress))(orders):
-                append_row(study.folder, row)
-                say(study_progress.done(row, needs_training=needs_training(study.config, order.job)))
-            rows = read_results(study.folder)
+        stages: tuple[Stage, ...] = ("tuning", "final")
+        for stage in stages:
+            jobs = study.jobs(stage, rows, retry_failed=retry_failed)
+            while jobs:  # again: rates that were added, and tests of weights that were trained anew
+                orders = study.orders(jobs, rows, progress=progress)
+                for order, row in (pool or one_by_one(say, study_progress))(orders):
+                    append_row(study.folder, row)
+                    say(study_progress.done(row, needs_training=needs_training(study.config, order.job)))
+                rows = read_results(study.folder)
+                jobs = study.jobs(stage, rows)
         return rows
-
-
-def stages(config: StudyConfig, *, retry_failed: bool) -> list[tuple[Stage, bool]]:
-    """The stages in their order, each with whether runs that failed are done again in it.
-
-    Learning rates are tried once for the list, and once for each rate that may be added. The final stage comes twice:
-    for tests that a run had with other weights, before it was retrained for a new test.
-    """
-    added = max(0, (config.most_rates or 0) - len(config.learning_rates))
-    again: list[tuple[Stage, bool]] = [("tuning", False)] * added
-    return [("tuning", retry_failed), *again, ("final", retry_failed), ("final", False)]
 
 
 def one_by_one(say: Callable[[str], None], study_progress: StudyProgress) -> Pool:

@@ -251,7 +251,8 @@ def pending(
     for run in runs:
         row = done.get(run_hash(shared, run))
         missing = tuple(name for name in tests if row is None or name not in row.tests)
-        if row is None or (retry_failed if row.failed(tests) else missing):
+        wanted = retry_failed if row is not None and row.failed(tests) else row is None or bool(missing)
+        if wanted:
             jobs.append(Job(run=run, stage=stage, tests=missing))
     return jobs
 

@@ -32,13 +32,11 @@ _LEAST_CHECKPOINTS = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """What a run will do, known before its first step."""
+class RunSizes:
+    """What is known of a run before its first step, and still true of it at its end."""
 
-    method: str
-    """The method of the family."""
-    model: str
-    """The base model, as the recipe names it."""
+    output_dir: str
+    """Where the adapter, its card, the recipe, the results and the checkpoints lie."""
     rows_kept: int
     """Training rows."""
     rows_dropped: int
@@ -51,26 +49,32 @@ class Plan:
     """Numbers that are trained."""
     total_parameters: int
     """Numbers in all, the frozen model's included."""
+    placements: tuple[Placement, ...]
+    """What each kind of block gets, and what has no place there; empty for a method of PEFT's own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan(RunSizes):
+    """What a run will do, known before its first step."""
+
+    method: str
+    """The method of the family."""
+    model: str
+    """The base model, as the recipe names it."""
     steps: int
     """Optimiser steps of the whole run."""
-    output_dir: str
-    """Where everything will lie."""
     resume_from: str | None
     """The checkpoint gone on from; None for a start from the frozen model."""
     resumed: bool
     """Whether the recipe asks to go on with a run."""
     skipped: tuple[str, ...]
     """Incomplete checkpoints that a resumed run leaves out."""
-    placements: tuple[Placement, ...]
-    """What each kind of block gets, and what has no place there; empty for a method of PEFT's own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingOutcome:
+class TrainingOutcome(RunSizes):
     """What a run gave."""
 
-    output_dir: str
-    """Where the adapter, its card, the recipe, the results and the checkpoints lie."""
     steps: int
     """Optimiser steps of the whole run, those before a resumption included."""
     final_loss: float | None
@@ -82,20 +86,6 @@ class TrainingOutcome:
     """Median seconds a step of this process, without evaluation and saving; None when there was nothing left to do."""
     train_s: float
     """Seconds from the first step to the last, evaluation and saving included, of this process."""
-    trainable_parameters: int
-    """Numbers trained."""
-    total_parameters: int
-    """Numbers in all, the frozen model's included."""
-    rows_kept: int
-    """Training rows."""
-    rows_dropped: int
-    """Rows left out, because max_length would cut their answers away."""
-    validation_rows: int
-    """Held-out rows; 0 for none."""
-    validation_rows_dropped: int
-    """Held-out rows left out likewise."""
-    placements: tuple[Placement, ...]
-    """As in the plan."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

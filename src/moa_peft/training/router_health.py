@@ -3,15 +3,17 @@
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
+
+from moa_peft.mixture.block_hooks import GateRecord, MoALayer
 
 DEAD = 0.01
 """A mean gate below this is that of a dead expert."""
@@ -36,22 +38,6 @@ ADVICE = {
 
 Where = tuple[int, str]
 """A layer and the name of its router."""
-
-
-class Gates(Protocol):
-    """The gates of one router in one forward pass; see `moa_peft.GateRecord`."""
-
-    router: str
-    names: tuple[str, ...]
-    gates: Tensor
-    threshold: Tensor | None
-    balance_loss: Tensor | None
-
-
-class Observed(Protocol):
-    """A mixture layer whose gates can be observed."""
-
-    observer: Callable[[Any], None] | None
 
 
 Sums = dict[tuple[int, str], list[float]]
@@ -86,7 +72,7 @@ class RouterFigures(TrainerCallback):
         layers: Its mixture layers, by name.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[tuple[str, Observed]]) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[tuple[str, MoALayer]]) -> None:
         self._model = model
         self._layers = layers
         self._mask: Tensor | None = None
@@ -148,8 +134,8 @@ class RouterFigures(TrainerCallback):
         mask = kwargs.get("attention_mask")
         self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
-    def _observe(self, layer: int, record: Gates) -> None:
-        gates = record.gates.detach()  # [B, T, E]
+    def _observe(self, layer: int, record: GateRecord) -> None:
+        gates = record.gates  # [B, T, E]
         real = gates.new_ones(gates.shape[:2])  # [B, T]
         if self._mask is not None and gates.shape[1] > 1:  # a whole instance's gates have no padding
             real = self._mask.to(gates)
@@ -161,7 +147,7 @@ class RouterFigures(TrainerCallback):
         count = real.sum()
         sums = torch.stack([(gates * weight).sum((0, 1)), (active * weight).sum((0, 1))])  # [2, E]
         if record.balance_loss is not None:
-            loss = record.balance_loss.detach().float()
+            loss = record.balance_loss
             self._add("balance", layer, record.router, torch.stack([loss, torch.ones_like(loss)]))
         if on_copies:
             of_all = torch.stack([sums[1].sum(), count])
@@ -170,7 +156,7 @@ class RouterFigures(TrainerCallback):
         for place, name in enumerate(record.names):
             self._add("expert", layer, name, torch.stack([*sums[:, place].unbind(), count]))
         if record.threshold is not None:
-            total = (record.threshold.detach().float() * weight).sum()
+            total = (record.threshold * weight).sum()
             self._add("threshold", layer, "", torch.stack([total, count]))
 
     def _add(self, kind: str, layer: int, name: str, values: Tensor) -> None:

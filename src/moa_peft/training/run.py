@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from moa_peft.quiet import quiet_libraries
 from moa_peft.training.checkpoints import forget_later_checkpoints, step_of
 from moa_peft.training.model_card import write_card
 from moa_peft.training.output_folder import append_result, disk_errors_named, replacing, write_recipe
-from moa_peft.training.prepare import Plan, Preparation, TrainingOutcome, prepare
+from moa_peft.training.prepare import Plan, Preparation, RunSizes, TrainingOutcome, prepare
 from moa_peft.training.recipe import Recipe
 from moa_peft.training.trainer_settings import REFUSED_BY_TRAINER
 
@@ -105,19 +105,12 @@ def _outcome(preparation: Preparation, train_s: float) -> TrainingOutcome:
     if plan.validation_rows and stale:
         validation_loss = trainer.evaluate()["eval_loss"]
     return TrainingOutcome(
-        output_dir=plan.output_dir,
+        **{one.name: getattr(plan, one.name) for one in fields(RunSizes)},
         steps=trainer.state.global_step,
         final_loss=losses[-1] if losses else None,
         validation_loss=validation_loss,
         step_s=preparation.clock.median(),
         train_s=train_s,
-        trainable_parameters=plan.trainable_parameters,
-        placements=plan.placements,
-        total_parameters=plan.total_parameters,
-        rows_kept=plan.rows_kept,
-        rows_dropped=plan.rows_dropped,
-        validation_rows=plan.validation_rows,
-        validation_rows_dropped=plan.validation_rows_dropped,
     )
 
 
