@@ -64,7 +64,7 @@ class ToyGate(Gate):
         super().__init__(inputs, num_experts, config)
         self.factor = nn.Parameter(torch.full((1,), float(config.keep or 1)))
 
-    def forward(self, x: Tensor, logits: Tensor, *read: Tensor) -> Weights:
+    def forward(self, logits: Tensor, *read: Tensor) -> Weights:
         squares = logits.square() + 1e-3
         shares = squares / squares.sum(dim=-1, keepdim=True)
         load = (shares.detach() == shares.detach().amax(dim=-1, keepdim=True)).to(shares.dtype)

@@ -59,12 +59,13 @@ class Conversation:
         import torch
         from transformers import GenerationConfig
 
+        from moa_peft.evaluation.batching import longest_input
         from moa_peft.evaluation.generation import end_ids
 
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         asked = [*self.turns, {"role": "user", "content": text}]
         ids = torch.tensor([self.prompt_tokens(asked)], device=model.device)
-        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        most = longest_input(model)
         if most is not None and ids.shape[1] >= most:
             raise UsageError(
                 f"the conversation has {ids.shape[1]} tokens, the model reads {most}: /reset forgets it"

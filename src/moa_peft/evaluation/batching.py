@@ -4,11 +4,13 @@ Sizes: B rows of a batch, T tokens of its longest row.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moa_peft.mixture.block_hooks import mixture_layers
+from moa_peft.mixture.token_watch import prompt_lengths
 
 
 def rows_at_once(model: nn.Module, batch_size: int) -> int:
@@ -21,7 +23,12 @@ def rows_at_once(model: nn.Module, batch_size: int) -> int:
 
 
 def plan_batches(
-    lengths: Sequence[int], kept: Sequence[int], *, batch_size: int, token_budget: int, logit_budget: int
+    lengths: Sequence[int],
+    kept: Sequence[int] = (),
+    *,
+    batch_size: int,
+    token_budget: int,
+    logit_budget: int = 0,
 ) -> list[list[int]]:
     """Put sequences of similar length together, the longest first.
 
@@ -29,7 +36,8 @@ def plan_batches(
 
     Args:
         lengths: Tokens of each sequence.
-        kept: Positions of each sequence whose logits are needed; these cost memory times the vocabulary.
+        kept: Positions of each sequence whose logits are needed; these cost memory times the vocabulary. Left out where they
+            are few.
         batch_size: Most sequences in a batch.
         token_budget: Most tokens in a batch, padding included; one sequence alone may exceed it.
         logit_budget: Most positions with logits in a batch, padding included; one sequence alone may exceed it.
@@ -37,6 +45,7 @@ def plan_batches(
     Returns:
         The batches, each a list of places in ``lengths``; together they hold every place once.
     """
+    kept = kept or [0] * len(lengths)
     order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
     batches: list[list[int]] = []
     longest = most_kept = 0
@@ -78,6 +87,36 @@ def positions(mask: Tensor) -> Tensor:
         Int64, [B, T]; 0 where padded.
     """
     return (mask.cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def padded_call(
+    model: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    *,
+    keep: int = 1,
+    prompts: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """The arguments of a call that reads sequences side by side.
+
+    Args:
+        model: The model that will be called.
+        sequences: As for `pad_left`.
+        keep: Last positions of each sequence whose logits are needed.
+        prompts: Tokens of each that are the prompt; None where the model goes on from all of them with a cache.
+    """
+    ids, mask = pad_left(sequences, next(model.parameters()).device)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": positions(mask),
+        "logits_to_keep": last_positions(keep, ids.device),
+        **({} if prompts is None else prompt_lengths(model, prompts)),
+    }
+
+
+def longest_input(model: Any) -> int | None:
+    """The most tokens that a model reads; None for one that does not say, or has no such limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def last_positions(count: int, device: torch.device) -> int | Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from moa_peft.data.templates import Template
 from moa_peft.data.tokenization import end_token_id
-from moa_peft.evaluation.batching import last_positions, pad_left, plan_batches, positions
+from moa_peft.evaluation.batching import padded_call, plan_batches
 from moa_peft.evaluation.scoring import TOKEN_BUDGET, select_rows
 from moa_peft.mixture.gate_cache import cache_of
 
@@ -42,10 +42,8 @@ def plan_prompts(prompts: Sequence[Sequence[int]], batch_size: int, max_new_toke
     """Plan the batches of prompts for `generate_batch`; places in ``prompts``, the longest first."""
     return plan_batches(
         [len(one) + max_new_tokens for one in prompts],
-        [1] * len(prompts),
         batch_size=batch_size,
         token_budget=4 * TOKEN_BUDGET,  # of these only the prompts are read in one pass
-        logit_budget=batch_size,
     )
 
 
@@ -73,16 +71,11 @@ def generate_batch(
     Returns:
         The new tokens of each prompt; the last is one of ``ends``, unless it was cut off or needed no more.
     """
-    ids, mask = pad_left(prompts, next(model.parameters()).device)
+    call = padded_call(model, prompts)
+    mask = call["attention_mask"]
     replies: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))
-    outcome = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions(mask),
-        use_cache=True,
-        logits_to_keep=last_positions(1, ids.device),
-    )
+    outcome = model(**call, use_cache=True)
     while True:
         new = outcome.logits[:, -1].argmax(dim=-1)  # [B], of the rows still running
         for row, token in zip(running, new.tolist(), strict=True):

@@ -18,9 +18,8 @@ from moa_peft.data.row import Row
 from moa_peft.data.templates import Template, render_prompt
 from moa_peft.data.tokenization import completion_ids, end_token_id, prompt_ids
 from moa_peft.errors import UsageError
-from moa_peft.evaluation.batching import last_positions, pad_left, plan_batches, positions
+from moa_peft.evaluation.batching import longest_input, padded_call, plan_batches
 from moa_peft.mixture.gate_cache import cache_of
-from moa_peft.mixture.token_watch import prompt_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -143,25 +142,20 @@ def score_batch(model: Any, questions: Sequence[TokenQuestion]) -> list[list[lis
     """
     shared = [one.num_shared for one in questions]
     begun = [[*one.prompt, *one.completions[0][:count]] for one, count in zip(questions, shared, strict=True)]
-    ids, mask = pad_left(begun, next(model.parameters()).device)
+    call = padded_call(model, begun, keep=max(shared) + 1, prompts=[len(one.prompt) for one in questions])
     rest = [
         (place, choice)
         for place, one in enumerate(questions)
         for choice, completion in enumerate(one.completions)
         if len(completion) > shared[place] + 1
     ]
-    outcome = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions(mask),
-        use_cache=bool(rest),
-        logits_to_keep=last_positions(max(shared) + 1, ids.device),
-        **prompt_lengths(model, [len(one.prompt) for one in questions]),
-    )
+    outcome = model(**call, use_cache=bool(rest))
     scores = _scores_of_begun(outcome.logits, questions, shared)
     if rest:
         tails = [list(questions[place].completions[choice][shared[place] :]) for place, choice in rest]
-        found = _scores_of_tails(model, *cache_of(outcome), mask, [place for place, _ in rest], tails)
+        found = _scores_of_tails(
+            model, *cache_of(outcome), call["attention_mask"], [place for place, _ in rest], tails
+        )
         for (place, choice), values in zip(rest, found, strict=True):
             scores[place][choice] += values
     return scores
@@ -201,7 +195,7 @@ def check_lengths(model: Any, lengths: Sequence[int]) -> None:
     Raises:
         UsageError: If one is longer than the model's positions.
     """
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = longest_input(model)
     longest = max(lengths, default=0)
     if most is not None and longest > most:
         raise UsageError(

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from moa_peft.errors import UsageError
-from moa_peft.evaluation.batching import last_positions, pad_left, plan_batches, positions, rows_at_once
+from moa_peft.evaluation.batching import longest_input, padded_call, plan_batches, rows_at_once
 from moa_peft.inspection.observer import Batch, Observed, Observer
-from moa_peft.mixture.token_watch import prompt_lengths
 
 TOKEN_BUDGET = 1024
 """Most tokens of a forward pass, padding included, unless one text alone is longer."""
@@ -40,7 +39,7 @@ def check_texts(model: Any, texts: Sequence[TokenText]) -> None:
     """
     if not texts:
         raise UsageError("there is no text to look at: give at least one prompt")
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = longest_input(model)
     for number, text in enumerate(texts, start=1):
         if not text.ids:
             raise UsageError(f"prompt {number} has no tokens: leave it out")
@@ -67,26 +66,21 @@ def batches(texts: Sequence[TokenText], batch_size: int) -> list[list[int]]:
     """Plan the batches, each a list of places in ``texts``; together they hold every place once."""
     return plan_batches(
         [len(one.ids) for one in texts],
-        [1] * len(texts),
         batch_size=batch_size,
         token_budget=TOKEN_BUDGET,
-        logit_budget=batch_size,
     )
 
 
 def observe(model: Any, observer: Observer, texts: Sequence[TokenText]) -> Observed:
     """Run a model over one batch of texts and return the gates and changes of its mixtures."""
-    ids, mask = pad_left([one.ids for one in texts], next(model.parameters()).device)
-    real = mask.bool()
-    places = positions(mask)
+    call = padded_call(model, [one.ids for one in texts], prompts=[len(one.ids) for one in texts])
+    real = call["attention_mask"].bool()
     classes: Tensor | None = None
     if all(one.classes for one in texts):
-        classes = torch.tensor([name for one in texts for name in one.classes], device=mask.device)
-    batch = Batch(mask=real, positions=places[real], classes=classes)
+        classes = torch.tensor([name for one in texts for name in one.classes], device=real.device)
+    batch = Batch(mask=real, positions=call["position_ids"][real], classes=classes)
     with torch.inference_mode(), evaluating(model), observer.observing(batch) as observed:
-        call = {"input_ids": ids, "attention_mask": mask, "position_ids": places, "use_cache": False}
-        keep = last_positions(1, ids.device)
-        model(**call, logits_to_keep=keep, **prompt_lengths(model, mask.sum(dim=1)))
+        model(**call, use_cache=False)
     return observed
 
 

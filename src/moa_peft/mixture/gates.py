@@ -105,12 +105,11 @@ class Gate(nn.Module):
         """Linear layers of this gate that read what the router reads, as they are now; `forward` is given their outputs."""
         return ()
 
-    def forward(self, x: Tensor, logits: Tensor, *read: Tensor) -> Weights:
+    def forward(self, logits: Tensor, *read: Tensor) -> Weights:
         """Weigh the experts.
 
         Args:
-            x: Float, [B, T, D], what the router reads.
-            logits: Float32, [..., E], what it makes of that.
+            logits: Float32, [..., E], what the router makes of its input.
             *read: Float32, [..., K] each, the output of each of `projections`.
         """
         raise NotImplementedError
@@ -178,7 +177,7 @@ class SigmoidGate(Gate):
         """The learned threshold's."""
         return (projection(self, "threshold"),) if self.learned else ()
 
-    def forward(self, x: Tensor, logits: Tensor, *read: Tensor) -> Weights:  # noqa: ARG002  # the base's signature
+    def forward(self, logits: Tensor, *read: Tensor) -> Weights:  # the base's signature
         """Weigh each expert for itself; see `Gate.forward`."""
         scores = sigmoid_gates(logits)
         sparse = self.config.threshold
@@ -208,7 +207,7 @@ class SigmoidGate(Gate):
 class SoftmaxGate(Gate):
     """All experts, weights that sum to 1. Source: MoLoRA, arXiv 2309.05444; HydraLoRA, arXiv 2404.19245."""
 
-    def forward(self, x: Tensor, logits: Tensor, *read: Tensor) -> Weights:  # noqa: ARG002  # the base's signature
+    def forward(self, logits: Tensor, *read: Tensor) -> Weights:  # noqa: ARG002  # the base's signature
         """Weigh by the softmax; see `Gate.forward`."""
         return Weights(gates=logits.softmax(dim=-1))
 
@@ -247,7 +246,7 @@ class TopKGate(Gate):
         """The noise's, while training."""
         return (projection(self, "noise"),) if self.config.noise and self.training else ()
 
-    def forward(self, x: Tensor, logits: Tensor, *read: Tensor) -> Weights:  # noqa: ARG002  # the base's signature
+    def forward(self, logits: Tensor, *read: Tensor) -> Weights:  # the base's signature
         """Weigh the best by the softmax over them; see `Gate.forward`."""
         if read:
             width = F.softplus(read[0])
@@ -275,7 +274,7 @@ class AdaptiveGate(Gate):
         """The threshold's."""
         return (projection(self, "threshold"),)
 
-    def forward(self, x: Tensor, logits: Tensor, *read: Tensor) -> Weights:  # noqa: ARG002  # the base's signature
+    def forward(self, logits: Tensor, *read: Tensor) -> Weights:  # the base's signature
         """Weigh by what lies above the threshold; see `Gate.forward`."""
         threshold = learned_threshold(read[0], 1 / logits.shape[-1])
         margin = logits.softmax(dim=-1) - threshold
@@ -323,7 +322,7 @@ class SparsegenGate(Gate):
         """The concentration's."""
         return (projection(self, "concentration"),)
 
-    def forward(self, x: Tensor, logits: Tensor, *read: Tensor) -> Weights:  # noqa: ARG002  # the base's signature
+    def forward(self, logits: Tensor, *read: Tensor) -> Weights:  # the base's signature
         """Weigh by the projection; see `Gate.forward`."""
         most = self.most_concentrated
         start = math.log(math.expm1(most))  # its softplus is ``most``, so that lambda starts at 0

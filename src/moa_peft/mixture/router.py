@@ -169,7 +169,7 @@ class Router(nn.Module):
             if products is None:
                 products = [linear(x, one) for one in self.projections()]
             first = self.logits.num_projections
-            weights = self.gate(x, self.logits(*products[:first]), *products[first:])
+            weights = self.gate(self.logits(*products[:first]), *products[first:])
             if not self.has_losses:
                 return Routing(weights.gates, weights.threshold, None)
             return self._with_losses(weights, counted, scale)

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from moa_peft.evaluation.batching import last_positions, pad_left, plan_batches, positions, rows_at_once
+from moa_peft.evaluation.batching import padded_call, plan_batches, rows_at_once
 from moa_peft.evaluation.scoring import TOKEN_BUDGET, TokenQuestion
 from moa_peft.mixture.block_hooks import GateRecord, MoALayer, mixture_layers
 from moa_peft.mixture.experts.lora import LowRankChange
 from moa_peft.mixture.mixture import Mixture, Place
-from moa_peft.mixture.token_watch import prompt_lengths
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,25 +90,16 @@ def gate_means(model: Any, questions: Sequence[TokenQuestion], batch_size: int) 
         layer.observer = _observer(name, layer, means, mask)
     batches = plan_batches(
         [one.num_tokens for one in questions],
-        [1] * len(questions),
         batch_size=rows_at_once(model, batch_size),
         token_budget=TOKEN_BUDGET,
-        logit_budget=TOKEN_BUDGET,
     )
-    device = next(model.parameters()).device
     try:
         for batch in with_bar(batches, "gates"):
             chosen = [questions[place] for place in batch]
-            ids, real = pad_left([[*one.prompt, *one.completions[0]] for one in chosen], device)
-            mask[:] = [real.double()]
-            model(
-                input_ids=ids,
-                attention_mask=real,
-                position_ids=positions(real),
-                use_cache=False,
-                logits_to_keep=last_positions(1, device),
-                **prompt_lengths(model, [len(one.prompt) for one in chosen]),
-            )
+            whole = [[*one.prompt, *one.completions[0]] for one in chosen]
+            call = padded_call(model, whole, prompts=[len(one.prompt) for one in chosen])
+            mask[:] = [call["attention_mask"].double()]
+            model(**call, use_cache=False)
     finally:
         for _, layer in layers:
             layer.observer = None

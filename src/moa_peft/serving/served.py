@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from moa_peft.data.templates import Template
 from moa_peft.data.tokenization import conversation_ids, prompt_ids
 from moa_peft.errors import first_line
+from moa_peft.evaluation.batching import longest_input
 from moa_peft.evaluation.generation import end_ids
 from moa_peft.evaluation.loading import conversation_template, load, read_adapter
 from moa_peft.mixture.token_watch import pools
@@ -109,7 +110,7 @@ def load_served(
         chosen = conversation_template(template, one)
         ends = end_ids(one.model, one.tokenizer, chosen)
         one.model.get_base_model().generation_config = GenerationConfig()  # a request says everything itself
-        room = getattr(one.model.config.get_text_config(), "max_position_embeddings", None) or _ROOM
+        room = longest_input(one.model) or _ROOM
         engine, reason = make_engine(one.model, room, sorted(ends), share=len(loaded))
         served[name] = Served(engine=engine, tokenizer=one.tokenizer, template=chosen, ends=ends), reason
     return served
