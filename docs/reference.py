@@ -200,7 +200,7 @@ def api() -> str:
         "mixture.experts.AttentionExpert",
         "mixture.gates.register_gate",
         "mixture.gates.Gate",
-        "mixture.gates.Weights",
+        "mixture.gates.GateResult",
     )
     names = [*moa_peft.__all__, *(one for one in beside if one.split(".")[-1] not in moa_peft.__all__)]
     lines = []

@@ -19,7 +19,7 @@ from moa_peft.bench.subjects import one_by_one
 from moa_peft.cli.overrides import load_yaml
 from moa_peft.mixture.config import GATES
 from moa_peft.mixture.experts import LinearExpert, expert_kinds, register_expert
-from moa_peft.mixture.gates import Gate, Weights, register_gate
+from moa_peft.mixture.gates import Gate, GateResult, register_gate
 from moa_peft.training.recipe import Recipe, build_peft_config
 from tiny import awaken, base_model, tokens
 
@@ -64,11 +64,11 @@ class ToyGate(Gate):
         super().__init__(inputs, num_experts, config)
         self.factor = nn.Parameter(torch.full((1,), float(config.keep or 1)))
 
-    def forward(self, logits: Tensor, *read: Tensor) -> Weights:
+    def forward(self, logits: Tensor, *read: Tensor) -> GateResult:
         squares = logits.square() + 1e-3
         shares = squares / squares.sum(dim=-1, keepdim=True)
         load = (shares.detach() == shares.detach().amax(dim=-1, keepdim=True)).to(shares.dtype)
-        return Weights(gates=self.factor * shares, load=load, probability=shares)
+        return GateResult(gates=self.factor * shares, load=load, probability=shares)
 
 
 @pytest.fixture(autouse=True)

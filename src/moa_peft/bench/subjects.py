@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moa_peft.data.base_loading import find_base, load_base
 from moa_peft.errors import UsageError, unknown
-from moa_peft.mixture.block_hooks import mixture_layers
+from moa_peft.mixture.block_hooks import mixtures_of
 from moa_peft.mixture.mixture import AtModule, Readers
 from moa_peft.mixture.peft_config import MoAConfig
 from moa_peft.mixture.presets import PAPER_TARGETS, PRESETS, promptless_experts
@@ -101,7 +101,7 @@ def with_method(base: nn.Module, method: str, *, num_experts: int | None = None)
 @contextmanager
 def one_by_one(model: nn.Module) -> Iterator[None]:
     """Within the context, ask every expert for its own ``change`` instead of joining those that are bottlenecks."""
-    mixtures = [mixture for _, layer in mixture_layers(model) for mixture in layer.mixtures().values()]
+    mixtures = mixtures_of(model)
     before = [(one.readers, one.modules_changed) for one in mixtures]
     for one in mixtures:
         one.readers = {

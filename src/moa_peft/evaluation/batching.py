@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moa_peft.mixture.block_hooks import mixture_layers
+from moa_peft.mixture.block_hooks import mixtures_of
 from moa_peft.mixture.token_watch import prompt_lengths
 
 
 def rows_at_once(model: nn.Module, batch_size: int) -> int:
     """How many rows a batch may have: one where a router of the model pools officially, padding and all."""
-    mixtures = [one for _, layer in mixture_layers(model) for one in layer.mixtures().values()]
     official = any(
-        router.config.pooling == "official" for one in mixtures for router in one.routers().values()
+        router.config.pooling == "official" for one in mixtures_of(model) for router in one.routers().values()
     )
     return 1 if official else batch_size
 

@@ -15,7 +15,7 @@ from moa_peft.inspection.gate_statistics import GateSums, load_share, load_varia
 from moa_peft.inspection.observer import Observer
 from moa_peft.inspection.prompts import Prompt, token_ids
 from moa_peft.inspection.similarity import ChangeStatistics
-from moa_peft.mixture.block_hooks import mixture_layers
+from moa_peft.mixture.block_hooks import mixtures_of
 
 Numbers = tuple[float | None, ...]
 
@@ -176,9 +176,7 @@ def routing_summary(
     Raises:
         UsageError: If there is no text, or one has no tokens or more than the model reads.
     """
-    if not any(
-        mixture.routers() for _, layer in mixture_layers(model) for mixture in layer.mixtures().values()
-    ):
+    if not any(one.routers() for one in mixtures_of(model)):
         return {"load_variation": None, "mean_cka": None, "active_experts": None}
     prompts = [one if isinstance(one, Prompt) else Prompt(text=one, own=()) for one in texts]
     tokens = [TokenText(ids=token_ids(one, tokenizer)) for one in prompts]

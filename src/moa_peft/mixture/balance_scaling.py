@@ -7,7 +7,6 @@ scaler leaves it right, it has to grow by that scale. Processes average their gr
 the mean of each one's own batches is what they should average.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import has_length
 
 from moa_peft.errors import UsageError
-from moa_peft.mixture.block_hooks import mixture_layers
+from moa_peft.mixture.block_hooks import mixtures_of
 from moa_peft.mixture.router import Router
 
 
@@ -132,10 +131,9 @@ def give_to_trainers() -> None:
 
 
 def _routers(model: nn.Module) -> list[Router]:
-    mixtures: Sequence[Any] = [
-        mixture for _, layer in mixture_layers(model) for mixture in layer.mixtures().values()
+    return [
+        router for mixture in mixtures_of(model) for router in mixture.routers().values() if router.has_losses
     ]
-    return [router for mixture in mixtures for router in mixture.routers().values() if router.has_losses]
 
 
 def _steps(batches: int, accumulated: int) -> int:

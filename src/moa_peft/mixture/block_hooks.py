@@ -24,7 +24,6 @@ from moa_peft.mixture.config import RouterConfig
 from moa_peft.mixture.mixture import Mixture, MixturePass, Place, PlacedExpert
 from moa_peft.mixture.prompt_attention import add_prompts, remove_prompts
 from moa_peft.mixture.router import Routing
-from moa_peft.mixture.router import needs_tokens as router_needs_tokens
 from moa_peft.mixture.sites import Block
 from moa_peft.mixture.token_masks import CallTokens
 from moa_peft.mixture.token_watch import ARGUMENT, TokenWatch
@@ -135,7 +134,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
         self._handles.append(block.module.register_forward_hook(self._end, always_call=True))
         if any(_reads_block(mixture) for mixture in routed) and block.block_input is not None:
             self._hook_pre(block.block_input, self._note_block_input)
-        self._needs_tokens = any(needs_tokens(mixture) for mixture in routed)
+        self._needs_tokens = any(mixture.needs_tokens for mixture in routed)
         if self._needs_tokens:
             assert block.attention is not None, "check_targets has refused such blocks"
             self._hook_pre(block.attention, self._receive_tokens, with_kwargs=True)
@@ -373,9 +372,8 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
         model: Any model; one without a mixture is left as it is.
     """
     with ExitStack() as stack:
-        for _, layer in mixture_layers(model):
-            for mixture in layer.mixtures().values():
-                stack.enter_context(mixture.packed())
+        for mixture in mixtures_of(model):
+            stack.enter_context(mixture.packed())
         yield
 
 
@@ -391,10 +389,10 @@ def mixture_layers(model: nn.Module) -> list[tuple[str, MoALayer]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, MoALayer)]
 
 
+def mixtures_of(model: nn.Module) -> list[Mixture]:
+    """Find a model's mixtures, of every block and adapter; see `mixture_layers`."""
+    return [mixture for _, layer in mixture_layers(model) for mixture in layer.mixtures().values()]
+
+
 def _reads_block(mixture: Mixture) -> bool:
     return mixture.router is not None and mixture.router.config.router_input == "block"
-
-
-def needs_tokens(mixture: Mixture) -> bool:
-    """Whether a mixture's routing depends on which tokens are real."""
-    return any(router_needs_tokens(router.config) for router in mixture.routers().values())

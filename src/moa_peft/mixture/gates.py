@@ -4,7 +4,7 @@ A new kind is one class:
 
     @register_gate("mine")
     class MyGate(Gate):
-        def forward(self, x, logits): return Weights(gates=...)
+        def forward(self, logits): return GateResult(gates=...)
 
 Sizes: B rows, T tokens of a row, D inputs of the router, E experts.
 """
@@ -59,7 +59,7 @@ def projection(module: nn.Module, name: str) -> Projection:
     return Projection(getattr(module, f"{name}_weight"), getattr(module, f"{name}_bias"))
 
 
-class Weights(NamedTuple):
+class GateResult(NamedTuple):
     """What a gate makes of the logits of a call."""
 
     gates: Tensor
@@ -105,7 +105,7 @@ class Gate(nn.Module):
         """Linear layers of this gate that read what the router reads, as they are now; `forward` is given their outputs."""
         return ()
 
-    def forward(self, logits: Tensor, *read: Tensor) -> Weights:
+    def forward(self, logits: Tensor, *read: Tensor) -> GateResult:
         """Weigh the experts.
 
         Args:
@@ -177,15 +177,15 @@ class SigmoidGate(Gate):
         """The learned threshold's."""
         return (projection(self, "threshold"),) if self.learned else ()
 
-    def forward(self, logits: Tensor, *read: Tensor) -> Weights:  # the base's signature
+    def forward(self, logits: Tensor, *read: Tensor) -> GateResult:
         """Weigh each expert for itself; see `Gate.forward`."""
         scores = sigmoid_gates(logits)
         sparse = self.config.threshold
         threshold = self._threshold(logits, *read)
         if sparse is None or threshold is None:
-            return Weights(gates=scores)
+            return GateResult(gates=scores)
         gates = sparse_gates(scores, threshold, bandwidth=sparse.bandwidth, at_least_one=sparse.at_least_one)
-        return Weights(gates=gates, threshold=threshold)
+        return GateResult(gates=gates, threshold=threshold)
 
     def untrained(self) -> list[nn.Parameter]:
         """The parameters of the official dead threshold."""
@@ -207,9 +207,9 @@ class SigmoidGate(Gate):
 class SoftmaxGate(Gate):
     """All experts, weights that sum to 1. Source: MoLoRA, arXiv 2309.05444; HydraLoRA, arXiv 2404.19245."""
 
-    def forward(self, logits: Tensor, *read: Tensor) -> Weights:  # noqa: ARG002  # the base's signature
+    def forward(self, logits: Tensor, *read: Tensor) -> GateResult:  # noqa: ARG002  # the base's signature
         """Weigh by the softmax; see `Gate.forward`."""
-        return Weights(gates=logits.softmax(dim=-1))
+        return GateResult(gates=logits.softmax(dim=-1))
 
 
 @register_gate("top-k")
@@ -246,14 +246,14 @@ class TopKGate(Gate):
         """The noise's, while training."""
         return (projection(self, "noise"),) if self.config.noise and self.training else ()
 
-    def forward(self, logits: Tensor, *read: Tensor) -> Weights:  # the base's signature
+    def forward(self, logits: Tensor, *read: Tensor) -> GateResult:
         """Weigh the best by the softmax over them; see `Gate.forward`."""
         if read:
             width = F.softplus(read[0])
             logits = logits + torch.randn_like(logits) * width
         gates = top_k_gates(logits, self.keep)
         load = (gates.detach() > 0).to(gates.dtype)
-        return Weights(gates=gates, load=load, probability=logits.softmax(dim=-1))
+        return GateResult(gates=gates, load=load, probability=logits.softmax(dim=-1))
 
 
 @register_gate("threshold")
@@ -274,12 +274,12 @@ class AdaptiveGate(Gate):
         """The threshold's."""
         return (projection(self, "threshold"),)
 
-    def forward(self, logits: Tensor, *read: Tensor) -> Weights:  # the base's signature
+    def forward(self, logits: Tensor, *read: Tensor) -> GateResult:
         """Weigh by what lies above the threshold; see `Gate.forward`."""
         threshold = learned_threshold(read[0], 1 / logits.shape[-1])
         margin = logits.softmax(dim=-1) - threshold
         load = (margin.detach() > 0).to(margin.dtype)
-        return Weights(gates=threshold_gates(margin), threshold=threshold, load=load, probability=margin)
+        return GateResult(gates=threshold_gates(margin), threshold=threshold, load=load, probability=margin)
 
 
 @register_gate("sparsegen")
@@ -322,16 +322,16 @@ class SparsegenGate(Gate):
         """The concentration's."""
         return (projection(self, "concentration"),)
 
-    def forward(self, logits: Tensor, *read: Tensor) -> Weights:  # the base's signature
+    def forward(self, logits: Tensor, *read: Tensor) -> GateResult:
         """Weigh by the projection; see `Gate.forward`."""
         most = self.most_concentrated
         start = math.log(math.expm1(most))  # its softplus is ``most``, so that lambda starts at 0
         concentration = most - F.softplus(read[0] + start)
         gates = sparsegen_gates(logits, concentration)
         load = (gates.detach() > 0).to(gates.dtype)
-        weights = Weights(gates=gates, load=load, probability=logits.softmax(dim=-1))
+        weights = GateResult(gates=gates, load=load, probability=logits.softmax(dim=-1))
         if self.config.target is None:
             return weights
         penalty = sparsity_penalty(logits, concentration, self.config.target)
         factor = self.default_sparsity if self.config.sparsity is None else self.config.sparsity
-        return Weights(gates=gates, load=load, probability=weights.probability, penalty=factor * penalty)
+        return GateResult(gates=gates, load=load, probability=weights.probability, penalty=factor * penalty)

@@ -21,7 +21,7 @@ from moa_peft.errors import UsageError
 from moa_peft.mixture.config import ExpertConfig, RouterConfig
 from moa_peft.mixture.experts.base import AttentionExpert, Bottleneck, LinearExpert, ScaledPrompt
 from moa_peft.mixture.precision import cast, in_float32
-from moa_peft.mixture.router import Router, Routing, joined_bias
+from moa_peft.mixture.router import Router, Routing, joined_bias, needs_tokens
 from moa_peft.mixture.sites import MIXER_INPUT, AttentionSite, LinearSite, Slot
 from moa_peft.mixture.token_masks import CallTokens
 
@@ -143,6 +143,11 @@ class Mixture(nn.Module):
         """The experts' names, in order."""
         return tuple(place.name for place in self.places)
 
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether its routing depends on which tokens are real."""
+        return any(needs_tokens(router.config) for router in self.routers().values())
+
     def routers(self) -> dict[str, Router]:
         """Every router by name: the block's as "", those of copies by their expert's name."""
         block = {} if self.router is None else {"": self.router}
@@ -238,11 +243,13 @@ class Mixture(nn.Module):
         bias = first[0].down_bias if first and len(weights) == 1 else None
         if bias is not None:  # added by the product
             first, bias = [first[0]._replace(down_bias=None)], bias.to(dtype)
+        sizes = [sum(len(one.down) for one in run) for run in bottlenecks]
+        if routed:
+            sizes.append(sum(len(one.weight) for one in routed))
         return Down(
             weight=_joined(weights, 0).to(dtype),
             bias=bias,
-            sizes=[sum(len(one.down) for one in run) for run in bottlenecks]
-            + [sum(len(one.weight) for one in routed)] * bool(routed),
+            sizes=sizes,
             runs=list(zip(readers.runs, first, strict=True)),
             router_bias=joined_bias(routed),
             router_sizes=[len(one.weight) for one in routed],
@@ -265,7 +272,7 @@ class Mixture(nn.Module):
 
     def _find_readers(self) -> None:
         """Sort the experts and routers by the inputs that they read and the modules that they change."""
-        if self.router is not None and self.router.reads_projection_input:
+        if self.router is not None and self.router.joins_down_product:
             self.readers[MIXER_INPUT] = Readers(routers=[""])
         for place in self.places:
             changes = self.modules_changed.setdefault(place.site.path, AtModule(place.input_name))
@@ -353,7 +360,7 @@ class MixturePass:
             block_input: Float, [B, T, D], for routers that read the residual stream.
         """
         router = self.mixture.router
-        if router is not None and not router.reads_projection_input:
+        if router is not None and not router.joins_down_product:
             routed = x if router.config.router_input == "projection" else block_input
             assert routed is not None, "the block's input is noted before its projections run"
             earlier = self._call.earlier.get(self._key)

@@ -21,7 +21,6 @@ from moa_peft.mixture.block_hooks import (
     MERGE_REFUSAL,
     MoALayer,
     mixture_layers,
-    needs_tokens,
     packed_weights,
 )
 from moa_peft.mixture.mixed_batch import BASE, MixedBatch
@@ -191,8 +190,9 @@ class MoAModel(BaseTuner):
             layer = MoALayer(self._blocks[current_key], self._watch)
             target.add_module(CHILD, layer)
         layer.add_mixture(adapter_name, self._plan[current_key], peft_config.parts().router)
-        routers = layer.mixtures()[adapter_name].routers().values()
-        if needs_tokens(layer.mixtures()[adapter_name]):
+        mixture = layer.mixtures()[adapter_name]
+        routers = mixture.routers().values()
+        if mixture.needs_tokens:
             pools = any(one.config.granularity == "instance" for one in routers)
             has_answers = peft_config.task_type == TaskType.CAUSAL_LM
             layer.watch.attach(*self._watched, pools=pools, has_answers=has_answers)

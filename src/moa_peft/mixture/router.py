@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moa_peft.mixture.balance_loss import attach_loss, default_loss_scale
 from moa_peft.mixture.config import GATES, RouterConfig
 from moa_peft.mixture.gate_functions import load_balancing_loss
-from moa_peft.mixture.gates import Gate, Projection, Weights, add_projection, projection
+from moa_peft.mixture.gates import Gate, GateResult, Projection, add_projection, projection
 from moa_peft.mixture.precision import at_least_float32, in_float32
 
 _NOTHING = nullcontext()
@@ -175,8 +175,8 @@ class Router(nn.Module):
             return self._with_losses(weights, counted, scale)
 
     @property
-    def reads_projection_input(self) -> bool:
-        """Whether, as a block's router, it reads token by token what q, k and v read."""
+    def joins_down_product(self) -> bool:
+        """Whether, as a block's router, its products are made together with those of experts: it reads, token by token, what q, k and v read."""
         return self.config.granularity == "token" and self.config.router_input == "projection"
 
     def untrained(self) -> list[nn.Parameter]:
@@ -192,7 +192,7 @@ class Router(nn.Module):
             return scale.to(device, torch.float32)
         return torch.full((), scale, dtype=torch.float32, device=device)  # no copy that waits for the device
 
-    def _with_losses(self, weights: Weights, counted: Tensor | None, scale: Tensor | None) -> Routing:
+    def _with_losses(self, weights: GateResult, counted: Tensor | None, scale: Tensor | None) -> Routing:
         balance: Tensor | None = None
         total = weights.gates.new_zeros(())
         if self.balance > 0 and weights.load is not None and weights.probability is not None:

@@ -41,7 +41,7 @@ class Bottleneck(NamedTuple):
     down_bias: Tensor | None = None
     """[N * r] or [r]."""
     up_bias: Tensor | None = None
-    """[D_out * N], the N of one output adjacent."""
+    """[D_out, N]."""
     activation: Callable[[Tensor], Tensor] | None = None
 
     @property
@@ -74,7 +74,7 @@ class Bottleneck(NamedTuple):
             return inner
         if gate is None:
             gate = torch.ones_like(inner[..., :1])
-        copies = gate.shape[-1] if self.up_bias is None else self.up_bias.numel() // len(self.up)
+        copies = gate.shape[-1] if self.up_bias is None else self.up_bias.shape[1]
         if gate.shape[-1] == 1 and inner.shape[-1] == self.up.shape[1]:
             rows = inner * gate
         else:
@@ -86,7 +86,7 @@ class Bottleneck(NamedTuple):
 
     def ups(self) -> list[Tensor]:
         """What multiplies the gated vectors, [D_out, N * r], and the gates themselves, [D_out, N], if there are biases."""
-        return [self.up] if self.up_bias is None else [self.up, self.up_bias.view(len(self.up), -1)]
+        return [self.up] if self.up_bias is None else [self.up, self.up_bias]
 
 
 class Prompt(NamedTuple):

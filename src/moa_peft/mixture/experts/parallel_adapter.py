@@ -69,6 +69,6 @@ class BottleneckChange(LinearExpert):
             down=self.down_weight,
             up=self.up_weight,
             down_bias=self.down_bias,
-            up_bias=self.up_bias,
+            up_bias=self.up_bias.view(len(self.up_weight), -1),
             activation=F.silu,
         )

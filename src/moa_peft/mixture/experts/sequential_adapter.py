@@ -33,10 +33,11 @@ class SequentialAdapterExpert(ExpertConfig):
 
     def problems(self) -> list[str]:
         """What is wrong with the fields, a sentence each."""
-        wrong = target_problems(self.targets, PLACES)
-        wrong += [] if wrong else [
-            f"targets names {one!r}: give some of {', '.join(PLACES)}" for one in self.targets if one not in PLACES
-        ]  # fmt: skip
+        wrong = target_problems(self.targets, PLACES) or [
+            f"targets names {one!r}: give some of {', '.join(PLACES)}"
+            for one in self.targets
+            if one not in PLACES
+        ]
         return wrong if self.size >= 1 else [*wrong, f"size is {self.size}: it must be at least 1"]
 
     def site_names(self) -> tuple[str, ...]:

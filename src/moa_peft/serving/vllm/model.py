@@ -23,7 +23,7 @@ from vllm.model_executor.models.transformers.fusers import QKVFuser
 from moa_peft.evaluation.loading import read_adapter
 from moa_peft.mixture.adapter_file import check_fit, check_values
 from moa_peft.mixture.architecture import find_blocks
-from moa_peft.mixture.block_hooks import CHILD, MoALayer, mixture_layers, packed_weights
+from moa_peft.mixture.block_hooks import CHILD, MoALayer, mixtures_of, packed_weights
 from moa_peft.mixture.mixture import Mixture
 from moa_peft.mixture.placement import check_targets, chosen_blocks, placed_experts
 from moa_peft.mixture.sites import AttentionSite
@@ -86,9 +86,8 @@ class MoAForCausalLM(TransformersForCausalLM):
         """Prepare for serving; vLLM's last call before it runs the model, when its layers have their weights in place."""
         super().eval()
         with torch.no_grad():
-            for _, layer in mixture_layers(self):
-                for mixture in layer.mixtures().values():
-                    _pack(mixture, self.model_config.dtype)
+            for mixture in mixtures_of(self):
+                _pack(mixture, self.model_config.dtype)
         return self
 
     def _add_mixtures(self) -> None:
