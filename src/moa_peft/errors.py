@@ -43,9 +43,9 @@ class RunError(MoAError, RuntimeError):
 def library_errors(what: str = "") -> Iterator[None]:
     """Turn what other libraries raise for a user's setting into one `LibraryError`; our own faults pass as they are.
 
-    Whose error it is, the innermost frame tells that lies in this package or in one of the libraries that check
-    settings. torch, a logger or Python itself fails for whoever called it. A fault of ours that shows only inside
-    a library looks like a setting; the whole traceback, which is kept as the cause, tells it.
+    The innermost frame of the traceback that lies in this package or in one of `_LIBRARIES` decides whose error it is; torch, a
+    logger or Python itself fails for whoever called it. A fault of ours that shows only inside a library looks like a setting;
+    the whole traceback, which is kept as the cause, tells it.
 
     Args:
         what: What went wrong, to begin the message with; the library's name by default.

@@ -15,6 +15,9 @@ from typing import Any
 
 from moa_peft.errors import UsageError
 
+RESULTS_FILE = "results.jsonl"
+"""Rows of results, in the folder of a run, an evaluation or a study."""
+
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
     """Read JSON lines; a last line that a kill cut off is left out.

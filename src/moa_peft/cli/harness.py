@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moa_peft.cli.table import print_table
 from moa_peft.errors import UsageError, unknown
+from moa_peft.json_lines import RESULTS_FILE
 
 if TYPE_CHECKING:
     from moa_peft.evaluation.lm_eval import HarnessResult
@@ -86,7 +87,7 @@ def as_object(results: "list[HarnessResult]", out: Path | None) -> dict[str, Any
     """The results as one JSON object."""
     return {
         "results": [dataclasses.asdict(one.row) for one in results],
-        "results_file": None if out is None else str(out / "results.jsonl"),
+        "results_file": None if out is None else str(out / RESULTS_FILE),
         "examples_files": [str(one.examples_file) for one in results],
     }
 

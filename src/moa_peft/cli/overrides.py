@@ -292,11 +292,11 @@ def options_from_file(context: typer.Context, path: Path | None) -> Path | None:
             raise UsageError(f"{path}: {unknown('option', name, set(by_flag) - set(FLAGS_ONLY))}")
         if isinstance(value, bool) and not getattr(by_flag[name], "is_flag", False):
             raise UsageError(f"{path}: {name} is {str(value).lower()}: give a value, as on the command line")
-    context.default_map = {str(by_flag[name].name): _plain(value) for name, value in settings.items()}
+    context.default_map = {str(by_flag[name].name): _flag_value(value) for name, value in settings.items()}
     return path
 
 
-def _plain(value: object) -> object:
+def _flag_value(value: object) -> object:
     if isinstance(value, dict):
         return json.dumps(value)
     return ",".join(str(one) for one in value) if isinstance(value, list) else value

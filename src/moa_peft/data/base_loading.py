@@ -52,7 +52,7 @@ class BaseSettings:
     """For a name on the hub: the folders of that name that are not there."""
 
     def file_kwargs(self) -> dict[str, Any]:
-        """The arguments for a config or a tokenizer. Nobody is asked about code: without an argument it does not run."""
+        """The arguments for a config or a tokenizer; trust_remote_code is False unless given, so that transformers never asks."""
         return {"trust_remote_code": False} | {k: v for k, v in self.init_kwargs.items() if k in _FILES}
 
     def place(self) -> list[str]:

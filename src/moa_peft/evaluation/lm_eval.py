@@ -15,9 +15,9 @@ from torch import Tensor
 
 from moa_peft.errors import RunError, UsageError, unknown
 from moa_peft.evaluation.result_key import ModelIdentity
-from moa_peft.evaluation.results import RESULTS_FILE, file_name
+from moa_peft.evaluation.results import file_name
 from moa_peft.extras import require
-from moa_peft.json_lines import append_rows, drop_torn_line, replace_rows
+from moa_peft.json_lines import RESULTS_FILE, append_rows, drop_torn_line, replace_rows
 from moa_peft.mixture.token_watch import prompt_lengths
 from moa_peft.provenance import provenance
 
@@ -224,7 +224,7 @@ def _telling_prompts(wrapper: type[Any]) -> type[Any]:
 def _result(
     name: str, found: Mapping[str, Any], shared: Mapping[str, Any], out: Path | None
 ) -> HarnessResult:
-    samples = tuple(_plain(one) for one in found["samples"][name])
+    samples = tuple(_finite_json(one) for one in found["samples"][name])
     figures = {name: value for name, value in found["results"][name].items() if "," in name}
     row = HarnessRow(
         task=name,
@@ -232,7 +232,7 @@ def _result(
         n=len({one.get("doc_id", place) for place, one in enumerate(samples)}),
         # what the harness cannot give ("N/A") is None
         metrics={key: float(one) if isinstance(one, int | float) else None for key, one in figures.items()},
-        task_config=json.dumps(_plain(found["configs"].get(name)), sort_keys=True),
+        task_config=json.dumps(_finite_json(found["configs"].get(name)), sort_keys=True),
         num_fewshot=found["n-shot"].get(name),
         **shared,
     )
@@ -245,12 +245,12 @@ def _result(
     return HarnessResult(row=row, samples=samples, examples_file=file)
 
 
-def _plain(value: Any) -> Any:
+def _finite_json(value: Any) -> Any:
     """The same as JSON can hold it: what is not finite is null, what JSON does not know is its text."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(one) for name, one in value.items()}
+        return {str(name): _finite_json(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_finite_json(one) for one in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | int | bool) else str(value)

@@ -180,17 +180,17 @@ def _settings(config: Any) -> str:
     """What an adapter's config says about its arithmetic, as text; where it came from is left out."""
     elsewhere = ("base_model_name_or_path", "inference_mode", "revision", "peft_version", "auto_mapping")
     entries = {key: value for key, value in config.to_dict().items() if key not in elsewhere}
-    return repr(sorted((key, _plain(value)) for key, value in entries.items()))
+    return repr(sorted((key, _stable_text(value)) for key, value in entries.items()))
 
 
-def _plain(value: Any) -> str:
+def _stable_text(value: Any) -> str:
     """Text of a setting that does not depend on the order of a set or on an object's address."""
     if isinstance(value, set | frozenset):
-        return repr(sorted(map(_plain, value)))
+        return repr(sorted(map(_stable_text, value)))
     if isinstance(value, dict):
-        return repr(sorted((str(key), _plain(one)) for key, one in value.items()))
+        return repr(sorted((str(key), _stable_text(one)) for key, one in value.items()))
     if isinstance(value, list | tuple):
-        return repr([_plain(one) for one in value])
+        return repr([_stable_text(one) for one in value])
     return str(getattr(value, "value", value))
 
 

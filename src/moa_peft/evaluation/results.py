@@ -8,9 +8,6 @@ from typing import Any, Literal
 
 from moa_peft.errors import UsageError
 
-RESULTS_FILE = "results.jsonl"
-"""Where result rows are appended, in the folder of results."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResultRow:

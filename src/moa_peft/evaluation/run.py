@@ -23,14 +23,13 @@ from moa_peft.evaluation.question_runner import (
 from moa_peft.evaluation.questions import Task
 from moa_peft.evaluation.result_key import ModelIdentity, describe, evaluation_key, identify
 from moa_peft.evaluation.results import (
-    RESULTS_FILE,
     ResultRow,
     file_name,
     mean_and_standard_error,
     proportion_standard_error,
 )
 from moa_peft.folder_lock import claimed
-from moa_peft.json_lines import append_rows, drop_torn_line, read_rows, replace_rows
+from moa_peft.json_lines import RESULTS_FILE, append_rows, drop_torn_line, read_rows, replace_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

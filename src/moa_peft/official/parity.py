@@ -53,9 +53,12 @@ class Comparison:
 def compare(path: Path) -> Comparison:
     """Compare one reference file (*.safetensors).
 
-    It holds if every error is within `LIMIT` with our side in float32, or else each in float32 or float64, or else if what
-    is beyond it in both is as small as rounding: at most `ROUNDING` times as far as float32 moves the same tensor here, and at
-    most `ROUNDING_LIMIT`. The reference stays as it is, in float32, with the rounding errors of its own.
+    The reference is float32, with rounding errors of its own. It holds by the first of these rules that is met:
+
+    1. every error is within `LIMIT`, our side in float32;
+    2. each is within it in float32 or in float64;
+    3. each that is beyond it in both is at most `ROUNDING` times what rounding to float32 moves the same tensor here, and at
+       most `ROUNDING_LIMIT`.
 
     Raises:
         UsageError: If the file is missing or no sound reference file, or its model or method cannot be built here.

@@ -253,7 +253,7 @@ def describe(order: Order, found: Mapping[str, Any], failure: str | None) -> Run
         "failure": failure,
         "method": FROZEN if run.method is None else run.method.method,
         "mixture": {} if run.method is None else run.method.mixture,
-        "method_config": mixture_config(run_recipe(order)) if trained else {},
+        "method_config": config_parts(run_recipe(order)) if trained else {},
         "trainer": {} if run.method is None else config.trainer_of(run.method),
         "model": config.model,
         "template": config.template,
@@ -266,7 +266,7 @@ def describe(order: Order, found: Mapping[str, Any], failure: str | None) -> Run
     return RunRow(**{name: value for name, value in {**empty, **values, **found}.items() if name in names})
 
 
-def mixture_config(recipe: Recipe) -> dict[str, Any]:
+def config_parts(recipe: Recipe) -> dict[str, Any]:
     """The parts of a recipe's method, with every field, as JSON holds them."""
     whole = build_peft_config(recipe).to_dict()
     return json.loads(

@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from moa_peft.errors import UsageError
-from moa_peft.json_lines import read_rows
+from moa_peft.json_lines import RESULTS_FILE, read_rows
 from moa_peft.study.data import RowSet
-
-RESULTS_FILE = "results.jsonl"
-"""The rows of a study, in its folder."""
 
 Stage = Literal["tuning", "final"]
 
@@ -149,7 +146,7 @@ class RunRow:
     """UTC, ISO 8601."""
 
     def failed(self, tests: Sequence[str]) -> bool:
-        """Whether the run failed, as a whole or with one of these tests; scores of tests before that are no failure."""
+        """Whether the run has a failure and lacks one of these tests, or has none at all."""
         return self.failure is not None and not (self.tests and all(name in self.tests for name in tests))
 
     @property

@@ -78,7 +78,11 @@ def shared_settings(config: StudyConfig, train_md5: str, validation_md5: str) ->
 
 def method_settings(method: Method) -> dict[str, Any]:
     """All of a method's entry that decides its runs."""
-    entry = {"method": method.method, "mixture": _plain(method.mixture), "trainer": _deciding(method.trainer)}
+    entry = {
+        "method": method.method,
+        "mixture": _as_json(method.mixture),
+        "trainer": _deciding(method.trainer),
+    }
     return entry | factors_of(method)
 
 
@@ -110,7 +114,7 @@ def recipe_of(config: StudyConfig, run: Run, *, data: str, data_md5: str, folder
         "limit": run.rows or config.train_limit,
         "output_dir": folder,
         "method": run.method.method,
-        "mixture": _plain(run.method.mixture),
+        "mixture": _as_json(run.method.mixture),
         "template": config.template,
         "max_length": config.max_length,
         "seed": run.seed,
@@ -261,6 +265,6 @@ def _deciding(trainer: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in sorted(trainer.items()) if key not in FREE_ON_RESUME}
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     """The value as JSON has it: a file's numbers as keys become text."""
     return json.loads(json.dumps(value))
