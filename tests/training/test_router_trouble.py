@@ -46,6 +46,13 @@ def test_dead_experts_and_saturated_gates_are_found(
     assert find_trouble(sums(gates), NAMES) == {"dead": dead, "saturated": saturated}
 
 
+def test_of_many_copies_that_share_the_weight_none_is_dead_for_its_fair_share() -> None:
+    fair = torch.full((2, 20, 128), 1 / 128)
+    fair[..., 7] = 1e-4
+    names = {(4, ""): [str(one) for one in range(128)]}
+    assert find_trouble(sums(fair), names) == {"dead": ["7 in layer 4"], "saturated": []}
+
+
 def test_padding_says_nothing_of_an_expert() -> None:
     real = torch.ones(2, 20)
     real[:, :3] = 0

@@ -1,12 +1,11 @@
 """What stands out in the statistics of an adapter, in two sentences of plain words."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
 from moa_peft.inspection.results import GroupStatistics, RouterStatistics
+from moa_peft.training.router_health import DEAD, expert_name, is_dead
 
-NEVER = 0.01
-"""A mean gate below this is that of an expert which is never used."""
 ALWAYS = 0.95
 """A mean gate above this is that of an expert which is always on."""
 STILL = 0.02
@@ -24,19 +23,14 @@ def sentences(routers: Sequence[RouterStatistics], groups: Sequence[GroupStatist
     return _use(routers), _difference(routers, groups)
 
 
-def expert_name(router: str, name: str) -> str:
-    """Call an expert, or a copy of one, by one name."""
-    return f"copy {name} of {router}" if router else name
-
-
 def _use(routers: Sequence[RouterStatistics]) -> str:
     if not routers:
         return "This mixture has no router: every expert is always fully on."
     thing = "prompts" if routers[0].granularity == "instance" else "tokens"
-    dead = _places(routers, 0, NEVER)
+    dead = _places(routers, is_dead)
     if dead:
-        return f"Never used: {_listed(dead)} (mean gate below {NEVER})."
-    always = _places(routers, ALWAYS, float("inf"))
+        return f"Never used: {_listed(dead)} (mean gate below {DEAD})."
+    always = _places(routers, lambda mean, _: mean >= ALWAYS)
     if always:
         return f"Always on, whatever the {thing[:-1]}: {_listed(always)} (mean gate above {ALWAYS})."
     named = [
@@ -94,12 +88,12 @@ def _difference(routers: Sequence[RouterStatistics], groups: Sequence[GroupStati
     )
 
 
-def _places(routers: Sequence[RouterStatistics], least: float, most: float) -> dict[str, list[int]]:
-    """Experts that have a mean gate in [least, most), with the layers where they have."""
+def _places(routers: Sequence[RouterStatistics], holds: Callable[[float, int], bool]) -> dict[str, list[int]]:
+    """Experts for whose mean gate, among so many of its router, something holds, with the layers where it does."""
     found: dict[str, list[int]] = {}
     for one in routers:
         for name, mean in zip(one.names, one.mean_gate, strict=True):
-            if mean is not None and least <= mean < most:
+            if mean is not None and holds(mean, len(one.names)):
                 found.setdefault(expert_name(one.router, name), []).append(one.layer)
     return found
 

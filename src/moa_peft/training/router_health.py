@@ -16,7 +16,7 @@ from transformers.trainer_utils import IntervalStrategy
 from moa_peft.mixture.block_hooks import GateRecord, MoALayer
 
 DEAD = 0.01
-"""A mean gate below this is that of a dead expert."""
+"""A mean gate below this is that of a dead expert; see `is_dead`."""
 
 
 STUCK = 0.99
@@ -213,6 +213,16 @@ def trouble_sums(gates: Tensor, real: Tensor) -> Tensor:
     return torch.cat([(gates * weight).sum((0, 1)), stuck.sum((0, 1)), real.sum().reshape(1)])
 
 
+def is_dead(mean_gate: float, num_gates: int) -> bool:
+    """Whether a mean gate is that of an expert that is never used. Of many gates that sum to 1, each is small."""
+    return mean_gate < min(DEAD, 0.08 / num_gates)
+
+
+def expert_name(router: str, name: str) -> str:
+    """Call an expert, or a copy of one, by one name."""
+    return f"copy {name} of {router}" if router else name
+
+
 def find_trouble(
     sums: Mapping[Where, Sequence[float]], names: Mapping[Where, Sequence[str]]
 ) -> dict[str, list[str]]:
@@ -231,8 +241,8 @@ def find_trouble(
         if tokens < FEWEST or len(experts) < 2:
             continue
         for place, name in enumerate(experts):
-            said = f"copy {name} of {router}" if router else name
-            if values[place] / tokens < DEAD:
+            said = expert_name(router, name)
+            if is_dead(values[place] / tokens, len(experts)):
                 found["dead"].append(f"{said} in layer {layer}")
             if values[len(experts) + place] / tokens > 0.5:
                 found["saturated"].append(f"{said} in layer {layer}")
