@@ -57,10 +57,9 @@ class Conversation:
             UsageError: If the conversation is longer than the model reads, or its chat template refuses it.
         """
         import torch
-        from transformers import GenerationConfig
 
         from moa_peft.evaluation.batching import longest_input
-        from moa_peft.evaluation.generation import end_ids
+        from moa_peft.evaluation.generation import end_ids, generation_config
 
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         asked = [*self.turns, {"role": "user", "content": text}]
@@ -71,11 +70,8 @@ class Conversation:
                 f"the conversation has {ids.shape[1]} tokens, the model reads {most}: /reset forgets it"
             )
         room = self.max_new_tokens if most is None else min(self.max_new_tokens, most - ids.shape[1])
-        sampling: dict[str, Any] = {"do_sample": False}
-        if self.temperature > 0:
-            sampling = {"do_sample": True, "temperature": self.temperature, "top_p": 1.0, "top_k": 0}
         ends = sorted(end_ids(model, tokenizer, cast("Any", self.template)))
-        settings = GenerationConfig(max_new_tokens=room, eos_token_id=ends, pad_token_id=ends[0], **sampling)
+        settings = generation_config(max_new_tokens=room, ends=ends, temperature=self.temperature)
         off = not self.use_adapter and self.loaded.adapter is not None
         streamer = _streamer(tokenizer)
         with torch.inference_mode(), model.disable_adapter() if off else nullcontext():

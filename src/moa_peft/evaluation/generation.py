@@ -1,10 +1,11 @@
-"""Greedy answers in batches: left padding, and an end for each row by itself."""
+"""Greedy answers in batches, with left padding and an end for each row by itself; what ends an answer, and how `generate` draws one."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from transformers import GenerationConfig
 
 from moa_peft.data.templates import Template
 from moa_peft.data.tokenization import end_token_id
@@ -36,6 +37,17 @@ def end_ids(model: Any, tokenizer: "PreTrainedTokenizerBase", template: Template
     several = stated if isinstance(stated, list | tuple) else [stated]
     of_turn = end_token_id(tokenizer, template) if template == "chat" else None
     return frozenset(one for one in (*several, tokenizer.eos_token_id, of_turn) if isinstance(one, int))
+
+
+def generation_config(
+    *, max_new_tokens: int, ends: Sequence[int], temperature: float = 0.0, top_p: float = 1.0
+) -> GenerationConfig:
+    """Settings of transformers' `generate` for one answer; at temperature 0 the likeliest tokens, else drawn ones."""
+    draws = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    how = draws if temperature > 0 else {"do_sample": False}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=list(ends), pad_token_id=ends[0], **how
+    )
 
 
 def plan_prompts(prompts: Sequence[Sequence[int]], batch_size: int, max_new_tokens: int) -> list[list[int]]:

@@ -12,10 +12,10 @@ from uuid import uuid4
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from moa_peft.errors import MoAError, RunError, first_line
+from moa_peft.evaluation.generation import generation_config
 
 STOP_S = 2.0
 """Seconds that an engine is waited for at its end."""
@@ -135,13 +135,11 @@ class OneByOne(Engine):
     @torch.inference_mode()
     def _generate(self, prompt: list[int], sampling: Sampling, tell: Any) -> None:
         ids = torch.tensor([prompt], device=self._model.device)
-        draws = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        settings = GenerationConfig(
+        settings = generation_config(
             max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=self._ends,
-            pad_token_id=self._ends[0],
-            do_sample=sampling.temperature > 0,
-            **(draws if sampling.temperature > 0 else {}),
+            ends=self._ends,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
         )
         self._model.generate(
             input_ids=ids,
