@@ -55,7 +55,7 @@ def mathematics(baseline: str = "lora-s4") -> StudySummary:
 
 
 def claims() -> str:
-    """One row a comparison of the larger study."""
+    """One row a comparison of the larger study; nothing is claimed before all its seeds are run."""
     rows = []
     for measure, label, other in CLAIMS:
         method = next((one for one in mathematics(other).methods if one.label == label), None)
@@ -65,7 +65,9 @@ def claims() -> str:
         elif method is not None:
             one = method.losses_versus.get("math_small" if measure == LOSS else "codealpaca")
         mean, error, _, _, detectable, seeds, claim = difference_cells(one, is_loss=measure != FORGETTING)
-        told = "not run yet" if one is None else claim if one.is_found else "not decided"
+        told = claim if one is not None and one.is_found else "not decided"
+        if one is None or one.seeds < len(mathematics().config.seeds):
+            told = "under way"
         rows.append((f"`{label}` less `{other}`", measure, mean, error, detectable, seeds, told))
     return table(("compared", "measure", "difference", "error", "detectable", "seeds", "claim"), rows)
 
