@@ -182,14 +182,14 @@ def run_study(
         study_progress = StudyProgress(planned(study, rows, retry_failed=retry_failed), at_once=at_once)
         stages: tuple[Stage, ...] = ("tuning", "final")
         for stage in stages:
-            jobs = study.jobs(stage, rows, retry_failed=retry_failed)
-            while jobs:  # again: rates that were added, and tests of weights that were trained anew
+            jobs, before = study.jobs(stage, rows, retry_failed=retry_failed), []
+            while jobs != before:  # again: rates that were added, and tests of weights that were trained anew
                 orders = study.orders(jobs, rows, progress=progress)
                 for order, row in (pool or one_by_one(say, study_progress))(orders):
                     append_row(study.folder, row)
                     say(study_progress.done(row, needs_training=needs_training(study.config, order.job)))
                 rows = read_results(study.folder)
-                jobs = study.jobs(stage, rows)
+                jobs, before = study.jobs(stage, rows), jobs
         return rows
 
 
