@@ -100,16 +100,20 @@ class Observer:
         where = Where(record.adapter, layer.block.index, record.router)
         router = layer.mixtures()[record.adapter].routers()[record.router]
         whole = router.config.granularity == "instance"
-        gates = record.gates[:, 0] if whole else record.gates[batch.mask]  # [B, E] or [n, E]
+        device = record.gates.device  # of the block, where a device_map may have put it
+        mask, positions, classes = (
+            None if one is None else one.to(device) for one in (batch.mask, batch.positions, batch.classes)
+        )
+        gates = record.gates[:, 0] if whole else record.gates[mask]  # [B, E] or [n, E]
         threshold: Tensor | None = None
         if record.threshold is not None:
             spread = record.threshold.expand(*record.gates.shape[:2], 1)
-            threshold = (spread[:, 0] if whole else spread[batch.mask]).squeeze(-1)
+            threshold = (spread[:, 0] if whole else spread[mask]).squeeze(-1)
         sums = gate_sums(
             gates,
             threshold=threshold,
-            positions=None if whole else batch.positions,
-            classes=None if whole else batch.classes,
+            positions=None if whole else positions,
+            classes=None if whole else classes,
         )
         self.names[where] = record.names
         self.gates[where] = self.gates[where] + sums if where in self.gates else sums
@@ -134,7 +138,7 @@ class Observer:
         assert self._batch is not None, "observers are set while a batch is observed"
         if where not in self.groups:
             self.groups[where] = ChangeSums(outputs)
-        rows = change.flatten(2)[self._batch.mask]  # [n, D]
+        rows = change.flatten(2)[self._batch.mask.to(change.device)]  # [n, D]
         self.observed.changes.setdefault(where, {})[name] = self.groups[where].reduce(name, rows)
 
 
