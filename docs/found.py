@@ -45,12 +45,11 @@ def found() -> StudySummary:
 
 
 @cache
-def mathematics(baseline: str = "lora-s4") -> StudySummary:
-    """What the committed rows of the larger study say of its domain of mathematics, with differences from one of its methods."""
+def larger(domain: str, baseline: str = "lora-s4") -> StudySummary:
+    """What the committed rows of a domain of the larger study say, with differences from one of its methods."""
     out = str(ROOT / "docs" / "results" / "study-cpu")
-    (config,) = studies_of(
-        load_yaml(ROOT / "studies" / "cpu.yaml"), {"out": out, "baseline": baseline}, "math"
-    )
+    flags = {"out": out, "baseline": baseline}
+    (config,) = studies_of(load_yaml(ROOT / "studies" / "cpu.yaml"), flags, domain)
     return read_summary(config)
 
 
@@ -58,7 +57,7 @@ def claims() -> str:
     """One row a comparison of the larger study; nothing is claimed before all its seeds are run."""
     rows = []
     for measure, label, other in CLAIMS:
-        method = next((one for one in mathematics(other).methods if one.label == label), None)
+        method = next((one for one in larger("math-finals", other).methods if one.label == label), None)
         one = None
         if method is not None and measure == FORGETTING:
             one = method.forgetting_versus
@@ -66,7 +65,7 @@ def claims() -> str:
             one = method.losses_versus.get("math_small" if measure == LOSS else "codealpaca")
         mean, error, _, _, detectable, seeds, claim = difference_cells(one, is_loss=measure != FORGETTING)
         told = claim if one is not None and one.is_found else "not decided"
-        if one is None or one.seeds < len(mathematics().config.seeds):
+        if one is None or one.seeds < len(larger("math-finals").config.seeds):
             told = "under way"
         rows.append((f"`{label}` less `{other}`", measure, mean, error, detectable, seeds, told))
     return table(("compared", "measure", "difference", "error", "detectable", "seeds", "claim"), rows)
@@ -83,9 +82,9 @@ def choices() -> str:
             nats(one.loss),
             *difference_cells(one.versus, is_loss=True)[:2],
         )
-        for label, one in mathematics().choices.items()
+        for label, one in larger("math").choices.items()
     ]
-    over = f"less `{mathematics().config.baseline}`"
+    over = f"less `{larger('math').config.baseline}`"
     return table(("method", "trained", "rates tried", "chosen", "validation loss", over, "error"), rows)
 
 

@@ -36,7 +36,7 @@ def test_every_row_names_commit_config_versions_seed_and_data() -> None:
         assert {name: one.file_md5 for name, one in row.tests.items()}.items() <= files.items()
 
 
-@pytest.mark.parametrize(("study", "domain"), [("cpu-small", None), ("cpu", "math")])
+@pytest.mark.parametrize(("study", "domain"), [("cpu-small", None), ("cpu", "math"), ("cpu", "math-finals")])
 def test_the_report_comes_out_of_the_rows_byte_for_byte(
     study: str, domain: str | None, tmp_path: Path
 ) -> None:

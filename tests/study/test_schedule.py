@@ -182,6 +182,8 @@ def test_only_finalists_are_run_with_every_seed() -> None:
     runs = final_runs(only, {"soft-moa": 1e-2, "lora": 1e-3})
     assert [run.label for run in runs] == ["frozen", "lora", "lora"]
     assert len(tuning_runs(only)) == 8
+    none = dataclasses.replace(CONFIG, finalists=())
+    assert final_runs(none, {"soft-moa": 1e-2, "lora": 1e-3}) == [], "not the frozen model either"
 
 
 def test_the_factors_of_a_method_are_in_its_recipe_and_its_hash() -> None:

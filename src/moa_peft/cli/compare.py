@@ -126,21 +126,28 @@ def run_all(
 
 def outcome_text(summary: "StudySummary", *, has_report: bool) -> str:
     """Write what a study has found and where it lies, for a person."""
-    from moa_peft.study.formatting import percent, run_name
+    from moa_peft.study.formatting import nats, percent, run_name
+    from moa_peft.study.schedule import rate_text
 
     folder = Path(summary.config.out)
     by_loss = not any(one.mean for one in summary.methods)
-    lines = [
+    what = "loss of the answers, nats a token" if by_loss else "mean accuracy over tests"
+    lines = [f"{what}, ± standard error over seeds:"]
+    lines += [
         f"  {one.label}: " + (_losses(one) if by_loss else f"{percent(one.mean)} %")
         for one in summary.methods
     ]
+    if not summary.methods:
+        lines = ["learning rates chosen, and the loss of the validation answers, nats a token:"]
+        lines += [
+            f"  {label}: {rate_text(one.rate)}, {nats(one.loss)}" for label, one in summary.choices.items()
+        ]
     lines += [f"failed    {run_name(row)}: {row.failure}" for row in summary.failures]
     lines += [f"missing   {one}" for one in summary.missing]
     report = f"report    {folder / 'report.md'}, {folder / 'report.html'}"
     lines.append(report if has_report else f"no report: {install_hint('report')}")
     lines.append(f"rows      {folder / 'results.jsonl'}")
-    what = "loss of the answers, nats a token" if by_loss else "mean accuracy over tests"
-    return "\n".join([f"{what}, ± standard error over seeds:", *lines])
+    return "\n".join(lines)
 
 
 def _losses(method: "MethodSummary") -> str:

@@ -167,6 +167,10 @@ class StudyConfig:
         """The methods' labels, in their order."""
         return [one.label for one in self.methods]
 
+    def finalist_labels(self) -> list[str]:
+        """Labels of the methods that are run with every seed and tested, in the methods' order."""
+        return [one for one in self.labels() if self.finalists is None or one in self.finalists]
+
     def trainer_of(self, method: Method) -> dict[str, Any]:
         """The trainer's fields of a method's runs, all but the learning rate."""
         fields = {**TRAINER_DEFAULTS, **self.trainer, **method.trainer}

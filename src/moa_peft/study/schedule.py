@@ -187,22 +187,19 @@ def _best_rate(
 
 
 def final_runs(config: StudyConfig, chosen: Mapping[str, float | None]) -> list[Run]:
-    """The base model and every method with every seed, seed by seed, so that a part of a study is comparable.
+    """The base model and every finalist with every seed, seed by seed, so that a part of a study is comparable.
 
-    ``chosen`` has the learning rate of each method by label, from `choose_rates`; a method without one is left out.
+    ``chosen`` has the learning rate of each method by label, from `choose_rates`; a method without one is left out. Without
+    finalists nothing is run, not the base model either.
     """
-    runs = [Run(label=FROZEN)]
+    finalists = [one for one in config.methods if one.label in config.finalist_labels()]
+    runs = [Run(label=FROZEN)] if finalists else []
     for seed in config.seeds:
-        for one in config.methods:
-            rate = chosen.get(one.label) if is_finalist(config, one) else None
+        for one in finalists:
+            rate = chosen.get(one.label)
             if rate is not None:
                 runs.append(Run(label=one.label, method=one, learning_rate=rate, seed=seed))
     return runs
-
-
-def is_finalist(config: StudyConfig, method: Method) -> bool:
-    """Whether a method is run with every seed and tested."""
-    return config.finalists is None or method.label in config.finalists
 
 
 def possible_runs(config: StudyConfig, tried: Mapping[str, Sequence[float]]) -> list[Run]:

@@ -108,7 +108,9 @@ def _head(summary: StudySummary) -> Section:
     done = summary.planned - len(summary.missing)
     texts = [
         f"Each method is trained on the same {trained}, with the same epochs and batches and {how}.",
-        f"There is a run for each of the seeds {seeds}. No test question had a part in any choice.",
+        f"There is a run for each of the seeds {seeds}. No test question had a part in any choice."
+        if config.finalist_labels()
+        else "No method is run with every seed or tested: the study has no finalists.",
         f"{done} of {summary.planned} runs are done, learning rates that were tried included. "
         + ("Missing:" if summary.missing else "Nothing is missing."),
     ]
@@ -116,8 +118,9 @@ def _head(summary: StudySummary) -> Section:
 
 
 def _accuracy(summary: StudySummary) -> Section | None:
-    if not any(one.tests for one in summary.methods) and any(one.losses for one in summary.methods):
-        return None  # the tests are of losses alone
+    are_losses = not any(one.tests for one in summary.methods) and any(one.losses for one in summary.methods)
+    if are_losses or not summary.config.finalist_labels():
+        return None
     rows = [
         [
             one.label,

@@ -15,7 +15,6 @@ from moa_peft.study.schedule import (
     Run,
     choose_rates,
     final_runs,
-    is_finalist,
     run_hash,
     tried_rates,
     tuning_runs,
@@ -132,14 +131,14 @@ def summarise(
         if row is not None and (row.failure is None or row.tests):
             found[run.label].append(row)
     tasks = [*tests, *forgetting]
-    finalists = [one.label for one in config.methods if is_finalist(config, one)]
+    finalists = config.finalist_labels()
     missing = [f"{run.name}, tried on validation rows" for run, row in tried if row is None]
     missing += [one for run, row in finals for one in _missing(run, row, tasks)]
     missing += [
         f"{label}, seed {seed}: no learning rate is chosen"
-        for label in config.labels()
+        for label in finalists
         for seed in config.seeds
-        if chosen[label] is None and label in finalists
+        if chosen[label] is None
     ]
     used = tuple(row for _, row in (*tried, *finals) if row is not None)
     return StudySummary(
@@ -155,7 +154,7 @@ def summarise(
         failures=tuple(row for row in used if row.failed(tasks)),
         missing=tuple(missing),
         rows=used,
-        planned=len(tried) + 1 + len(finalists) * len(config.seeds),
+        planned=len(tried) + (1 + len(finalists) * len(config.seeds) if finalists else 0),
     )
 
 
