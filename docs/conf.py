@@ -38,7 +38,7 @@ html_css_files = ["tables.css"]
 html_copy_source = False
 html_show_sphinx = False
 
-_MARK = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
+_MARK = re.compile(r"^\*\(`make docs` puts `(\w+)` here\.\)\*$", re.MULTILINE)
 
 
 def _fill_in(app: Any, page: str, source: list[str]) -> None:

@@ -238,7 +238,7 @@ GENERATED: Mapping[str, Any] = {
     "found_losses": losses,
     "found_routers": routers,
 }
-"""What can stand in a page as ``<!-- generated: NAME -->``."""
+"""What can stand in a page, by the name in its mark, which readers of the bare page see."""
 
 
 def main() -> None:

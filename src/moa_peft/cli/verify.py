@@ -20,7 +20,7 @@ def verify(
 
     Exit code 0 if every file holds, 1 if one failed, 2 if one could not be compared.
 
-    Example: moa verify golden/*.safetensors
+    Example: moa verify reference/*.safetensors
     """
     from moa_peft.errors import UsageError
     from moa_peft.official.parity import compare

@@ -34,8 +34,8 @@ _MEDIA = ("image", "images", "video", "videos", "audio")
 """Fields of what is no text, as TRL names them."""
 
 NEEDED = (
-    "a row needs instruction and output (input and answer may be added), or prompt and completion, or messages that "
-    "end with the assistant's turn"
+    "a row needs instruction and output (input and answer may be added), or prompt and completion, or messages of one "
+    "exchange: user and assistant, with a system turn before them or without"
 )
 
 
