@@ -6,6 +6,8 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 runner=${1:?give the folder of a clone of peft}/method_comparison/MetaMathQA
+[ -f "$runner/run.py" ] || { echo "$runner has no run.py: give the folder of a clone of peft" >&2; exit 2; }
+command -v moa >/dev/null || { echo "moa is not on the path: source .venv/bin/activate" >&2; exit 2; }
 mkdir -p "$runner/experiments/moa"
 cp -r "$here/studies/peft_comparison/experiments/moa/." "$runner/experiments/moa"
 cd "$runner"

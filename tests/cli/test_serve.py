@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -42,14 +43,15 @@ def test_what_cannot_be_served_is_refused(words: list[str], message: str) -> Non
 
 @pytest.fixture
 def with_vllm(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """vLLM as if it were installed; gives the commands that take the place of this process."""
+    """vLLM as if it were installed; gives the commands that take the place of this process, on a CPU."""
     started: list[list[str]] = []
 
-    def start(program: str, command: list[str]) -> None:
+    def start(program: str, command: list[str], environment: dict[str, str]) -> None:
+        assert environment == {"VLLM_CPU_KVCACHE_SPACE": "4"} | dict(os.environ)
         started.append(command)
         raise SystemExit(0)
 
-    monkeypatch.setattr(os, "execv", start)
+    monkeypatch.setattr(os, "execve", start)
     monkeypatch.setattr(extras, "is_installed", lambda module: True)
     return started
 
@@ -128,15 +130,20 @@ def test_a_signal_ends_the_server_and_its_requests_within_five_seconds(
         str(save_adapter(tmp_path / "two", base, {"router": {"granularity": "instance"}})),
     ]
     command = [sys.executable, "-c", "from moa_peft.cli import main; main()", "serve", *runs, "--port", "0"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
-    ) as process:
+    with (
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+        ) as process,
+        ExitStack() as at_the_end,
+    ):
+        at_the_end.callback(process.kill)  # a server that is left running would be waited for
         assert process.stdout is not None
         assert process.stderr is not None
-        told = [process.stdout.readline() for _ in range(3)]
-        assert "continuous batching\n" in told[0]
-        assert "generate, one request after another (its gates" in told[1]
-        found = re.match(r"http://127.0.0.1:\d+/v1", told[2])
+        loading, one, two, address = [process.stdout.readline() for _ in range(4)]
+        assert loading == f"loading {runs[0]}, {runs[1]} ...\n"
+        assert "continuous batching\n" in one
+        assert "generate, one request after another (its gates" in two
+        found = re.match(r"http://127.0.0.1:\d+/v1", address)
         assert found is not None
         with OpenAI(base_url=found[0], api_key="none") as client:
             streams = [

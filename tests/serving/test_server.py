@@ -157,9 +157,14 @@ def post(path: str, body: str) -> tuple[int, dict[str, Any]]:
 @pytest.mark.parametrize(
     ("changes", "status", "code", "message"),
     [
-        ({"model": "nope"}, 404, "model_not_found", "model 'nope' is not served: first, whole, paper"),
-        ({"prompt": "x" * 1100}, 400, "context_length_exceeded", "the prompt has 1100 tokens"),
-        ({"max_tokens": 1024}, 400, "context_length_exceeded", "asks for 1024"),
+        (
+            {"model": "nope"},
+            404,
+            "model_not_found",
+            "there is no model 'nope' here: this server has first, whole, paper",
+        ),
+        ({"prompt": "x" * 1100}, 400, "context_length_exceeded", "a prompt of 1100 tokens: this model"),
+        ({"max_tokens": 1024}, 400, "context_length_exceeded", "and 1024 more are asked for"),
         ({"prompt": ["a", "b"]}, 400, None, "one prompt a request"),
         ({"prompt": [1, 257]}, 400, None, "outside 0..256"),
         ({"prompt": ""}, 400, None, "not empty"),

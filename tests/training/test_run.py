@@ -18,6 +18,7 @@ from moa_peft.training import prepare as preparing
 from moa_peft.training.checkpoints import find_checkpoints
 from moa_peft.training.recipe import Recipe
 from moa_peft.training.run import train
+from moa_peft.training.trainer_settings import trainer_fields
 
 Recipes = Callable[..., Recipe]
 
@@ -45,6 +46,17 @@ def plain_loss(recipe: Recipe, count: int | None = None) -> float:
         total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
         tokens += int((labels != -100).sum())
     return total / tokens
+
+
+def test_a_short_run_logs_and_writes_checkpoints_before_its_end_unless_the_recipe_says_when(
+    settings_of: Callable[..., dict[str, Any]],
+) -> None:
+    """The loss last logged of nine steps was that of the first."""
+    settings = settings_of(max_steps=40)
+    for given, logging, saving in (({}, 8, 2), ({"logging_steps": 30, "save_steps": 7}, 30, 7)):
+        own = {key: value for key, value in settings.items() if key != "logging_steps"} | given
+        args = preparing.prepare(Recipe.from_mapping(own, trainer_fields())).trainer.args
+        assert (args.logging_steps, args.save_steps) == (logging, saving)
 
 
 def test_a_run_leaves_exactly_the_files_it_promises_and_the_loss_falls(recipe_of: Recipes) -> None:

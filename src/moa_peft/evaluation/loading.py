@@ -364,7 +364,8 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise UsageError(
-            f"adapter {name} is no folder here, and the hub does not give it: {first_line(error)}"
+            f"adapter {name} is no folder here, and the hub does not give it ({first_line(error)}): give the folder that "
+            "`moa train --output_dir` wrote"
         ) from error
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import cb_logits_processors as processors
-from transformers.generation.continuous_batching.utils import logger as cb_logger
 
 from moa_peft.errors import RunError
 from moa_peft.mixture.block_hooks import packed_weights
@@ -77,7 +76,8 @@ class Batched(Engine):
         bare = model.get_base_model() if hasattr(model, "get_base_model") else model
         if not getattr(bare, "_supports_attention_backend", False):
             raise RunError("its attention is not transformers' attention interface")
-        cb_logger.setLevel(logging.CRITICAL)  # its errors are told to those who asked
+        # its errors are told to those who asked
+        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
         with ExitStack() as undo:
             undo.enter_context(packed_weights(bare))
             # this also packs the weights, which must not happen while a graph is captured

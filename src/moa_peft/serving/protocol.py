@@ -113,7 +113,8 @@ def read_request(body: bytes, *, chat: bool) -> Asked:
     temperature = temperature if temperature >= _COLDEST else 0.0
     if "seed" in fields and temperature > 0:
         raise ApiError(
-            "seed is not supported: answers are drawn together. temperature 0 needs none", parameter="seed"
+            "seed is not supported: requests are sampled in one batch. temperature 0 needs none",
+            parameter="seed",
         )
     options = _of_kind(fields, "stream_options", {}, dict)
     return Asked(

@@ -67,10 +67,10 @@ class Served:
         """
         room = self.engine.room - tokens
         most = asked.max_tokens or (room if asked.is_chat else min(room, _COMPLETION_TOKENS))
-        if not tokens or most < 1 or most > room:
+        if not tokens or not 1 <= most <= room:
+            more = f", and {asked.max_tokens} more are asked for" if asked.max_tokens else ""
             raise ApiError(
-                f"the prompt has {tokens} tokens (at least 1 is needed) and asks for {max(most, 1)} more: this model holds "
-                f"{self.engine.room} in all",
+                f"a prompt of {tokens} tokens{more}: this model holds {self.engine.room} in all, and needs one to begin with",
                 parameter="messages" if asked.is_chat else "prompt",
                 code="context_length_exceeded",
             )

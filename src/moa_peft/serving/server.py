@@ -28,13 +28,17 @@ _GRACE_S = 2
 def build_app(models: Mapping[str, Served]) -> Starlette:
     """The application that answers for some models, by their names."""
 
+    def served_as(name: str) -> Served:
+        if name not in models:
+            known = ", ".join(models)
+            raise ApiError(
+                f"there is no model {name!r} here: this server has {known}", 404, "model", "model_not_found"
+            )
+        return models[name]
+
     async def complete(request: Request) -> Response:
         asked = read_request(await request.body(), chat="chat" in request.url.path)
-        if asked.model not in models:
-            raise ApiError(
-                f"model {asked.model!r} is not served: {', '.join(models)}", 404, "model", "model_not_found"
-            )
-        served = models[asked.model]
+        served = served_as(asked.model)
         prompt = served.tokens(asked)
         sampling = served.sampling(asked, len(prompt))
         text = AnswerText(served.tokenizer, served.ends, asked.stop)
@@ -58,10 +62,7 @@ def build_app(models: Mapping[str, Served]) -> Starlette:
 
     async def one_model(request: Request) -> Response:
         name = request.path_params["name"]
-        if name not in models:
-            raise ApiError(
-                f"model {name!r} is not served: {', '.join(models)}", 404, "model", "model_not_found"
-            )
+        served_as(name)
         return JSONResponse(_about(name))
 
     async def health(request: Request) -> Response:  # noqa: ARG001  # Starlette's

@@ -28,7 +28,7 @@ from moa_peft.training.rows import TrainingRows, encode, read_rows
 from moa_peft.training.trainer import AdapterTrainer
 from moa_peft.training.trainer_settings import REFUSED_BY_TRAINER, build_settings, check_trainer
 
-_LEAST_CHECKPOINTS = 20
+_LEAST_LOGS, _LEAST_CHECKPOINTS = 5, 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,7 +161,7 @@ def _prepare(recipe: Recipe, folder: Path) -> Preparation:
     steps = _count_steps(trainer)
     if resume_from is not None and step_of(resume_from) < steps:
         check_state(resume_from)
-    recipe = _with_dtype(_with_checkpoints(recipe, trainer, steps), model)
+    recipe = _with_dtype(_with_intervals(recipe, trainer, steps), model)
     trained = [one.numel() for one in trainer.wrapped.parameters() if one.requires_grad]
     plan = Plan(
         method=recipe.method,
@@ -190,12 +190,19 @@ def _prepare(recipe: Recipe, folder: Path) -> Preparation:
     )
 
 
-def _with_checkpoints(recipe: Recipe, trainer: AdapterTrainer, steps: int) -> Recipe:
-    """Let a short run write checkpoints as well, so that it can be gone on with, unless the recipe says when."""
-    if "save_steps" in recipe.trainer or trainer.args.load_best_model_at_end:
-        return recipe
-    trainer.args.save_steps = max(1, min(int(trainer.args.save_steps), steps // _LEAST_CHECKPOINTS))
-    return dataclasses.replace(recipe, trainer={**recipe.trainer, "save_steps": trainer.args.save_steps})
+def _with_intervals(recipe: Recipe, trainer: AdapterTrainer, steps: int) -> Recipe:
+    """Let a short run log, and write checkpoints so that it can be gone on with, unless the recipe says when."""
+    least = {"logging_steps": _LEAST_LOGS, "save_steps": _LEAST_CHECKPOINTS}
+    if trainer.args.load_best_model_at_end:
+        del least["save_steps"]
+    found = {
+        name: max(1, min(int(getattr(trainer.args, name)), steps // times))
+        for name, times in least.items()
+        if name not in recipe.trainer
+    }
+    for name, interval in found.items():
+        setattr(trainer.args, name, interval)
+    return dataclasses.replace(recipe, trainer={**recipe.trainer, **found})
 
 
 def _with_dtype(recipe: Recipe, model: Any) -> Recipe:

@@ -26,7 +26,7 @@ TRAINER_DEFAULTS: Mapping[str, Any] = {
     "bf16": False,
     "gradient_checkpointing": False,
     "gradient_checkpointing_kwargs": {"use_reentrant": False},
-    "logging_steps": 10,
+    "logging_steps": 10,  # in a run that would have fewer than five logs a fifth of its steps
     "logging_first_step": True,
     "save_strategy": "steps",
     "save_steps": 200,  # in a run that would have fewer than twenty checkpoints a twentieth of its steps
