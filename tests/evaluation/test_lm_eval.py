@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from moa_peft.evaluation.tasks import load_tasks
 from moa_peft.json_lines import read_rows
 from tiny_lm import byte_tokenizer, choice_rows, save_adapter, save_base, tiny_llama, with_mixture
 
-pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+lm_eval = pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
 DATA = Path(__file__).parents[2] / "../shared/data"
 QUESTIONS = [as_question(row) for row in choice_rows(24)]
@@ -224,6 +225,25 @@ def test_a_task_whose_data_cannot_be_had_is_a_users_mistake(tmp_path: Path) -> N
     model = tiny_llama()
     with pytest.raises(UsageError, match=r"lm-eval: .*mine\.jsonl"):
         run_harness(model, byte_tokenizer(), options, identity=identify(model))
+
+
+def test_a_figure_that_is_no_number_does_not_cost_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = write_task(tmp_path / "tasks", "mine", QUESTIONS)
+    simple_evaluate = lm_eval.simple_evaluate
+
+    def with_nan(*words: Any, **options: Any) -> Any:
+        found = simple_evaluate(*words, **options)
+        found["results"]["mine"]["mean,none"] = math.nan
+        return found
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", with_nan)
+    model = tiny_llama()
+    options = HarnessOptions(tasks=("mine",), task_folder=folder, out=tmp_path / "out")
+    (result,) = run_harness(model, byte_tokenizer(), options, identity=identify(model))
+    assert result.row.metrics["mean,none"] is None
+    assert result.row.metrics["acc,none"] is not None
 
 
 def test_a_harness_that_gives_nothing_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

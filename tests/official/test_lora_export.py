@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
@@ -99,6 +99,20 @@ def test_modules_that_share_the_end_of_their_names_are_told_apart(tmp_path: Path
     """GPT-2 calls the last layer of its attention and that of its MLP by one name."""
     config = check_constant_gates("gpt2", "attention alone", tmp_path)
     assert config["target_modules"] == ["attn.c_proj"]
+
+
+def test_a_module_of_another_size_with_the_name_of_a_target_gets_zeros_of_its_size(tmp_path: Path) -> None:
+    """A vision tower's q_proj got those of the decoder's, and PEFT could not load the file."""
+    base = base_model("llama")
+    base.vision_tower = nn.ModuleDict(
+        {"0": nn.ModuleDict({"self_attn": nn.ModuleDict({"q_proj": nn.Linear(4, 6)})})}
+    )
+    lora = {"model.layers.0.self_attn.q_proj": (torch.ones(2, 32), torch.ones(32, 2))}
+    write_lora(tmp_path, base, lora)
+    found = load_file(tmp_path / "adapter_model.safetensors")
+    name = "base_model.model.vision_tower.0.self_attn.q_proj.lora_{}.weight"
+    assert found[name.format("A")].shape == (2, 4)
+    assert found[name.format("B")].shape == (6, 2)
 
 
 def check_constant_gates(family: str, case: str, folder: Path) -> dict[str, Any]:

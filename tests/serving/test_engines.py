@@ -64,6 +64,23 @@ def test_after_a_request_that_fails_the_next_is_answered(kind: Any) -> None:
     assert engine.close()
 
 
+def test_requests_that_are_given_up_leave_nothing_behind() -> None:
+    """Each left an output with its whole prompt in a queue that nobody reads."""
+    engine = Batched(mixture_model("llama", "soft-moa"), 64, [2])
+
+    async def give_up() -> None:
+        stream = engine.stream(
+            tokens(1, 5)[0].tolist(), Sampling(max_new_tokens=40, temperature=1.0, top_p=1.0)
+        )
+        await anext(stream)
+        await stream.aclose()
+
+    for _ in range(8):
+        asyncio.run(give_up())
+    assert engine._manager.output_router.output_queue.qsize() <= 1
+    assert engine.close()
+
+
 def test_gates_of_whole_prompts_are_asked_one_by_one() -> None:
     engine, why = make_engine(mixture_model("llama", "unipeft"), 64, [2])
     assert isinstance(engine, OneByOne)

@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 from openai import APIStatusError, AsyncOpenAI, OpenAI
 
 from moa_peft.evaluation.loading import LoadedModel, load, read_adapter
+from moa_peft.serving import served as served_module
 from moa_peft.serving.batching import Batched
 from moa_peft.serving.engines import OneByOne
 from moa_peft.serving.served import Served, load_served
@@ -43,6 +45,29 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     save_adapter(folder / "whole", base, {"router": {"granularity": "instance"}})
     save_adapter(folder / "paper", base, template="paper")
     return {name: str(folder / name) for name in ("first", "whole", "paper")}
+
+
+def test_runs_on_one_base_model_hold_its_weights_once_whichever_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of runs on the bases A, B and B, B was held twice."""
+    runs = {}
+    for name, seed in (("one", 1), ("two", 2), ("three", 2)):
+        adapter = save_adapter(tmp_path / name, save_base(tmp_path / f"base{name}", seed=seed))
+        runs[name] = str(adapter)
+    models: list[Any] = []
+    monkeypatch.setattr(served_module, "make_engine", lambda model, *_, **__: (models.append(model), None))
+    load_served(runs)
+    one, two, three = (
+        {
+            tensor.data_ptr()
+            for name, tensor in model.named_parameters()
+            if ".moa." not in name and tensor.dim() > 1
+        }
+        for model in models
+    )
+    assert two == three
+    assert not one & two
 
 
 @pytest.fixture(scope="module")

@@ -146,6 +146,17 @@ def test_what_vllm_would_serve_wrong_is_refused_and_nothing_written(base: Path, 
     assert not (base.parent / "served").exists()
 
 
+def test_an_adapter_whose_weights_are_missing_or_cut_off_is_refused(base: Path) -> None:
+    adapter = save_adapter(base.parent / "adapter", base)
+    weights = adapter / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UsageError, match="is damaged or cut off"):
+        export(adapter)
+    weights.unlink()
+    with pytest.raises(UsageError, match=f"holds no {WEIGHTS}"):
+        export(adapter)
+
+
 def test_the_command_names_the_config_format_of_a_folder_without_a_config(base: Path) -> None:
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base)]
     assert vllm_command(base, "0.0.0.0", 80) == [*words, "--host", "0.0.0.0", "--port", "80"]

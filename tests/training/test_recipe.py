@@ -133,6 +133,7 @@ def test_the_recipes_own_values_go_before_the_defaults() -> None:
         ("adam_beta2", 1.5, "a number from 0 to below 1"),
         ("num_train_epochs", 0, "a number above 0"),
         ("save_steps", 0, "a number above 0"),
+        ("max_grad_norm", float("inf"), "a number from 0"),
         ("max_steps", 1.5, "a whole number"),
         ("packing", "yes", "true or false"),
         ("run_name", 3, "text or null"),
@@ -148,7 +149,7 @@ def test_a_trainer_value_of_the_wrong_kind_is_named(name: str, value: Any, wante
 @pytest.mark.parametrize(
     "trainer",
     [
-        {"max_grad_norm": float("inf")},
+        {"max_grad_norm": 0},
         {"max_steps": 3, "num_train_epochs": -1},
         {"save_strategy": "no", "save_steps": 0},
         {"logging_strategy": "epoch", "logging_steps": 0},

@@ -159,6 +159,46 @@ def test_resuming_a_finished_run_elsewhere_with_other_saving_writes_its_adapter_
     assert json.loads((tmp_path / "run" / "moa_recipe.json").read_text())["resume"] is False
 
 
+def test_a_resumed_run_logs_and_saves_as_its_own_recipe_says(recipe_of: Recipes) -> None:
+    """The intervals of the checkpoint were kept, without a word."""
+    train(recipe_of(save_steps=2, save_total_limit=None))
+    folder = Path(recipe_of().output_dir)
+    checkpoints.unmark(folder / "checkpoint-4")
+    train(recipe_of(save_steps=1, logging_steps=2, save_total_limit=None, resume=True))
+    assert {one.name for one in checkpoints.find_checkpoints(folder).complete} == {
+        "checkpoint-2", "checkpoint-3", "checkpoint-4",
+    }  # fmt: skip
+    history = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    assert [one["step"] for one in history] == [1, 2, 4]
+
+
+def test_an_order_of_rows_that_cannot_be_found_again_is_not_resumed(recipe_of: Recipes) -> None:
+    settings = {"save_steps": 2, "train_sampling_strategy": "group_by_length"}
+    train(recipe_of(**settings))
+    with pytest.raises(
+        UsageError, match="group_by_length, whose order of rows a resumed run cannot find again"
+    ):
+        train(recipe_of(**settings, resume=True))
+
+
+def test_the_best_weights_of_a_finished_run_are_found_where_its_folder_was_moved_to(
+    recipe_of: Recipes, rows_file: Path, tmp_path: Path
+) -> None:
+    settings = {
+        "validation": str(rows_file), "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2,
+        "load_best_model_at_end": True, "greater_is_better": True,  # the highest loss: that of the first checkpoint
+    }  # fmt: skip
+    train(recipe_of(**settings))
+    best = weights_of(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    train(recipe_of(**settings, resume=True, output_dir=str(tmp_path / "moved")))
+    assert weights_of(tmp_path / "moved") == best != weights_of(tmp_path / "moved" / "checkpoint-4")
+
+
+def weights_of(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
 def test_a_run_cut_off_before_its_first_checkpoint_starts_over(recipe_of: Recipes) -> None:
     train(recipe_of(save_steps=2))
     for one in checkpoints.find_checkpoints(Path(recipe_of().output_dir)).complete:

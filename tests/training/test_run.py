@@ -249,12 +249,13 @@ def test_an_output_folder_that_holds_anything_is_refused_and_left_alone(
     recipe_of: Recipes, tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "mine.txt").write_text("keep")
+    for name in ("mine.txt", ".mine.tmp"):
+        (tmp_path / "run" / name).write_text("keep")
     with pytest.raises(
         UsageError, match=r"run exists and is not empty: choose another one, delete it, or add --resume"
     ):
         train(recipe_of())
-    assert [one.name for one in (tmp_path / "run").iterdir()] == ["mine.txt"]
+    assert {one.name for one in (tmp_path / "run").iterdir()} == {"mine.txt", ".mine.tmp"}
 
 
 def test_a_second_process_in_the_same_folder_is_refused_and_a_killed_ones_drafts_are_removed(
@@ -262,13 +263,14 @@ def test_a_second_process_in_the_same_folder_is_refused_and_a_killed_ones_drafts
 ) -> None:
     """Two runs at once wrote one folder; one adapter was neither's."""
     (tmp_path / "run/.adapter-left").mkdir(parents=True)
+    (tmp_path / "run/moa_recipe.json").write_text("{}")
     with (
         FileLock(tmp_path / "run/.lock"),
         pytest.raises(UsageError, match=r"another process works in .*run: wait for it"),
     ):
         train(recipe_of())
     preparation = preparing.prepare(recipe_of())
-    assert [one.name for one in (tmp_path / "run").iterdir()] == [".lock"]
+    assert {one.name for one in (tmp_path / "run").iterdir()} == {".lock", "moa_recipe.json"}
     with pytest.raises(TimeoutError):
         FileLock(tmp_path / "run/.lock", timeout=0).acquire()
     preparing.discard(preparation)

@@ -230,8 +230,11 @@ def _result(
         task=name,
         task_version=str(found["versions"].get(name)),
         n=len({one.get("doc_id", place) for place, one in enumerate(samples)}),
-        # what the harness cannot give ("N/A") is None
-        metrics={key: float(one) if isinstance(one, int | float) else None for key, one in figures.items()},
+        # what the harness cannot give ("N/A", nan) is None
+        metrics={
+            key: float(one) if isinstance(one, int | float) and math.isfinite(one) else None
+            for key, one in figures.items()
+        },
         task_config=json.dumps(_finite_json(found["configs"].get(name)), sort_keys=True),
         num_fewshot=found["n-shot"].get(name),
         **shared,

@@ -134,6 +134,21 @@ def read_mixture_config(adapter: AdapterFolder) -> MoAConfig:
     return config
 
 
+def read_weights(adapter: AdapterFolder) -> dict[str, Tensor]:
+    """Read the weights of an adapter folder by the names of its file.
+
+    Raises:
+        UsageError: If they cannot be read.
+    """
+    file = adapter.path / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        raise UsageError(f"{adapter.name} holds no {file.name}: save the adapter with PEFT's save_pretrained")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise UsageError(f"{file} is damaged or cut off: {error}") from error
+
+
 def read_mixture_weights(adapter: AdapterFolder) -> Weights:
     """Read the weights of an adapter folder by block and by name in the block's mixture.
 
@@ -141,12 +156,7 @@ def read_mixture_weights(adapter: AdapterFolder) -> Weights:
         UsageError: If they cannot be read, or some belong to no mixture.
     """
     file = adapter.path / SAFETENSORS_WEIGHTS_NAME
-    if not file.is_file():
-        raise UsageError(f"{adapter.name} holds no {file.name}: save the adapter with PEFT's save_pretrained")
-    try:
-        stored = load_file(file)
-    except SafetensorError as error:
-        raise UsageError(f"{file} is damaged or cut off: {error}") from error
+    stored = read_weights(adapter)
     check_values(stored, adapter.name)
     weights: Weights = {}
     for key, tensor in stored.items():

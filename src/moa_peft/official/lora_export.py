@@ -235,7 +235,7 @@ def write_lora(
     tensors: dict[str, Tensor] = {}
     for path in modules:
         if any(path == one or path.endswith(f".{one}") for one in config.target_modules or ()):
-            for letter, tensor in zip("AB", lora.get(path) or _zeros(path, lora), strict=True):
+            for letter, tensor in zip("AB", lora.get(path) or _zeros(modules[path], rank), strict=True):
                 tensors[f"base_model.model.{path}.lora_{letter}.weight"] = tensor
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
@@ -278,10 +278,11 @@ def _in_block(path: str) -> str:
     return ".".join(parts[numbers[-1] + 1 :] if numbers else parts)
 
 
-def _zeros(path: str, lora: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """A LoRA that changes nothing, of the sizes of the same module in another block."""
-    like = next(pair for other, pair in lora.items() if _in_block(other) == _in_block(path))
-    return torch.zeros_like(like[0]), torch.zeros_like(like[1])
+def _zeros(module: Any, rank: int) -> tuple[Tensor, Tensor]:
+    """A LoRA that changes nothing, of the sizes of a linear layer: a vision tower's may have a decoder's name."""
+    if type(module).__name__ == "Conv1D":
+        return torch.zeros(rank, module.nx), torch.zeros(module.nf, rank)
+    return torch.zeros(rank, module.in_features), torch.zeros(module.out_features, rank)
 
 
 def _rows(data: str, held_out: str | None, limit: int | None, seed: int) -> tuple[list[Row], list[Row]]:

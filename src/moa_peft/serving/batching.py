@@ -146,7 +146,12 @@ class Batched(Engine):
 
     def _cancel(self, request: str) -> None:
         self._manager.cancel_request(request)
-        self._manager.output_router.result_handlers.pop(request, None)
+        router = self._manager.output_router
+        router.result_handlers.pop(request, None)
+        while (
+            not router.output_queue.empty()
+        ):  # what came of earlier ones after they were cancelled, and nobody reads
+            router.output_queue.get_nowait()
 
 
 def _tried_prompts(model: Any) -> list[tuple[int, ...]]:

@@ -101,10 +101,10 @@ def load_served(
     """
     loaded = {}
     for name, run in runs.items():
-        loaded[name] = load(model, read_adapter(run), dtype=dtype, init_kwargs=init_kwargs)
-        first = next(iter(loaded.values()))
-        if loaded[name] is not first:
-            _share_weights(first.model, loaded[name].model)
+        one = load(model, read_adapter(run), dtype=dtype, init_kwargs=init_kwargs)
+        for other in loaded.values():
+            _share_weights(other.model, one.model)
+        loaded[name] = one
     served: dict[str, tuple[Served, str | None]] = {}
     for name, one in loaded.items():
         chosen = conversation_template(template, one)
@@ -131,13 +131,13 @@ def make_engine(model: Any, room: int, ends: Sequence[int], *, share: int = 1) -
         return OneByOne(model, room, ends), f"continuous batching cannot run it: {first_line(error)}"
 
 
-def _share_weights(first: nn.Module, other: nn.Module) -> None:
+def _share_weights(held_by: nn.Module, model: nn.Module) -> None:
     """Let a model use those weights of another that are equal to its own."""
-    held = dict(first.named_parameters(remove_duplicate=False))
-    for path, module in other.named_modules():
+    held = dict(held_by.named_parameters(remove_duplicate=False))
+    for path, module in model.named_modules():
         for name, one in list(module._parameters.items()):
             same = held.get(f"{path}.{name}")
-            if one is None or same is None or not one.is_floating_point():
+            if one is None or one is same or same is None or not one.is_floating_point():
                 continue
             if (one.dtype, one.device) == (same.dtype, same.device) and torch.equal(one, same):
                 module._parameters[name] = same

@@ -229,6 +229,10 @@ def find_resumption(recipe: Recipe, folder: Path) -> tuple[Path | None, tuple[Pa
             f"the run in {folder} was started with other values of {', '.join(changed)}: resume it with its own "
             "recipe (moa_recipe.json in that folder), or start a new run in another output_dir"
         )
+    if recipe.trainer.get("train_sampling_strategy") == "group_by_length":
+        raise UsageError(
+            "train_sampling_strategy is group_by_length, whose order of rows a resumed run cannot find again: start a new run"
+        )
     return choose(folder, recipe.resume), find_checkpoints(folder).incomplete
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from moa_peft.errors import expanded
 from moa_peft.mixture.placement import Placement
 from moa_peft.training.output_folder import write_text
 
@@ -36,7 +37,7 @@ def _metadata(recipe: Mapping[str, Any]) -> dict[str, Any]:
     metadata: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
     metadata["tags"] = [*TAGS, recipe["method"]]
     base = str(HUB_NAMES.get(recipe["model"], recipe["model"]))
-    if not Path(base).exists():  # a folder of this machine means nothing to others
+    if not expanded(base).exists():  # a folder of this machine means nothing to others
         metadata["tags"].append(f"base_model:adapter:{base}")
         metadata["base_model"] = base
     return metadata

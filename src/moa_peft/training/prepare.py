@@ -20,8 +20,8 @@ from moa_peft.mixture.peft_config import MoAConfig
 from moa_peft.mixture.placement import Placement, find_placements
 from moa_peft.quiet import quiet_libraries
 from moa_peft.training.checkpoints import check_state, find_resumption, step_of
-from moa_peft.training.output_folder import check_unused, sweep
-from moa_peft.training.progress import ProgressLines, StepClock
+from moa_peft.training.output_folder import RECIPE_FILE, check_unused, sweep
+from moa_peft.training.progress import OwnIntervals, ProgressLines, StepClock
 from moa_peft.training.recipe import FACTORS, Recipe, build_peft_config
 from moa_peft.training.router_health import RouterFigures
 from moa_peft.training.rows import TrainingRows, encode, read_rows
@@ -129,7 +129,8 @@ def prepare(recipe: Recipe) -> Preparation:
     with ExitStack() as claim:
         if is_main():
             claim.enter_context(claimed(folder))
-            sweep(folder)
+            if (folder / RECIPE_FILE).is_file():
+                sweep(folder)
             if not recipe.resume:
                 check_unused(folder)
         with quiet_libraries():
@@ -162,7 +163,7 @@ def _prepare(recipe: Recipe, folder: Path) -> Preparation:
     if resume_from is not None and step_of(resume_from) < steps:
         check_state(resume_from)
     recipe = _with_dtype(_with_intervals(recipe, trainer, steps), model)
-    trained = [one.numel() for one in trainer.wrapped.parameters() if one.requires_grad]
+    trained, total = trainer.wrapped.get_nb_trainable_parameters()
     plan = Plan(
         method=recipe.method,
         model=recipe.model,
@@ -170,8 +171,8 @@ def _prepare(recipe: Recipe, folder: Path) -> Preparation:
         rows_dropped=encoded.dropped,
         validation_rows=len(encoded.validation or ()),
         validation_rows_dropped=encoded.validation_dropped,
-        trainable_parameters=sum(trained),
-        total_parameters=sum(one.numel() for one in trainer.wrapped.parameters()),
+        trainable_parameters=trained,
+        total_parameters=total,
         steps=steps,
         output_dir=recipe.output_dir,
         resume_from=None if resume_from is None else str(resume_from),
@@ -234,6 +235,7 @@ def _build_trainer(
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     clock, progress = StepClock(), ProgressLines()
+    trainer.add_callback(OwnIntervals())
     trainer.add_callback(clock)
     if not recipe.trainer.get("disable_tqdm"):
         trainer.add_callback(progress)

@@ -48,6 +48,16 @@ class StepClock(TrainerCallback):
         return statistics.median(self.seconds[1:] or self.seconds) if self.seconds else None
 
 
+class OwnIntervals(TrainerCallback):
+    """Has a resumed run log, save and evaluate as its own recipe says; the trainer would go by the checkpoint's."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the intervals of the settings for those of the state."""
+        state.compute_steps(args, state.max_steps)
+
+
 class ProgressLines(TrainerCallback):
     """A bar over the optimiser steps and a short line for each log, both on standard error."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
 from trl.trainer import utils as trl_forward
@@ -39,9 +40,9 @@ class AdapterTrainer(SFTTrainer):
     lr_factors: Mapping[str, float] | None = None
 
     @property
-    def wrapped(self) -> nn.Module:
+    def wrapped(self) -> PeftModel:
         """The model with its adapter."""
-        assert isinstance(self.model, nn.Module)
+        assert isinstance(self.model, PeftModel)
         return self.model
 
     def restore(self, checkpoint: Path) -> None:
@@ -54,7 +55,10 @@ class AdapterTrainer(SFTTrainer):
         """
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+        best = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best is not None:
+            # the folder may have been moved since
+            self.state.best_model_checkpoint = str(checkpoint.parent / Path(best).name)
             self._load_best_model()
 
     def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:  # type: ignore[override]  # the factors are the instance's

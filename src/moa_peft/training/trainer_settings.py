@@ -43,11 +43,11 @@ _AMOUNTS = (
     "warmup_steps",
     "eval_delay",
     "neftune_noise_alpha",
+    "max_grad_norm",
 )
 _RANGES: Mapping[str, _Range] = {
     **dict.fromkeys(_COUNTS, _COUNT),
     **dict.fromkeys(_AMOUNTS, _FROM_0),
-    "max_grad_norm": (lambda value: value >= 0, "a number from 0"),
     "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1 for num_train_epochs"),
     "data_seed": (lambda value: 0 <= value < 2**32, "a whole number from 0, below 2**32"),
     **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "eval_steps"), _ABOVE_0),

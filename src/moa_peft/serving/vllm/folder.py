@@ -9,8 +9,6 @@ from typing import Any
 
 from peft import get_peft_model, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
-from safetensors.torch import load_file
 from transformers import GenerationConfig
 
 from moa_peft.data.base_loading import BaseSettings, base_config, empty_model, load_tokenizer
@@ -20,7 +18,7 @@ from moa_peft.evaluation.loading import AdapterFolder, choose_base
 from moa_peft.mixture.adapter_file import check_fit, check_values
 from moa_peft.mixture.peft_config import MoAConfig
 from moa_peft.official.adapter_folder import adapter_folder
-from moa_peft.official.exporter import read_mixture_config
+from moa_peft.official.exporter import read_mixture_config, read_weights
 from moa_peft.serving.vllm.command import ARCHITECTURE
 
 KEY_PREFIX = "base_model.model."
@@ -53,8 +51,7 @@ def served_config(adapter: AdapterFolder) -> MoAConfig:
         for one in parts.experts
         if one.reads_frozen_weights
     ]
-    with safe_open(adapter.path / SAFETENSORS_WEIGHTS_NAME, "pt") as weights:
-        others = [key for key in weights.keys() if ".moa.moa_mixture." not in key]  # noqa: SIM118  # no mapping
+    others = [key for key in read_weights(adapter) if ".moa.moa_mixture." not in key]
     if others and not config.modules_to_save:
         wrong.append(
             f"it holds {others[0]}, a weight of the base model, as after tokens were added to the vocabulary"
@@ -133,7 +130,7 @@ def export_vllm(
         UsageError: If vLLM cannot serve the adapter, or it does not fit the base model.
     """
     config, base = served_config(adapter), served_base(adapter, model, init_kwargs)
-    weights = load_file(adapter.path / SAFETENSORS_WEIGHTS_NAME)
+    weights = read_weights(adapter)
     hollow = get_peft_model(empty_model(base), copy.deepcopy(config))
     check_values(weights, adapter.name)
     check_fit(get_peft_model_state_dict(hollow, save_embedding_layers=False), weights, adapter.name)
