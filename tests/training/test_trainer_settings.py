@@ -55,6 +55,8 @@ BY_MOA: tuple[tuple[dict[str, Any], str], ...] = (
         "cannot be loaded: .*bitsandbytes",
     ),
     ({"train_sampling_strategy": "nope"}, "give random or sequential"),
+    ({"shuffle_dataset": True}, "has an effect with packing alone"),
+    ({"eval_packing": True, "validation": 0.2}, "has an effect with packing alone"),
     ({"packing_strategy": "nope"}, "give bfd"),
     ({"loss_type": "nope"}, "give nll"),
     ({"log_level": "nope"}, "give detail or debug"),

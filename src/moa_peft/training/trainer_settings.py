@@ -160,7 +160,7 @@ def build_settings(recipe: Recipe, *, has_validation: bool, cuda: bool) -> "SFTC
 
 
 def _check_possible(settings: "SFTConfig", *, has_validation: bool) -> None:
-    """Refuse what needs held-out rows or a GPU where there are none; the trainer notices late, or never.
+    """Refuse what needs held-out rows, packing or a GPU where there is none; the trainer notices late, or never.
 
     Raises:
         UsageError: If a setting does.
@@ -177,6 +177,9 @@ def _check_possible(settings: "SFTConfig", *, has_validation: bool) -> None:
         raise UsageError(
             "eval_strategy or eval_on_start asks for held-out rows: give them (--validation 0.1, or a source), or leave it out"
         )
+    for name in ("shuffle_dataset", "eval_packing"):
+        if getattr(settings, name) and not settings.packing:
+            raise UsageError(f"{name} is true and has an effect with packing alone: add packing, or leave it out")
     for name, instead in (("fp16", "bf16"), ("activation_offloading", "gradient_checkpointing")):
         if getattr(settings, name) and (settings.use_cpu or not torch.accelerator.is_available()):
             raise UsageError(f"{name} is true and needs a GPU: leave it out, or give {instead}")
