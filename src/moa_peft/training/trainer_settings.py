@@ -179,7 +179,9 @@ def _check_possible(settings: "SFTConfig", *, has_validation: bool) -> None:
         )
     for name in ("shuffle_dataset", "eval_packing"):
         if getattr(settings, name) and not settings.packing:
-            raise UsageError(f"{name} is true and has an effect with packing alone: add packing, or leave it out")
+            raise UsageError(
+                f"{name} is true and has an effect with packing alone: add packing, or leave it out"
+            )
     for name, instead in (("fp16", "bf16"), ("activation_offloading", "gradient_checkpointing")):
         if getattr(settings, name) and (settings.use_cpu or not torch.accelerator.is_available()):
             raise UsageError(f"{name} is true and needs a GPU: leave it out, or give {instead}")
