@@ -148,9 +148,8 @@ class Batched(Engine):
         self._manager.cancel_request(request)
         router = self._manager.output_router
         router.result_handlers.pop(request, None)
-        while (
-            not router.output_queue.empty()
-        ):  # what came of earlier ones after they were cancelled, and nobody reads
+        # what came of earlier requests after they were cancelled, which nobody reads
+        while not router.output_queue.empty():
             router.output_queue.get_nowait()
 
 
