@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+RECIPE_FILE = "moa_recipe.json"
+"""What training leaves in an adapter's folder: the recipe, with the base model's name and the template."""
+
 LIBRARIES = ("moa-peft", "torch", "transformers", "peft", "trl", "accelerate")
 
 

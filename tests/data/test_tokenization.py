@@ -11,6 +11,9 @@ from moa_peft.data.templates import Template, render_completion, render_prompt
 from moa_peft.data.tokenization import completion_ids, encode, encode_rows, end_token_id, prompt_ids
 from moa_peft.errors import UsageError
 
+END = 999
+"""An end token that no text has."""
+
 both_templates = pytest.mark.parametrize("template", ["paper", "chat"])
 
 
@@ -110,18 +113,18 @@ def test_no_token_spans_the_boundary_and_only_the_completion_counts(
     tokenizer: PreTrainedTokenizerFast, template: Template
 ) -> None:
     assert len(tokenizer("ab", add_special_tokens=False)["input_ids"]) == 1
-    one = encode("a", "b!", tokenizer, 100, template=template)
+    one = encode("a", "b!", tokenizer, template=template, end=END)
     letters = [tokenizer.convert_tokens_to_ids(token) for token in "ab!"]
     start = [tokenizer.bos_token_id] if template == "paper" else []
-    assert one.input_ids == [*start, *letters, tokenizer.eos_token_id]
-    assert one.labels == [-100] * (len(start) + 1) + [*letters[1:], tokenizer.eos_token_id]
+    assert one.input_ids == [*start, *letters, END]
+    assert one.labels == [-100] * (len(start) + 1) + [*letters[1:], END]
     assert one.num_answer_tokens == 3
 
 
 def test_token_zero_is_learned_like_any_other(tokenizer: PreTrainedTokenizerFast) -> None:
-    one = encode("!", "!!", tokenizer, 100, template="chat")
-    assert one.input_ids == [0, 0, 0, tokenizer.eos_token_id]
-    assert one.labels == [-100, 0, 0, tokenizer.eos_token_id]
+    one = encode("!", "!!", tokenizer, template="chat", end=END)
+    assert one.input_ids == [0, 0, 0, END]
+    assert one.labels == [-100, 0, 0, END]
 
 
 def test_a_chat_text_gets_no_second_start_token(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -143,12 +146,12 @@ def test_an_end_token_that_the_tokenizer_adds_does_not_close_the_prompt(
 def test_the_cut_takes_the_end_off_tokens_and_labels_alike(
     tokenizer: PreTrainedTokenizerFast, max_length: int
 ) -> None:
-    whole = encode("cde", "fg", tokenizer, 100, template="paper")
+    whole = encode("cde", "fg", tokenizer, template="paper", end=END)
     assert len(whole.input_ids) == 7
-    cut = encode("cde", "fg", tokenizer, max_length, template="paper")
+    cut = whole.cut(max_length)
     assert cut.input_ids == whole.input_ids[:max_length]
     assert cut.labels == whole.labels[:max_length]
-    assert (tokenizer.eos_token_id in cut.input_ids) == (max_length == 7)
+    assert (END in cut.input_ids) == (max_length == 7)
 
 
 def test_a_tokenizer_without_an_end_token_is_an_error(
@@ -156,7 +159,7 @@ def test_a_tokenizer_without_an_end_token_is_an_error(
 ) -> None:
     assert end_token_id(make_tokenizer()) == make_tokenizer().convert_tokens_to_ids("</s>")
     with pytest.raises(UsageError, match="has no eos_token, so a reply could not end"):
-        encode("a", "b", make_tokenizer(end=None), 10, template="paper")
+        end_token_id(make_tokenizer(end=None))
 
 
 @both_templates
@@ -165,16 +168,16 @@ def test_rows_are_encoded_as_one_by_one_and_those_without_answer_are_dropped(
 ) -> None:
     rows = [row("q" * n, "c" * m) for n, m in [(3, 2), (60, 2), (5, 0), (4, 9)]]
     texts = [render_prompt(one, template, tokenizer) for one in rows]
+    end = end_token_id(tokenizer, template)
     whole = [
-        encode(text, one.output, tokenizer, 10_000, template=template)
+        encode(text, one.output, tokenizer, template=template, end=end)
         for text, one in zip(texts, rows, strict=True)
     ]
     limit = len(whole[3].input_ids) - 1  # cuts the end token of the last row, and the long prompt
     encoded = encode_rows(rows, tokenizer, template, limit)
     kept = [(0, 0), (2, 1), (3, 2)]
     for number, place in kept:
-        expected = encode(texts[number], rows[number].output, tokenizer, limit, template=template)
-        assert encoded.examples[place] == expected
+        assert encoded.examples[place] == whole[number].cut(limit)
     assert (len(encoded.examples), encoded.dropped, encoded.cut) == (3, 1, 1)
 
 

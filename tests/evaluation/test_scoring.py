@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 from moa_peft import RouterConfig
 from moa_peft.data.row import Row
 from moa_peft.data.templates import render_prompt
-from moa_peft.data.tokenization import encode
+from moa_peft.data.tokenization import encode, end_token_id
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.batching import pad_left, plan_batches, positions
 from moa_peft.evaluation.generation import generate_batch
@@ -111,7 +111,7 @@ def test_an_answer_loss_is_the_training_loss_of_its_row_alone(batch_size: int) -
     losses = answer_losses(model, TOKENIZER, rows, batch_size=batch_size)
     for row, loss in zip(rows, losses, strict=True):
         prompt = render_prompt(row, "paper", TOKENIZER)
-        example = encode(prompt, row.output, TOKENIZER, 1024, template="paper")
+        example = encode(prompt, row.output, TOKENIZER, template="paper", end=end_token_id(TOKENIZER))
         ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
         with torch.no_grad():
             expected = float(model(input_ids=ids, labels=labels).loss)

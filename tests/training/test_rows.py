@@ -78,12 +78,19 @@ def test_rows_that_are_not_those_of_the_recipe_are_refused(recipe_of: Callable[.
         read_rows(recipe_of(data_md5=md5, limit=3))
 
 
-def test_held_out_rows_that_are_too_long_are_counted(
+def test_rows_that_are_too_long_are_counted_and_so_are_those_that_lose_their_end(
     recipe_of: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     held_out = tmp_path / "held_out.json"
     long = Row(instruction="add 1 and 1 " * 50, input="", output="2", answer="")
     held_out.write_text(json.dumps([dataclasses.asdict(one) for one in (row(1), long, long)]))
-    plan = prepare(recipe_of(validation=str(held_out))).plan
-    assert (plan.rows_dropped, plan.validation_rows, plan.validation_rows_dropped) == (0, 1, 2)
-    assert " 1 held out (2 dropped: their answers start after max_length)\n" in plan_text(plan)
+    rows = tmp_path / "rows.json"
+    loses_its_end = Row(instruction="add", input="", output="2 " * 500, answer="")
+    rows.write_text(json.dumps([dataclasses.asdict(one) for one in (row(1), long, loses_its_end)]))
+    plan = prepare(recipe_of(data=str(rows), validation=str(held_out))).plan
+    assert (plan.rows_kept, plan.rows_dropped, plan.rows_cut) == (2, 1, 1)
+    assert (plan.validation_rows, plan.validation_rows_dropped) == (1, 2)
+    assert (
+        " 2 rows (1 dropped: their answers start after max_length; 1 cut: their answers end after max_length)"
+        ", 1 held out (2 dropped: their answers start after max_length)\n"
+    ) in plan_text(plan)

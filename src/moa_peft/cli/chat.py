@@ -9,6 +9,7 @@ import typer
 
 from moa_peft.cli.overrides import ChatTemplate, Dtype, ModelInitKwargs, parse_mapping
 from moa_peft.errors import UsageError
+from moa_peft.serving.protocol import COLDEST
 
 if TYPE_CHECKING:
     from moa_peft.evaluation.loading import LoadedModel
@@ -19,10 +20,6 @@ COMMANDS = {
     "/base": "switch the adapter off, and on again",
     "/help": "list the commands",
 }
-
-
-_COLDEST = 0.001
-"""The lowest temperature to draw at; below it logits overflow."""
 
 
 @dataclass(kw_only=True)
@@ -228,8 +225,8 @@ def _check(max_new_tokens: int, temperature: float, seed: int) -> None:
     problems: list[str] = []
     if max_new_tokens < 1:
         problems.append(f"max_new_tokens is {max_new_tokens}: give at least 1")
-    if temperature != 0 and not _COLDEST <= temperature < float("inf"):
-        problems.append(f"temperature is {temperature}: give 0, or {_COLDEST} or more")
+    if temperature != 0 and not COLDEST <= temperature < float("inf"):
+        problems.append(f"temperature is {temperature}: give 0, or {COLDEST} or more")
     if not 0 <= seed < 2**63:
         problems.append(f"seed is {seed}: give a whole number from 0, below 2**63")
     if problems:

@@ -92,12 +92,12 @@ def plan_text(plan: "Plan") -> str:
     share = 100 * plan.trainable_parameters / plan.total_parameters
     held_out = ""
     if plan.validation_rows:
-        held_out = f", {plan.validation_rows:,} held out{_dropped(plan.validation_rows_dropped)}"
+        held_out = f", {plan.validation_rows:,} held out{_left_out(plan.validation_rows_dropped)}"
     lines = [
         f"  model       {plan.model}",
         f"  method      {plan.method}: {plan.trainable_parameters:,} trainable parameters, {share:.2f} % of all",
         *(f"  experts     {one.text()}" for one in plan.placements),
-        f"  data        {plan.rows_kept:,} rows{_dropped(plan.rows_dropped)}{held_out}",
+        f"  data        {plan.rows_kept:,} rows{_left_out(plan.rows_dropped, plan.rows_cut)}{held_out}",
         f"  steps       {plan.steps:,}",
         f"  output_dir  {plan.output_dir}",
     ]
@@ -110,8 +110,13 @@ def plan_text(plan: "Plan") -> str:
     return "\n".join(lines)
 
 
-def _dropped(count: int) -> str:
-    return f" ({count:,} dropped: their answers start after max_length)" if count else ""
+def _left_out(dropped: int, cut: int = 0) -> str:
+    told = []
+    if dropped:
+        told.append(f"{dropped:,} dropped: their answers start after max_length")
+    if cut:
+        told.append(f"{cut:,} cut: their answers end after max_length")
+    return f" ({'; '.join(told)})" if told else ""
 
 
 def outcome_text(outcome: "TrainingOutcome") -> str:

@@ -23,7 +23,7 @@ class Encoded:
     """One example as tokens."""
 
     input_ids: list[int]
-    """Tokens of the prompt, the completion and the end token, cut at the end to the longest length allowed."""
+    """Tokens of the prompt, the completion and the end token."""
 
     labels: list[int]
     """The same where the loss counts, -100 on the prompt."""
@@ -32,6 +32,10 @@ class Encoded:
     def num_answer_tokens(self) -> int:
         """Positions that the loss counts."""
         return sum(label != IGNORED for label in self.labels)
+
+    def cut(self, max_length: int) -> "Encoded":
+        """Its first tokens; without the end token, it does not teach the model to stop early."""
+        return Encoded(input_ids=self.input_ids[:max_length], labels=self.labels[:max_length])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,29 +152,25 @@ def completion_ids(completion: str, tokenizer: "PreTrainedTokenizerBase") -> lis
 
 
 def encode(
-    prompt: str, completion: str, tokenizer: "PreTrainedTokenizerBase", max_length: int, *, template: Template
+    prompt: str, completion: str, tokenizer: "PreTrainedTokenizerBase", *, template: Template, end: int
 ) -> Encoded:
     """Turn a prompt and its completion into tokens and labels.
 
-    The two are tokenised by themselves and joined, so that no token spans the boundary. The end token is appended
-    before the cut: an example that is cut does not teach the model to stop early.
+    The two are tokenised by themselves and joined, so that no token spans the boundary.
 
     Args:
         prompt: Text from `render_prompt`.
         completion: The reply.
         tokenizer: The base model's. Any token id, 0 included, is an ordinary token.
-        max_length: Tokens kept, counted from the start.
         template: What rendered the prompt.
+        end: The token after the reply, from `end_token_id`.
 
     Returns:
-        The example; its labels may all be -100 where the prompt alone is too long.
-
-    Raises:
-        UsageError: If the tokenizer names no end token.
+        The whole example.
     """
     asked = prompt_ids(prompt, tokenizer, template)
-    reply = [*completion_ids(completion, tokenizer), end_token_id(tokenizer, template)]
-    return _joined(asked, reply, max_length)
+    reply = [*completion_ids(completion, tokenizer), end]
+    return Encoded(input_ids=[*asked, *reply], labels=[*([IGNORED] * len(asked)), *reply])
 
 
 def encode_rows(
@@ -192,25 +192,23 @@ def encode_rows(
             template cannot be used with the tokenizer.
     """
     end = end_token_id(tokenizer, template)
-    examples: list[Encoded] = []
-    whole_lengths: list[int] = []
-    for row in rows:
-        asked = prompt_ids(render_prompt(row, template, tokenizer), tokenizer, template)
-        reply = [*completion_ids(render_completion(row), tokenizer), end]
-        whole_lengths.append(len(asked) + len(reply))
-        examples.append(_joined(asked, reply, max_length))
-    kept = [(one, whole) for one, whole in zip(examples, whole_lengths, strict=True) if one.num_answer_tokens]
-    if not kept:
-        enough = sorted(whole_lengths)[(len(whole_lengths) - 1) // 2]
+    whole = [
+        encode(
+            render_prompt(row, template, tokenizer),
+            render_completion(row),
+            tokenizer,
+            template=template,
+            end=end,
+        )
+        for row in rows
+    ]
+    examples = [short for one in whole if (short := one.cut(max_length)).num_answer_tokens]
+    if not examples:
+        enough = sorted(len(one.input_ids) for one in whole)[(len(whole) - 1) // 2]
         raise UsageError(
             f"max_length {max_length} cuts away every answer ({len(rows)} rows): give max_length {enough} or more; "
             f"{enough} is the shortest that keeps half of the rows whole"
         )
-    cut = sum(len(one.input_ids) < whole for one, whole in kept)
-    return EncodedRows(examples=[one for one, _ in kept], dropped=len(rows) - len(kept), cut=cut)
-
-
-def _joined(asked: list[int], reply: list[int], max_length: int) -> Encoded:
-    ids = [*asked, *reply][:max_length]
-    labels = [*([IGNORED] * len(asked)), *reply][:max_length]
-    return Encoded(input_ids=ids, labels=labels)
+    dropped = len(whole) - len(examples)
+    too_long = sum(len(one.input_ids) > max_length for one in whole)
+    return EncodedRows(examples=examples, dropped=dropped, cut=too_long - dropped)

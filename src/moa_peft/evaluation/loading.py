@@ -22,13 +22,11 @@ from moa_peft.data.base_model import DEFAULT_MODEL
 from moa_peft.data.templates import Template
 from moa_peft.errors import UsageError, expanded, first_line, unknown
 from moa_peft.mixture.adapter_file import check_values, split_frozen
+from moa_peft.provenance import RECIPE_FILE
 
 if TYPE_CHECKING:
     from peft import PeftType
     from transformers import PreTrainedTokenizerBase
-
-RECIPE_FILE = "moa_recipe.json"
-"""What training leaves in an adapter's folder: the recipe, with the base model's name and the template."""
 
 _OTHER_BASE = "give the model that it was trained on with --model"
 

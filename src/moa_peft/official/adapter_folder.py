@@ -8,7 +8,8 @@ from pathlib import Path
 
 from moa_peft.errors import UsageError
 from moa_peft.json_lines import written_whole
-from moa_peft.training.output_folder import ADAPTER_CONFIG, RECIPE_FILE, disk_errors_named, replacing
+from moa_peft.provenance import RECIPE_FILE
+from moa_peft.training.output_folder import ADAPTER_CONFIG, disk_errors_named, replacing
 
 
 def check_folder(out: Path, *, overwrite: bool) -> None:

@@ -14,7 +14,7 @@ from moa_peft.errors import MoAError, unknown
 _IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity")
 """Fields that say nothing of the answer."""
 
-_COLDEST = 0.001
+COLDEST = 0.001
 """The lowest temperature to draw at; below it logits overflow, and the likeliest token is taken."""
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -110,7 +110,7 @@ def read_request(body: bytes, *, chat: bool) -> Asked:
         raise ApiError("model is missing: name one of /v1/models", parameter="model")
     limits = [name for name in ("max_completion_tokens", "max_tokens") if name in fields]
     temperature = _number(fields, "temperature", 1.0, 0, 2)
-    temperature = temperature if temperature >= _COLDEST else 0.0
+    temperature = temperature if temperature >= COLDEST else 0.0
     if "seed" in fields and temperature > 0:
         raise ApiError(
             "seed is not supported: requests are sampled in one batch. temperature 0 needs none",

@@ -9,12 +9,12 @@ from pathlib import Path
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from moa_peft.data.demo import sentence_of
-from moa_peft.evaluation.loading import RECIPE_FILE, load, read_adapter
+from moa_peft.evaluation.loading import load, read_adapter
 from moa_peft.evaluation.options import EvaluationOptions
 from moa_peft.evaluation.results import paired_difference
 from moa_peft.evaluation.run import TaskResult, evaluate
 from moa_peft.evaluation.tasks import Task, load_tasks
-from moa_peft.provenance import provenance
+from moa_peft.provenance import RECIPE_FILE, provenance
 from moa_peft.training.output_folder import append_result
 from moa_peft.training.prepare import Plan, TrainingOutcome
 from moa_peft.training.recipe import Recipe

@@ -8,12 +8,13 @@ from typing import Any
 
 from moa_peft.errors import UsageError
 from moa_peft.json_lines import RESULTS_FILE, append_rows, drop_torn_line
+from moa_peft.provenance import RECIPE_FILE
 from moa_peft.study.config import StudyConfig
 from moa_peft.study.data import StudyData, source_of
 from moa_peft.study.rows import RunRow
 from moa_peft.study.schedule import Run, method_settings, recipe_of
 from moa_peft.training.checkpoints import changed_keys
-from moa_peft.training.output_folder import RECIPE_FILE, read_recipe, write_text
+from moa_peft.training.output_folder import read_recipe, write_text
 
 STUDY_FILE = "study.json"
 """What the runs of a study have in common, and its methods, in its folder."""

@@ -22,7 +22,7 @@ from moa_peft.evaluation.result_key import ModelIdentity, identify
 from moa_peft.evaluation.run import evaluate
 from moa_peft.evaluation.tasks import Task
 from moa_peft.peak_memory import PeakMemory
-from moa_peft.provenance import provenance
+from moa_peft.provenance import RECIPE_FILE, provenance
 from moa_peft.quiet import quiet_libraries
 from moa_peft.study.config import FROZEN, Method, StudyConfig
 from moa_peft.study.data import RowSet, StudyData, questions_md5, source_of
@@ -31,7 +31,7 @@ from moa_peft.study.rows import RunRow, Scores
 from moa_peft.study.schedule import Job, recipe_of
 from moa_peft.study.training_cost import StepLog, step_time
 from moa_peft.training.checkpoints import find_checkpoints, unmark
-from moa_peft.training.output_folder import RECIPE_FILE, write_text
+from moa_peft.training.output_folder import write_text
 from moa_peft.training.prepare import prepare
 from moa_peft.training.recipe import Recipe, build_peft_config
 from moa_peft.training.run import run as train

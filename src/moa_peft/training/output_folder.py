@@ -14,8 +14,8 @@ from typing import Any
 from moa_peft.errors import UsageError
 from moa_peft.folder_lock import LOCK_FILE
 from moa_peft.json_lines import RESULTS_FILE, append_rows, drop_torn_line, written_whole
+from moa_peft.provenance import RECIPE_FILE
 
-RECIPE_FILE = "moa_recipe.json"
 ADAPTER_CONFIG = "adapter_config.json"
 _DRAFT = ".adapter-"
 

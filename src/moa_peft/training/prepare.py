@@ -18,9 +18,10 @@ from moa_peft.folder_lock import claimed
 from moa_peft.mixture.block_hooks import mixture_layers
 from moa_peft.mixture.peft_config import MoAConfig
 from moa_peft.mixture.placement import Placement, find_placements
+from moa_peft.provenance import RECIPE_FILE
 from moa_peft.quiet import quiet_libraries
 from moa_peft.training.checkpoints import check_state, find_resumption, step_of
-from moa_peft.training.output_folder import RECIPE_FILE, check_unused, sweep
+from moa_peft.training.output_folder import check_unused, sweep
 from moa_peft.training.progress import OwnIntervals, ProgressLines, StepClock
 from moa_peft.training.recipe import FACTORS, Recipe, build_peft_config
 from moa_peft.training.router_health import RouterFigures
@@ -41,10 +42,12 @@ class RunSizes:
     """Training rows."""
     rows_dropped: int
     """Rows left out, because max_length would cut their answers away."""
+    rows_cut: int
+    """Training rows whose answers lose their end at max_length."""
     validation_rows: int
     """Held-out rows; 0 for none."""
     validation_rows_dropped: int
-    """Held-out rows left out likewise."""
+    """Held-out rows left out, because max_length would cut their answers away."""
     trainable_parameters: int
     """Numbers that are trained."""
     total_parameters: int
@@ -169,6 +172,7 @@ def _prepare(recipe: Recipe, folder: Path) -> Preparation:
         model=recipe.model,
         rows_kept=len(encoded.train),
         rows_dropped=encoded.dropped,
+        rows_cut=encoded.cut,
         validation_rows=len(encoded.validation or ()),
         validation_rows_dropped=encoded.validation_dropped,
         trainable_parameters=trained,

@@ -37,8 +37,10 @@ class TrainingRows:
     """Held-out examples; None for none."""
     dropped: int
     """Training rows left out, because their answers would be cut away."""
+    cut: int
+    """Training rows whose answers lose their end."""
     validation_dropped: int
-    """Held-out rows left out for the same reason."""
+    """Held-out rows left out, because their answers would be cut away."""
 
 
 def read_rows(recipe: Recipe) -> Rows:
@@ -124,6 +126,7 @@ def encode(rows: Rows, tokenizer: Any) -> TrainingRows:
         train=_dataset(train.examples),
         validation=validation,
         dropped=train.dropped,
+        cut=train.cut,
         validation_dropped=validation_dropped,
     )
 
