@@ -21,7 +21,7 @@ def test_the_peak_of_memory_is_of_the_run_and_never_of_what_was_before_it(
         status.write_text(f"VmHWM:\t{peak * 1024} kB\nVmRSS:\t{now * 1024} kB\n")
 
     held(now=300, peak=300 if resettable else 2000)
-    memory = PeakMemory()
+    memory = PeakMemory(cuda=False)
     assert reset.read_text() == "5"
     held(now=400, peak=900 if resettable else 2000)
     assert memory.mib() == (900 if resettable else None)
@@ -36,7 +36,7 @@ def test_the_peak_of_memory_is_of_the_run_and_never_of_what_was_before_it(
 def test_the_peak_of_a_new_process_has_what_it_held_and_let_go() -> None:
     program = """
 from moa_peft.peak_memory import PeakMemory, _status_mib
-memory = PeakMemory()
+memory = PeakMemory(cuda=False)
 start = _status_mib('VmRSS')
 held = bytearray(200 * 2**20)
 held[:: 2**12] = b"x" * len(held[:: 2**12])

@@ -13,24 +13,28 @@ _RESET = Path("/proc/self/clear_refs")
 class PeakMemory:
     """The most memory held from now on, in 2**20 bytes.
 
-    On a GPU what torch allocated; else the resident set of the process. Some systems cannot forget the peak of what ran
-    in the process before: there `mib` tells a peak only if it is a new one.
+    Args:
+        cuda: Whether of what torch allocates on the GPU; else of the resident set of the process. Some systems cannot forget the
+            peak of what ran in the process before: there `mib` tells a peak only if it is a new one.
     """
 
-    def __init__(self) -> None:
-        if torch.cuda.is_available():
+    def __init__(self, *, cuda: bool) -> None:
+        self._cuda = cuda
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
+            self.before_mib: float | None = torch.cuda.memory_allocated() / 2**20
             return
         with suppress(OSError):
             if _RESET.exists():
                 _RESET.write_text("5")  # proc(5): sets the peak of the resident set to what it is now
         now, self._old_peak = _status_mib("VmRSS"), _status_mib("VmHWM")
+        self.before_mib = now
         if now is not None and self._old_peak is not None and self._old_peak <= 1.01 * now:
             self._old_peak = 0.0
 
     def mib(self) -> float | None:
         """The peak so far; None where the system does not tell it."""
-        if torch.cuda.is_available():
+        if self._cuda:
             return torch.cuda.max_memory_allocated() / 2**20
         peak = _status_mib("VmHWM")
         return peak if peak is not None and self._old_peak is not None and peak > self._old_peak else None

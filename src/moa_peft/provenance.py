@@ -15,8 +15,11 @@ RECIPE_FILE = "moa_recipe.json"
 LIBRARIES = ("moa-peft", "torch", "transformers", "peft", "trl", "accelerate")
 
 
-def provenance() -> dict[str, Any]:
+def provenance(*, cuda: bool | None = None) -> dict[str, Any]:
     """Say what is needed to repeat a run beside its recipe.
+
+    Args:
+        cuda: Whether it runs on a GPU; None for where there is one.
 
     Returns:
         ``versions``, ``commit`` and ``dirty`` (of the source checkout; None for an installed package), ``command`` (from
@@ -24,7 +27,7 @@ def provenance() -> dict[str, Any]:
     """
     import torch
 
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() if cuda is None else cuda
     commit = _git("rev-parse", "HEAD")
     changes = _git(
         "status", "--porcelain", "--untracked-files=no", "--", "src"

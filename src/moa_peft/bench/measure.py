@@ -7,17 +7,18 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from moa_peft.bench import subjects, work
 from moa_peft.bench.rows import BenchRow, Kind
-from moa_peft.errors import UsageError, unknown
+from moa_peft.errors import RunError, UsageError, unknown
 from moa_peft.mixture.block_hooks import mixture_layers
 from moa_peft.peak_memory import PeakMemory
 from moa_peft.provenance import provenance
@@ -81,9 +82,13 @@ class BenchOptions:
             problems.append(unknown("device", self.device, ("cpu", "cuda")))
         elif self.device == "cuda" and not torch.cuda.is_available():
             problems.append("device is cuda: there is no CUDA device here; give --device cpu")
-        counts = ("batch_size", "length", "new_tokens", "pairs")
+        counts = {
+            one: getattr(self, one) for one in ("layers", "batch_size", "length", "new_tokens", "pairs")
+        }
         problems += [
-            f"{one} is {value}: give at least 1" for one in counts if (value := getattr(self, one)) < 1
+            f"{one} is {value}: give at least 1"
+            for one, value in counts.items()
+            if value is not None and value < 1
         ]
         if self.kind == "scaling" and (not self.num_experts or min(self.num_experts) < 1):
             problems.append("num_experts is empty: give numbers of copies, as in --num-experts 8,64")
@@ -133,7 +138,7 @@ def measure(options: BenchOptions, on_turn: Callable[[], None] = lambda: None) -
         del pieces, runs
     same = ("kind", "baseline", "model", "batch_size", "length", "dtype", "checkpointing", "compiled")
     asked: dict[str, Any] = {one: getattr(options, one) for one in same}
-    made = provenance()
+    made = provenance(cuda=options.device == "cuda")
     frozen: Mapping[str, float] = {}
     for name, count in variants:
         label = _label(name, count)
@@ -216,7 +221,7 @@ def _over(times: Mapping[str, Sequence[float]], label: str, other: str) -> Quart
 
 
 def _errors(model: nn.Module, run: nn.Module, ids: Tensor) -> tuple[float, float] | tuple[None, None]:
-    """Distance of what is timed from the sum of the experts' own changes, at most and in the mean square; None without a mixture."""
+    """Distance of one row's logits from those with each expert by itself, at most and in the mean square; None without a mixture."""
     if not mixture_layers(model):
         return None, None
     found = work.logits(run, ids[:1]).float()
@@ -233,28 +238,31 @@ def _peaks(
     if options.device == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        _few(model, ids, options)
-        return (torch.cuda.max_memory_allocated() - before) / MIB, torch.cuda.max_memory_reserved() / MIB
-    with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process's peak never falls
-        return pool.apply(_peak_here, (name, count, options)), None
+        return _peak_above(model, ids, options), torch.cuda.max_memory_reserved() / MIB
+    spawned = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(1, mp_context=spawned) as pool:  # a process's peak never falls
+            return pool.submit(_peak_here, name, count, options).result(), None
+    except BrokenProcessPool as error:
+        raise RunError(
+            f"the process that measured {_label(name, count)} was killed, perhaps for want of memory: give a smaller --batch-size, "
+            "--length or --layers"
+        ) from error
 
 
 def _peak_here(name: str, count: int | None, options: BenchOptions) -> float | None:
     base = options.base()
     model = _prepared(base, name, count, options)
-    ids = work.random_tokens(base, options.batch_size, options.length)
+    return _peak_above(model, work.random_tokens(base, options.batch_size, options.length), options)
+
+
+def _peak_above(model: nn.Module, ids: Tensor, options: BenchOptions) -> float | None:
     gc.collect()
-    before, memory = psutil.Process().memory_info().rss / MIB, PeakMemory()
-    _few(model, ids, options)
-    peak = memory.mib()
-    return None if peak is None else peak - before
-
-
-def _few(model: nn.Module, ids: Tensor, options: BenchOptions) -> None:
+    memory = PeakMemory(cuda=options.device == "cuda")
     for _ in range(2):
         _piece(model, ids, options)
+    peak = memory.mib()
+    return None if peak is None or memory.before_mib is None else peak - memory.before_mib
 
 
 def as_dict(row: BenchRow) -> dict[str, Any]:
@@ -266,10 +274,9 @@ def take_turns(
     work: Mapping[str, Callable[[], None]],
     pairs: int,
     *,
-    warm_up: int = 1,
     on_turn: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Time several pieces of work in turn, A B C, B A C, ..., so that drift of the machine's speed affects each alike.
+    """Time several pieces of work in turn, A B C, B A C, ..., after a round to warm up, so that drift of the machine's speed affects each alike.
 
     The order of a round is random, so that no piece always finds the memory state that the same other leaves, and the same in
     every run.
@@ -277,7 +284,6 @@ def take_turns(
     Args:
         work: By name; each waits for its device before it returns.
         pairs: How often each is timed.
-        warm_up: How often each runs untimed first.
         on_turn: Called after each round, the warm-up's too.
 
     Returns:
@@ -285,11 +291,11 @@ def take_turns(
     """
     times: dict[str, list[float]] = {name: [] for name in work}
     orders = random.Random(0)
-    for turn in range(warm_up + pairs):
+    for turn in range(1 + pairs):
         for name in orders.sample(list(work), len(work)):
             start = time.perf_counter()
             work[name]()
-            if turn >= warm_up:
+            if turn > 0:
                 times[name].append(time.perf_counter() - start)
         on_turn()
     return times

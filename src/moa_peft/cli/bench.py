@@ -92,7 +92,7 @@ def bench(
         model=model,
         layers=layers,
         batch_size=batch_size,
-        length=length or (64 if kind == "decode" else 128),
+        length=length if length is not None else 64 if kind == "decode" else 128,
         new_tokens=new_tokens,
         num_experts=_numbers(num_experts) if kind == "scaling" else (),
         pairs=pairs,

@@ -148,7 +148,7 @@ def train_once(order: Order) -> dict[str, Any]:
             shutil.rmtree(folder, ignore_errors=True)  # cut off before its first step
         preparation = prepare(dataclasses.replace(recipe, resume=begun))
         preparation.trainer.add_callback(StepLog(preparation.clock, folder / STEPS_FILE))
-        memory = PeakMemory()
+        memory = PeakMemory(cuda=torch.cuda.is_available())
         outcome = train(preparation)
         trained = {name: getattr(outcome, name) for name in _TRAINED}
         write_text(done, json.dumps({**trained, "peak_mem_mib": memory.mib()}) + "\n")
