@@ -94,9 +94,20 @@ def test_each_domain_is_a_study_of_its_own_and_flags_go_before_its_changes() -> 
     assert [one.out for one in studies_of(settings, {}, "two")] == ["o/two"]
     with pytest.raises(UsageError, match="unknown domain 'tow': did you mean 'two'"):
         studies_of(settings, {}, "tow")
-    for wrong in (["one"], {"one": 5}, None):
+    for wrong in (["one"], {"one": 5}, {}, None):
         with pytest.raises(UsageError, match=r"domains is .+: give a mapping of names"):
             studies_of({**settings, "domains": wrong}, {}, "one")
+    del settings["out"]
+    with pytest.raises(UsageError, match="the study has no out: give"):
+        studies_of(settings, {})
+
+
+def test_flags_that_would_do_nothing_are_refused(invoke: Invoke) -> None:
+    for words, said in (
+        (("--cpus-per-run", "2"), "--cpus-per-run is for --ray"),
+        (("--dry-run", "--report-only"), "--dry-run and --report-only do nothing together"),
+    ):
+        assert said in str(invoke(*words).exception)
 
 
 def test_the_report_alone_is_written_from_the_rows_without_model_and_data(

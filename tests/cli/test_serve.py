@@ -109,6 +109,7 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded() -> None:
         assert f"cannot listen at 127.0.0.1, port {port}: Address already in use" in call(
             "no/run", "--port", str(port)
         )
+    assert "cannot listen at 127..0.0.1, port 0: " in call("no/run", "--host", "127..0.0.1", "--port", "0")
 
 
 def test_without_its_packages_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

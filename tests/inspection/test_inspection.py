@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moa_peft import LoraExpert, MoAConfig, ParallelAdapterExpert, RouterConfig, mixture_layers
 from moa_peft.data.row import Row
-from moa_peft.errors import UsageError
+from moa_peft.errors import RunError, UsageError
 from moa_peft.inspection.agreement import AgreementSums
 from moa_peft.inspection.figures import _figures
 from moa_peft.inspection.forward_pass import TokenText
@@ -20,6 +20,7 @@ from moa_peft.inspection.observer import Observed, Where
 from moa_peft.inspection.prompts import Prompt, as_prompt, tokenise
 from moa_peft.inspection.similarity import Change
 from moa_peft.inspection.token_view import ShownTokens, encode_gates
+from moa_peft.mixture.block_hooks import mixtures_of
 from tiny import awaken, base_model, mixture_model
 from tiny_lm import END, byte_tokenizer
 from two_pass import keep_everything, texts
@@ -71,6 +72,26 @@ def test_what_is_no_mixture_is_refused() -> None:
         inspect_model(base_model("llama"), written())
     with pytest.raises(UsageError, match="the adapter elsewhere is no mixture of adapters: give one that is"):
         inspect_model(mixture_model("llama", "soft-moa"), written(), {"b": {"adapter": "elsewhere"}})
+
+
+def test_an_adapter_that_is_not_the_active_one_is_inspected_and_the_active_one_is_back() -> None:
+    """Nothing was found of it, and "no router" was said of a mixture that has one."""
+    model = mixture_model("llama", "soft-moa")
+    model.add_adapter("other", MoAConfig.preset("sparse-moa"))
+    found = inspect_model(model, written(), {"other": {}})
+    assert len(found.findings["other"].routers) == len(mixture_layers(model))
+    assert model.active_adapter == "default"
+
+
+def test_gates_that_are_not_finite_are_told() -> None:
+    model = mixture_model("llama", "soft-moa")
+    router = next(one for one in mixtures_of(model)).routers()[""]
+    with torch.no_grad():
+        next(router.parameters()).fill_(float("nan"))
+    with pytest.raises(
+        RunError, match="a gate in block 0 is not finite: load the model with another --dtype"
+    ):
+        inspect_model(model, written())
 
 
 def test_two_adapters_read_the_same_tokens_and_each_stays_as_it_is_alone() -> None:

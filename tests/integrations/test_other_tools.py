@@ -15,7 +15,7 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from moa_peft import MoAConfig, UsageError
+from moa_peft import MoAConfig, UsageError, mixture_layers
 from tiny import awaken, base_model
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -70,11 +70,18 @@ def test_axolotl_trains_the_method_of_its_config_and_loads_it_again(axolotl: Any
 
 
 def test_axolotl_gets_the_config_alone_for_trainers_that_put_it_on_and_nothing_for_another_adapter(
-    axolotl: Any,
+    axolotl: Any, tmp_path: Path
 ) -> None:
     model, made = axolotl.MoAPlugin().load_adapter(base_model("llama"), config(), config_only=True)
     assert model is None
     assert made.to_dict() == MoAConfig.preset("soft-moa").to_dict()
+    made.save_pretrained(tmp_path)
+    base = base_model("llama")
+    stored = config(lora_model_dir=str(tmp_path))
+    model, read = axolotl.MoAPlugin().load_adapter(base, stored, config_only=True)
+    assert model is None
+    assert read.parts() == made.parts()
+    assert not mixture_layers(base)
     assert axolotl.MoAPlugin().load_adapter(base_model("llama"), config(adapter="mora")) is None
 
 

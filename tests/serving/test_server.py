@@ -196,6 +196,8 @@ def post(path: str, body: str) -> tuple[int, dict[str, Any]]:
         ({"temperature": "hot"}, 400, None, "temperature is 'hot'"),
         ({"top_p": 0}, 400, None, "give a number above 0 to 1"),
         ({"max_tokens": 0}, 400, None, "at least 1"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, 400, None, "differ: give one"),
+        ({"verbosity": "low"}, 400, None, "verbosity 'low' is not supported"),
         ({"seed": 1}, 400, None, "seed is not supported"),
         ({"n": 2}, 400, None, "n 2 is not supported"),
         ({"logprobs": 0}, 400, None, "logprobs 0 is not supported"),

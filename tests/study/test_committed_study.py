@@ -36,6 +36,13 @@ def test_every_row_names_commit_config_versions_seed_and_data() -> None:
         assert {name: one.file_md5 for name, one in row.tests.items()}.items() <= files.items()
 
 
+def test_a_report_of_losses_alone_says_what_a_claim_is() -> None:
+    """It had "Errors as above" below no accuracies."""
+    report = (ROOT / "docs/results/study-cpu/math-finals/report.md").read_text(encoding="utf-8")
+    part = report.split("## Difference in loss")[1].split("\n## ")[0]
+    assert "Nothing is claimed of a difference below it" in part
+
+
 @pytest.mark.parametrize(("study", "domain"), [("cpu-small", None), ("cpu", "math"), ("cpu", "math-finals")])
 def test_the_report_comes_out_of_the_rows_byte_for_byte(
     study: str, domain: str | None, tmp_path: Path

@@ -99,6 +99,10 @@ def test_folders_may_be_those_of_a_user(monkeypatch: pytest.MonkeyPatch, tmp_pat
             {"trainer": {"learning_rate": 1}},
             "trainer.learning_rate: give learning_rates, the same for every method",
         ),
+        (
+            {"methods": ["lora", {"method": "soft-moa", "trainer": {"learning_rate": 1}}]},
+            "soft-moa: trainer.learning_rate: give learning_rates, the same for every method",
+        ),
         ({"trainer": {"eos_token": "x"}}, "trainer.eos_token: the model's own tokenizer"),
         ({"trainer": {"seed": 1}}, "trainer.seed: it is no field of the trainer"),
         (
@@ -107,12 +111,12 @@ def test_folders_may_be_those_of_a_user(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ),
         (
             {"methods": ["lora", {"method": "soft-moa", "trainer": {"num_train_epochs": 9}}]},
-            "soft-moa: trainer.num_train_epochs differs from the other methods'",
+            "soft-moa: trainer.num_train_epochs must be that of the other methods",
         ),
         *(
             (
                 {"methods": ["lora", {"method": "soft-moa", "trainer": {name: value}}]},
-                f"soft-moa: trainer.{name} differs from the other methods': give it once, in the study's trainer",
+                f"soft-moa: trainer.{name} must be that of the other methods: give it once, in the study's trainer",
             )
             for name, value in (
                 ("train_sampling_strategy", "sequential"),

@@ -1,9 +1,11 @@
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset, DatasetDict
 
 from moa_peft.data.loading import load_rows
 from moa_peft.data.row import Row, rows_md5
@@ -11,10 +13,17 @@ from moa_peft.errors import UsageError
 from moa_peft.evaluation.tasks import load_task
 from moa_peft.study.config import StudyConfig
 from moa_peft.study.data import draw, load_data, row_set, source_of
-from tiny_lm import write_rows
+from tiny_lm import number_rows, write_rows
 from tiny_study import named, write_forgetting, write_study
 
 Configs = Callable[..., StudyConfig]
+PROGRAM = {
+    "task_id": "HumanEval/0",
+    "prompt": "def twice(x):\n",
+    "entry_point": "twice",
+    "canonical_solution": "    return 2 * x\n",
+    "test": "def check(candidate):\n    assert candidate(2) == 4",
+}
 
 
 @pytest.fixture
@@ -140,6 +149,46 @@ def test_tasks_of_forgetting_are_drawn_and_must_hold_texts_under_a_name_of_their
         load_data(config_of(forgetting="piqa", tasks="first,piqa"))
     with pytest.raises(UsageError, match="task 'second' has no choices whose texts can be compared"):
         load_data(config_of(forgetting="second", tasks="first"))
+
+
+def test_a_validation_row_in_another_test_is_refused_where_rows_are_in_no_single_file(
+    config_of: Configs, tmp_path: Path
+) -> None:
+    """Folders that `datasets` wrote have no checksum, which made every such test that of the validation rows."""
+    rows = {"train": named("train", 8), "validation": named("held out", 6), "test": named("held out", 3)}
+    for name, splits in (("both", ("train", "validation")), ("apart", ("test",))):
+        parts = {one: Dataset.from_list([dataclasses.asdict(row) for row in rows[one]]) for one in splits}
+        DatasetDict(parts).save_to_disk(str(tmp_path / name))
+    with pytest.raises(UsageError, match="3 rows of the test apart are validation rows too"):
+        load_data(config_of(data="both", tasks=str(tmp_path / "apart")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mode": "text"}, "task 'validation' has no choices whose texts can be compared"),
+        (
+            {"tasks": "programs", "mode": "generation"},
+            "the task programs runs the programs that a model writes, which no study does: leave it out, or give mode: likelih",
+        ),
+        (
+            {"data": "sums", "choose_by": "accuracy", "mode": "likelihood"},
+            "choose_by is accuracy, but the validation rows have no choices .* give choose_by: answer_loss, or mode: generation",
+        ),
+    ],
+    ids=["no texts", "programs", "no accuracy"],
+)
+def test_what_cannot_be_scored_is_refused_before_anything_is_trained(
+    config_of: Configs, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """Each was found out by a run that had been trained, or by none: then no learning rate was ever chosen."""
+    for split in ("train", "validation"):
+        rows = [changed(row, instruction=f"{split} {row.instruction}") for row in number_rows(4)]
+        write_rows(tmp_path / "sums" / f"{split}.json", rows)
+    (tmp_path / "programs").mkdir()
+    (tmp_path / "programs" / "test.json").write_text(json.dumps([PROGRAM]))
+    with pytest.raises(UsageError, match=message):
+        load_data(config_of(**changes))
 
 
 @pytest.mark.parametrize("name", ["first", "validation"])

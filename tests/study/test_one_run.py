@@ -129,5 +129,5 @@ def test_frozen_and_tuned_runs_are_of_the_revision_that_the_study_names(
         row.base_settings == {"revision": "v1", "dtype": "float32", "commit": "1" * 40} for row in rows
     )
     settings["methods"][0]["trainer"] = {"model_init_kwargs": {"revision": "v1"}}
-    with pytest.raises(UsageError, match=r"lora: trainer\.model_init_kwargs differs"):
+    with pytest.raises(UsageError, match=r"lora: trainer\.model_init_kwargs must be that"):
         StudyConfig.from_mapping(settings)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moa_peft.cli.overrides import key_lines, load_yaml, parse_flags
+from moa_peft.errors import UsageError
 from moa_peft.extras import EXTRAS, check_installed, install_hint, is_installed
 from moa_peft.study.config import Method, StudyConfig, studies_of
 
@@ -55,15 +56,22 @@ def compare(
         bool, typer.Option("--ray", help="Do runs in parallel processes through Ray (extra: ray).")
     ] = False,
     cpus_per_run: Annotated[
-        int, typer.Option(help="Processors of a run with --ray; beside them a GPU where there is one.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1, help="Processors of a run with --ray, 1 by default; beside them a GPU where there is one."
+        ),
+    ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do runs again that failed.")] = False,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Only rewrite the report, from the rows.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a study.")] = False,
 ) -> None:
     """Compare methods."""
+    if cpus_per_run is not None and not use_ray:
+        raise UsageError("--cpus-per-run is for --ray: add it, or leave it out")
+    if dry_run and report_only:
+        raise UsageError("--dry-run and --report-only do nothing together: give one")
     settings = load_yaml(config) if config is not None else {}
     say = partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
 
@@ -75,7 +83,7 @@ def compare(
     for study_config in studies_of(settings, parse_flags(context.args), domain):
         if not report_only:
             how = {"dry_run": dry_run, "retry_failed": retry_failed, "as_json": as_json}
-            run_all(study_config, say, ray_cpus=cpus_per_run if use_ray else None, **how)
+            run_all(study_config, say, ray_cpus=(cpus_per_run or 1) if use_ray else None, **how)
         if dry_run:
             continue
         summary = write_report(study_config) if has_report else read_summary(study_config)

@@ -3,7 +3,8 @@
 Sizes: B rows of a batch, T tokens of its longest row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,17 @@ def rows_at_once(model: nn.Module, batch_size: int) -> int:
         router.config.pooling == "official" for one in mixtures_of(model) for router in one.routers().values()
     )
     return 1 if official else batch_size
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Put a model into evaluation mode inside the block, and back as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def plan_batches(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from moa_peft.errors import UsageError
+from moa_peft.evaluation.batching import evaluating
 from moa_peft.evaluation.options import RULES_OF, EvaluationOptions, Mode
 from moa_peft.evaluation.question_runner import (
     Examiner,
@@ -116,13 +117,10 @@ def _evaluate(
     )
     done = _stored(file)
     resumed = len(done)
-    was_training, start = model.training, time.perf_counter()
-    model.eval()
-    try:
-        if resumed < len(task.questions):
+    start = time.perf_counter()
+    if resumed < len(task.questions):
+        with evaluating(model):
             _examine_rest(_examiner(model, tokenizer, task, options, mode), done, file, task, options)
-    finally:
-        model.train(was_training)
     examples = tuple(done[place] for place in range(len(task.questions)))
     if file is not None and list(done) != list(range(len(examples))):
         replace_rows(file, examples)  # in the order of the task; so far they stand in that of the batches

@@ -3,16 +3,15 @@
 Sizes: B rows of a batch, T tokens of its longest row, n real tokens of the batch.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moa_peft.errors import UsageError
-from moa_peft.evaluation.batching import longest_input, padded_call, plan_batches, rows_at_once
+from moa_peft.errors import RunError, UsageError
+from moa_peft.evaluation.batching import evaluating, longest_input, padded_call, plan_batches, rows_at_once
 from moa_peft.inspection.observer import Batch, Observed, Observer
 
 TOKEN_BUDGET = 1024
@@ -72,7 +71,11 @@ def batches(texts: Sequence[TokenText], batch_size: int) -> list[list[int]]:
 
 
 def observe(model: Any, observer: Observer, texts: Sequence[TokenText]) -> Observed:
-    """Run a model over one batch of texts and return the gates and changes of its mixtures."""
+    """Run a model over one batch of texts and return the gates and changes of its mixtures.
+
+    Raises:
+        RunError: If a gate is not finite.
+    """
     call = padded_call(model, [one.ids for one in texts], prompts=[len(one.ids) for one in texts])
     real = call["attention_mask"].bool()
     classes: Tensor | None = None
@@ -81,15 +84,10 @@ def observe(model: Any, observer: Observer, texts: Sequence[TokenText]) -> Obser
     batch = Batch(mask=real, positions=call["position_ids"][real], classes=classes)
     with torch.inference_mode(), evaluating(model), observer.observing(batch) as observed:
         model(**call, use_cache=False)
+    for where, gates in observed.gates.items():
+        if not gates.isfinite().all():
+            raise RunError(
+                f"a gate in block {where.layer} is not finite: load the model with another --dtype, such as float32, or look "
+                "at how the adapter was trained"
+            )
     return observed
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Put a model into evaluation mode inside the block, and back as it was."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

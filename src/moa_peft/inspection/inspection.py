@@ -58,6 +58,7 @@ def inspect_model(
 
     Raises:
         UsageError: If the model has no mixture, or a text cannot be read.
+        RunError: If a gate is not finite.
     """
     layers = [layer for _, layer in mixture_layers(model)]
     if not layers:
@@ -74,23 +75,25 @@ def inspect_model(
     observer, agreement = Observer(model), AgreementSums()
     shown: ShownTokens | None = None
     done = 0
-    for places in batches(texts, rows_at_once(model, batch_size)):
-        rows = [texts[place] for place in places]
-        observed: list[Observed] = []
-        for adapter in about:
-            if len(about) > 1:
-                model.set_adapter(adapter)
-            observed.append(observe(model, observer, rows))
-        widths = [gates.shape[1] for one in observed for gates in one.gates.values()]
-        shown = shown or ShownTokens(texts, sum(widths))
-        for one in observed:
-            shown.keep(places, one)
-        if len(observed) > 1:
-            agreement.add(observed[0], observed[1], observer.names)
-        done += len(places)
-        progress(done)
-    if len(about) > 1:
-        model.set_adapter(active)
+    try:
+        for places in batches(texts, rows_at_once(model, batch_size)):
+            rows = [texts[place] for place in places]
+            observed: list[Observed] = []
+            for adapter in about:
+                if adapter != layers[0].active_adapters[0]:
+                    model.set_adapter(adapter)
+                observed.append(observe(model, observer, rows))
+            widths = [gates.shape[1] for one in observed for gates in one.gates.values()]
+            shown = shown or ShownTokens(texts, sum(widths))
+            for one in observed:
+                shown.keep(places, one)
+            if len(observed) > 1:
+                agreement.add(observed[0], observed[1], observer.names)
+            done += len(places)
+            progress(done)
+    finally:
+        if active != layers[0].active_adapters[0]:
+            model.set_adapter(active)
     return Inspection(
         findings={name: _finding(model, observer, name, known) for name, known in about.items()},
         agreement=tuple(agreement.statistics()),

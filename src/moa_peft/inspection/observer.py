@@ -55,7 +55,6 @@ class Observer:
 
     Args:
         model: A model with a mixture, in PEFT's wrapper or loaded by transformers alone.
-        changes: Whether to compute the experts' changes as well, which takes about half a forward pass.
 
     Attributes:
         names: What each router weights.
@@ -64,9 +63,8 @@ class Observer:
         observed: Gates and changes of the latest batch.
     """
 
-    def __init__(self, model: nn.Module, *, changes: bool = True) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._layers: list[MoALayer] = [layer for _, layer in mixture_layers(model)]
-        self._changes = changes
         self._batch: Batch | None = None
         self.names: dict[Where, tuple[str, ...]] = {}
         self.gates: dict[Where, GateSums] = {}
@@ -84,7 +82,7 @@ class Observer:
         self._batch, self.observed = batch, Observed()
         for layer in self._layers:
             layer.observer = partial(self._note_gates, layer)
-            layer.change_observer = partial(self._note_change, layer) if self._changes else None
+            layer.change_observer = partial(self._note_change, layer)
         try:
             yield self.observed
             for where, changes in self.observed.changes.items():

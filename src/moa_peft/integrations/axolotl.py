@@ -71,6 +71,8 @@ class MoAPlugin(BasePlugin):
         """
         if cfg.adapter != ADAPTER:
             return None
+        if cfg.lora_model_dir and config_only:
+            return None, PeftConfig.from_pretrained(cfg.lora_model_dir)
         if cfg.lora_model_dir:
             loaded = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference)
             return loaded, loaded.active_peft_config

@@ -13,7 +13,8 @@ from torch import Tensor
 from moa_peft.errors import UsageError
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_PREFIX = "base_model.model."
+KEY_PREFIX = "base_model.model."
+"""What PEFT puts before the names of an adapter's weights."""
 _WRAPPERS = ("base_layer", "original_module")
 """Where PEFT's wrappers hold the frozen module."""
 
@@ -92,7 +93,7 @@ def is_saved_whole(path: str, modules_to_save: Sequence[str] | None) -> bool:
 
 def _bare(name: str) -> str:
     """A weight's name in the base model."""
-    return ".".join(one for one in name.removeprefix(_PREFIX).split(".") if one not in _WRAPPERS)
+    return ".".join(one for one in name.removeprefix(KEY_PREFIX).split(".") if one not in _WRAPPERS)
 
 
 def _is_trained(name: str, config: Any) -> bool:

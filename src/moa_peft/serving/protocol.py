@@ -11,7 +11,7 @@ from typing import Any
 
 from moa_peft.errors import MoAError, unknown
 
-_IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity")
+_IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 """Fields that say nothing of the answer."""
 
 COLDEST = 0.001
@@ -35,6 +35,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "reasoning_effort": (),
+    "verbosity": ("medium",),
 }
 """Fields that are not supported, and the values with which they ask for nothing."""
 
@@ -109,6 +110,8 @@ def read_request(body: bytes, *, chat: bool) -> Asked:
     if not isinstance(fields.get("model"), str):
         raise ApiError("model is missing: name one of /v1/models", parameter="model")
     limits = [name for name in ("max_completion_tokens", "max_tokens") if name in fields]
+    if len({fields[name] for name in limits}) > 1:
+        raise ApiError("max_completion_tokens and max_tokens differ: give one", parameter="max_tokens")
     temperature = _number(fields, "temperature", 1.0, 0, 2)
     temperature = temperature if temperature >= COLDEST else 0.0
     if "seed" in fields and temperature > 0:

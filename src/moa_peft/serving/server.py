@@ -100,9 +100,10 @@ def bind(host: str, port: int) -> socket.socket:
             taken.bind(address)
             unless_bound.pop_all()
             return taken
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the second of a name such as 127..0.0.1
+        why = getattr(error, "strerror", None) or error
         raise UsageError(
-            f"cannot listen at {host}, port {port}: {error.strerror}: give another --host or --port"
+            f"cannot listen at {host}, port {port}: {why}: give another --host or --port"
         ) from error
 
 

@@ -194,7 +194,11 @@ def studies_of(
     domains = settings.get("domains")
     if domains is None and domain is None:
         return [StudyConfig.from_mapping(merge(shared, flags))]
-    if not isinstance(domains, Mapping) or not all(isinstance(one, Mapping) for one in domains.values()):
+    if (
+        not isinstance(domains, Mapping)
+        or not domains
+        or not all(isinstance(one, Mapping) for one in domains.values())
+    ):
         raise UsageError(f"domains is {domains!r}: give a mapping of names, each to the keys that it changes")
     if domain is not None and domain not in domains:
         raise UsageError(unknown("domain", domain, domains))
@@ -202,7 +206,7 @@ def studies_of(
         name: merge(merge(shared, one), flags) for name, one in domains.items() if domain in (None, name)
     }
     return [
-        StudyConfig.from_mapping({**whole, "out": f"{whole.get('out', 'runs/study')}/{name}"})
+        StudyConfig.from_mapping({**whole, "out": f"{whole['out']}/{name}"} if "out" in whole else whole)
         for name, whole in wholes.items()
     ]
 

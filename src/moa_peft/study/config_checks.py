@@ -22,7 +22,7 @@ from moa_peft.training.recipe import (
 ChooseBy = Literal["answer_loss", "accuracy"]
 
 EQUAL = (
-    "num_train_epochs", "max_steps", "learning_rate", "train_sampling_strategy", "length_column_name", "data_seed",
+    "num_train_epochs", "max_steps", "train_sampling_strategy", "length_column_name", "data_seed",
     "shuffle_dataset", "packing", "packing_strategy", "dataloader_drop_last", "dataloader_in_order",
     "ignore_data_skip", "accelerator_config", "model_init_kwargs", "trust_remote_code",
 )  # fmt: skip
@@ -147,11 +147,14 @@ def _trainer_problems(study: Any) -> list[str]:
             f"trainer.train_sampling_strategy is {order!r}: methods would meet the rows in different orders; give "
             f"{' or '.join(SAME_ORDER)}, or leave it out"
         )
-    if "learning_rate" in study.trainer:
-        problems.append("trainer.learning_rate: give learning_rates, the same for every method")
+    problems += [
+        f"{'' if one is study else f'{one.label}: '}trainer.learning_rate: give learning_rates, the same for every method"
+        for one in (study, *study.methods)
+        if "learning_rate" in one.trainer
+    ]
     for one in study.methods:
         problems += [
-            f"{one.label}: trainer.{key} differs from the other methods': give it once, in the study's trainer"
+            f"{one.label}: trainer.{key} must be that of the other methods: give it once, in the study's trainer"
             for key in EQUAL
             if key in one.trainer
         ]

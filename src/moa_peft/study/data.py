@@ -10,8 +10,8 @@ from pathlib import Path
 from moa_peft.data.loading import load_rows
 from moa_peft.data.row import Row, rows_md5
 from moa_peft.errors import UsageError, unknown
+from moa_peft.evaluation.options import EvaluationOptions
 from moa_peft.evaluation.tasks import GROUPS, Task, load_task, load_tasks
-from moa_peft.evaluation.text_choices import text_questions
 from moa_peft.study.config import StudyConfig
 
 VALIDATION = "validation"
@@ -51,14 +51,12 @@ def load_data(config: StudyConfig) -> StudyData:
     """Read the rows of a study and check them.
 
     Raises:
-        UsageError: If rows cannot be read, a file is not the one of ``data_md5``, or a training or validation row is
-            in a test or in both.
+        UsageError: If rows cannot be read, a file is not the one of ``data_md5``, a training or validation row is in a test or in
+            both, or a task cannot be scored as the study asks.
     """
     source = source_of(config, config.data)
-    train, short = (
-        load_task(source, split="train", limit=limit, name="train")
-        for limit in (config.train_limit, config.short_rows or config.train_limit)
-    )
+    train = load_task(source, split="train", limit=config.train_limit, name="train")
+    short = dataclasses.replace(train, questions=train.questions[: config.short_rows])
     load_rows(source, limit=1)  # training reads fewer forms of rows than evaluation
     held_out = load_task(
         source if config.validation is None else source_of(config, config.validation),
@@ -75,12 +73,14 @@ def load_data(config: StudyConfig) -> StudyData:
             f"tasks and forgetting have {', '.join(twice)} twice (the validation rows are {VALIDATION}): take one of them out, or "
             "rename its file or folder"
         )
-    for one in kept:
-        text_questions(one)
+    check_scoring(config, held_out, whole, kept)
     check_files([train, held_out, *whole, *kept], config)
     validation = draw(held_out, config.validation_limit, config.draw_seed)
-    files = {load_task(one, split=VALIDATION).file_md5 for one in held_out.source.split(",")}
-    whole = [rest_of(one, validation) if one.file_md5 in files else one for one in whole]
+    parts = held_out.source.split(",")
+    chosen = [load_task(one, split=VALIDATION) for one in parts] if len(parts) > 1 else [held_out]
+    whole = [
+        rest_of(one, validation) if any(_same_file(one, part) for part in chosen) else one for one in whole
+    ]
     check_apart(train, validation, [*whole, *kept])
     return StudyData(
         train=row_set(train, config.data),
@@ -89,6 +89,40 @@ def load_data(config: StudyConfig) -> StudyData:
         tests=tuple(draw(one, config.test_limit, config.draw_seed) for one in whole),
         forgetting=tuple(draw(one, config.forgetting_limit, config.draw_seed) for one in kept),
     )
+
+
+def scoring_options(config: StudyConfig) -> tuple[EvaluationOptions, EvaluationOptions]:
+    """How validation rows and tests are scored, and how the tasks that tell what was forgotten are."""
+    options = EvaluationOptions(mode=config.mode, template=config.template, batch_size=config.batch_size)
+    return options, dataclasses.replace(options, mode="text")
+
+
+def check_scoring(
+    config: StudyConfig, validation: Task, tests: Sequence[Task], forgetting: Sequence[Task]
+) -> None:
+    """Check that every task can be scored as the study asks, and the validation rows by what chooses the learning rate.
+
+    Raises:
+        UsageError: If one cannot be.
+    """
+    options, texts = scoring_options(config)
+    for task, how in (
+        *((one, options) for one in (validation, *tests)),
+        *((one, texts) for one in forgetting),
+    ):
+        if task.runs_code and how.mode_for(task) == "generation":
+            raise UsageError(
+                f"the task {task.name} runs the programs that a model writes, which no study does: leave it out, or give mode: "
+                "likelihood for the loss of its answers"
+            )
+        how.check_needs(task)
+    by_likelihood = options.mode_for(validation) == "likelihood"
+    scored = any(one.completions for one in validation.questions) if by_likelihood else validation.has_answers
+    if config.has_tuning and config.choose_by == "accuracy" and not scored:
+        raise UsageError(
+            "choose_by is accuracy, but the validation rows have no choices to compare by likelihood: give choose_by: answer_loss"
+            + (", or mode: generation" if by_likelihood and validation.has_answers else "")
+        )
 
 
 def source_of(config: StudyConfig, name: str) -> str:
@@ -137,6 +171,12 @@ def rest_of(test: Task, validation: Task) -> Task:
             "validation_limit below their number, or leave the test out"
         )
     return dataclasses.replace(test, questions=rest)
+
+
+def _same_file(one: Task, other: Task) -> bool:
+    if one.file_md5 is None:
+        return (one.source, one.split) == (other.source, other.split)
+    return one.file_md5 == other.file_md5
 
 
 def check_files(tasks: Sequence[Task], config: StudyConfig) -> None:

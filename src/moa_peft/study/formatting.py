@@ -73,9 +73,9 @@ def signed(one: Difference | None) -> str:
     return f"{100 * one.mean:+.1f}{error}{' *' if one.is_found else ''}"
 
 
-def claim(one: Difference | None, *, is_loss: bool = False) -> str:
+def claim(one: Difference, *, is_loss: bool = False) -> str:
     """What a study may say of a difference."""
-    if one is None or not one.is_found:
+    if not one.is_found:
         return "none"
     return "better" if (one.mean < 0) == is_loss else "worse"
 

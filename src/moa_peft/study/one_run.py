@@ -17,15 +17,14 @@ from moa_peft.data.row import Row
 from moa_peft.data.templates import Template
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.loading import default_dtype, load, read_adapter
-from moa_peft.evaluation.options import EvaluationOptions
-from moa_peft.evaluation.result_key import ModelIdentity, identify
+from moa_peft.evaluation.result_key import ModelIdentity, identify, identify_loaded
 from moa_peft.evaluation.run import evaluate
 from moa_peft.evaluation.tasks import Task
 from moa_peft.peak_memory import PeakMemory
 from moa_peft.provenance import RECIPE_FILE, provenance
 from moa_peft.quiet import quiet_libraries
 from moa_peft.study.config import FROZEN, Method, StudyConfig
-from moa_peft.study.data import RowSet, StudyData, questions_md5, source_of
+from moa_peft.study.data import RowSet, StudyData, questions_md5, scoring_options, source_of
 from moa_peft.study.folder import TRAINING_FILE
 from moa_peft.study.rows import RunRow, Scores
 from moa_peft.study.schedule import Job, recipe_of
@@ -181,22 +180,12 @@ def score(order: Order) -> dict[str, Any]:
     start, config, run = time.perf_counter(), order.config, order.job.run
     adapter = None if run.method is None else read_adapter(str(order.folder))
     loaded = load(config.model, adapter, init_kwargs=order.init_kwargs)
-    identity = identify(
-        loaded.model,
-        base_model=config.model,
-        adapter=None if adapter is None else run.name,
-        method=None if run.method is None else run.method.method,
-        seed=run.seed,
-    )
+    identity = identify_loaded(loaded)
     check_base(order, identity)
-    options = EvaluationOptions(
-        mode=config.mode,
-        template=config.template,
-        batch_size=config.batch_size,
-        out=order.folder / "evaluation",
-        progress=order.progress,
+    options, texts = (
+        dataclasses.replace(one, out=order.folder / "evaluation", progress=order.progress)
+        for one in scoring_options(config)
     )
-    texts = dataclasses.replace(options, mode="text")
     tests = [(one, options) for one in order.data.tests if one.name in order.job.tests]
     tests += [(one, texts) for one in order.data.forgetting if one.name in order.job.tests]
     scores = {

@@ -1,5 +1,6 @@
 """Runs of a study in parallel processes, on this machine or on a cluster, through Ray."""
 
+import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 from moa_peft.errors import UsageError
 from moa_peft.extras import check_installed
+from moa_peft.study.data import StudyData
 from moa_peft.study.one_run import Order, OtherBaseError, describe, execute
 from moa_peft.study.rows import RunRow
 from moa_peft.study.runner import Pool
@@ -50,7 +52,11 @@ def _pool(remote: Any, cpus: int) -> Pool:
     from ray.exceptions import RayError
 
     def run(orders: Sequence[Order]) -> Iterator[tuple[Order, RunRow]]:
-        waiting = {remote.remote(order, str(Path.cwd()), cpus): order for order in orders}
+        data = ray.put(orders[0].data) if orders else None  # once for all: it holds every row of the tests
+        waiting = {
+            remote.remote(dataclasses.replace(order, data=None), data, str(Path.cwd()), cpus): order
+            for order in orders
+        }
         while waiting:
             (ended, *_), _ = ray.wait(list(waiting), num_returns=1)
             order = waiting.pop(ended)
@@ -70,10 +76,10 @@ def first_sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split()).split('. ')[0].rstrip('.')}"
 
 
-def _execute(order: Order, folder: str, cpus: int) -> RunRow:
+def _execute(order: Order, data: StudyData, folder: str, cpus: int) -> RunRow:
     """What a process of Ray does: as many threads as processors, in the folder that paths are relative to."""
     import torch
 
     os.chdir(folder)
     torch.set_num_threads(cpus)
-    return execute(order)
+    return execute(dataclasses.replace(order, data=data))

@@ -25,10 +25,12 @@ ACCURACY_NOTE = (
     "Per cent of the questions answered rightly: mean over seeds ± standard error over seeds. For the frozen model, which "
     "has no seed, the error is that of the number of questions, sqrt(p (1 - p) / n) for each test."
 )
-DIFFERENCE_NOTES = (
+DIFFERENCE_NOTE = "Points of the mean accuracy over tests, paired: the same seeds and the same questions."
+LOSS_DIFFERENCE_NOTE = "Nats a token, paired: the same seeds and the same answers; below 0 is better."
+ERROR_NOTES = (
     (
-        "Points of the mean accuracy over tests, paired: the same seeds and the same questions. The standard error has two "
-        "parts, from the choice of questions and from the choice of seeds, and is the root of the sum of their squares."
+        "The standard error has two parts, from the choice of questions and from the choice of seeds, and is the root of the "
+        "sum of their squares."
     ),
     (
         "The minimum detectable difference is the least one that a study of this size finds in 80 of 100 cases, at a level "
@@ -147,7 +149,7 @@ def _accuracy(summary: StudySummary) -> Section | None:
 def _differences(summary: StudySummary) -> Section | None:
     rows = [[one.label, *difference_cells(one.versus)] for one in summary.methods if one.versus is not None]
     head = ["method", "difference", "error", "of questions", "of seeds", "detectable", "seeds", "claim"]
-    return _tabled(f"Difference from {summary.config.baseline}", DIFFERENCE_NOTES, head, rows)
+    return _tabled(f"Difference from {summary.config.baseline}", [DIFFERENCE_NOTE, *ERROR_NOTES], head, rows)
 
 
 def _differences_by_test(summary: StudySummary) -> Section | None:
@@ -177,9 +179,11 @@ def _losses(summary: StudySummary) -> Section | None:
 
 
 def _loss_differences(summary: StudySummary) -> Section | None:
+    are_told = any(one.versus is not None for one in summary.methods)  # beside the differences in accuracy
+    errors = ["Errors as above."] if are_told else ERROR_NOTES
     return _tabled(
         f"Difference in loss from {summary.config.baseline}",
-        ["Nats a token, paired: the same seeds and the same answers; below 0 is better. Errors as above."],
+        [LOSS_DIFFERENCE_NOTE, *errors],
         ["method", "test", "difference", "error", "of answers", "of seeds", "detectable", "seeds", "claim"],
         [
             [one.label, name, *difference_cells(difference, is_loss=True)]
@@ -232,7 +236,7 @@ def _choices(summary: StudySummary) -> Section | None:
 def _cost(summary: StudySummary) -> Section | None:
     methods = [one for one in summary.methods if one.label != FROZEN]
     devices = sorted({f"{row.device}, {row.threads} threads" for one in methods for row in one.rows})
-    head = ["method", "trained", "of all", "step ms", "quartiles", "memory MiB", "training s"]
+    head = ["method", "trained", "of all", "step ms", "quartiles", "memory MiB"]
     texts = [COST_NOTE, f"Measured on: {'; '.join(devices)}."]
     return _tabled("Cost", texts, head, [_cost_row(one) for one in methods])
 
@@ -242,7 +246,6 @@ def _cost_row(method: MethodSummary) -> list[str]:
     times = [one.step_ms for one in method.rows if one.step_ms is not None]
     step = median_step_ms(method)
     memory = [one.peak_mem_mib for one in method.rows if one.peak_mem_mib is not None]
-    seconds = [one.train_s for one in method.rows if one.train_s is not None]
     part = (row.trainable_parameters or 0) / (row.total_parameters or 1)
     return [
         method.label,
@@ -251,7 +254,6 @@ def _cost_row(method: MethodSummary) -> list[str]:
         NONE if step is None else f"{step:.0f}",
         f"{min(one.lower for one in times):.0f} to {max(one.upper for one in times):.0f}" if times else NONE,
         f"{max(memory):,.0f}" if memory else NONE,
-        f"{max(seconds):,.0f}" if seconds else NONE,
     ]
 
 

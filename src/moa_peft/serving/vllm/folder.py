@@ -21,8 +21,6 @@ from moa_peft.official.adapter_folder import adapter_folder
 from moa_peft.official.exporter import read_mixture_config, read_weights
 from moa_peft.serving.vllm.command import ARCHITECTURE
 
-KEY_PREFIX = "base_model.model."
-"""What PEFT puts before the names of an adapter's weights."""
 _ELSEWHERE = "serve it with transformers: moa serve --engine transformers, or moa chat"
 _BASE_ARGUMENTS = ("revision", "dtype", "attn_implementation", "trust_remote_code")
 """How a base model may have been loaded; vLLM needs the revision alone, and chooses the rest by its own flags."""

@@ -21,14 +21,14 @@ from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.model_executor.models.transformers.fusers import QKVFuser
 
 from moa_peft.evaluation.loading import read_adapter
-from moa_peft.mixture.adapter_file import check_fit, check_values
+from moa_peft.mixture.adapter_file import KEY_PREFIX, check_fit, check_values
 from moa_peft.mixture.architecture import find_blocks
 from moa_peft.mixture.block_hooks import CHILD, MoALayer, mixtures_of, packed_weights
 from moa_peft.mixture.mixture import Mixture
 from moa_peft.mixture.placement import check_targets, chosen_blocks, placed_experts
 from moa_peft.mixture.sites import AttentionSite
 from moa_peft.mixture.token_watch import TokenWatch
-from moa_peft.serving.vllm.folder import KEY_PREFIX, served_config
+from moa_peft.serving.vllm.folder import served_config
 
 _ADAPTER = "default"
 
