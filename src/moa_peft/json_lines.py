@@ -34,42 +34,26 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return _whole_lines(file)[0]
 
 
-def drop_torn_line(file: Path) -> bool:
-    """Take a last line off that a kill cut off, so that the next row starts on a line of its own.
-
-    Args:
-        file: The file; need not exist.
-
-    Returns:
-        Whether there was one.
-
-    Raises:
-        UsageError: As `read_rows`.
-    """
-    if not file.exists() or file.stat().st_size == _whole_lines(file)[1]:
-        return False
-    with _alone(file, os.O_RDWR) as handle:
-        _, size = _whole_lines(file)  # once more: it may have been another process's line, half written
-        if os.fstat(handle).st_size == size:
-            return False
-        os.ftruncate(handle, size)
-        os.fsync(handle)
-    return True
-
-
 def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append whole lines in one write, or none of them, and see them onto the disk.
+    """Append whole lines in one write, or none of them, and see them onto the disk; a last line that a kill cut off goes.
 
     Args:
         file: The file; it and its folder are made where needed.
         rows: One JSON object a line; NaN and infinity are refused by the writer.
 
     Raises:
-        OSError: If the disk is full; the file is then as it was.
+        OSError: If the disk is full; the rows of the file are then as they were.
+        UsageError: As `read_rows`, if the last line is cut off.
     """
     text = "".join(json.dumps(one, ensure_ascii=False, allow_nan=False) + "\n" for one in rows).encode()
     file.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as handle:
+    with _alone(file, os.O_RDWR | os.O_APPEND | os.O_CREAT) as handle:
+        if (
+            os.fstat(handle).st_size
+            and os.lseek(handle, -1, os.SEEK_END) >= 0
+            and os.read(handle, 1) != b"\n"
+        ):
+            os.ftruncate(handle, _whole_lines(file)[1])
         written = os.write(handle, text)
         if written != len(text):
             os.ftruncate(handle, os.fstat(handle).st_size - written)

@@ -313,6 +313,9 @@ def test_the_command_prints_one_object_and_appends_rows(
     [
         (("run",), "unknown kind of measurement 'run'"),
         (("scaling", "--num-experts", "8,many"), "--num-experts is '8,many': give whole numbers"),
+        (("train", "--num-experts", "8"), "--num-experts is for scaling, not for train: leave it out"),
+        (("train", "--new-tokens", "8"), "--new-tokens is for decode, not for train: leave it out"),
+        (("train", "--out", __file__), "line 1: not a JSON object: delete the file, or mend the line"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(

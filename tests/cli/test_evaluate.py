@@ -6,6 +6,7 @@ import typer
 from filelock import FileLock
 from typer.testing import CliRunner, Result
 
+from moa_peft.cli import registered
 from moa_peft.cli.evaluate import evaluate
 from moa_peft.data.row import Row
 from moa_peft.errors import UsageError
@@ -13,7 +14,7 @@ from moa_peft.json_lines import read_rows
 from tiny_lm import choice_rows, number_rows, save_adapter, save_base, write_rows
 
 PROGRAM = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
-PROGRAM.command()(evaluate)
+PROGRAM.command()(registered(evaluate))
 
 
 def call(*words: object) -> Result:
@@ -49,6 +50,16 @@ def test_an_adapter_is_evaluated_as_its_recipe_says_and_the_results_lie_with_it(
     again = call("--adapter", adapter, "--tasks", rows, "--limit", 5)
     assert "unchanged mine: this evaluation was complete" in again.stdout
     assert len(read_rows(adapter / "evaluation" / "results.jsonl")) == 1
+
+
+def test_answers_without_choices_are_said_to_need_generation(tmp_path: Path, base: Path) -> None:
+    """Rows with answers were said to state none."""
+    sums = write_rows(tmp_path / "sums.json", number_rows(2))
+    told = call("--model", base, "--tasks", sums, "--mode", "likelihood", "--out", tmp_path / "out").stderr
+    assert (
+        "sums: its rows have no choices to compare, so there is a loss but no accuracy; --mode generation"
+        in told
+    )
 
 
 def test_json_is_one_object_on_standard_output_and_nothing_else(

@@ -147,12 +147,23 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert way_on(tmp_path / "run") == f"add --resume to go on from {checkpoint}"
 
 
+def test_the_home_of_a_path_is_expanded_for_every_verb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves that of --out=~/here, and a folder named ~ was made."""
+    monkeypatch.setenv("HOME", "/home/me")
+    given: dict[str, object] = {}
+    cli.registered(lambda **options: given.update(options))(out=Path("~/here"), files=[Path("~/a")], name="~")
+    assert given == {"out": Path("/home/me/here"), "files": [Path("/home/me/a")], "name": "~"}
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [
         (errno.ENOSPC, "No space left on device: x: free some space or choose another folder"),
-        (errno.EROFS, "Read-only file system: x: choose another folder"),
-        (errno.ENOENT, "No such file or directory: x: choose another folder"),
+        (errno.EROFS, "Read-only file system: x: check that it may be read and written, or choose another"),
+        (
+            errno.ENOENT,
+            "No such file or directory: x: check that it may be read and written, or choose another",
+        ),
     ],
 )
 def test_a_disk_that_does_not_take_a_file_ends_in_one_line(

@@ -56,6 +56,13 @@ def test_the_demo_data_is_one_of_several_sources(tmp_path: Path) -> None:
     assert rows[1::2] == ROWS[:2]
 
 
+def test_an_empty_source_among_several_is_an_error(tmp_path: Path) -> None:
+    """It was left out, and the mixture of rows lacked one of its parts."""
+    full, empty = write(tmp_path / "full.jsonl", as_lines(RECORDS)), write(tmp_path / "empty.jsonl", "\n")
+    with pytest.raises(UsageError, match=r"data '.*empty\.jsonl' holds no rows"):
+        load_rows(f"{full},{empty}", limit=1)
+
+
 def test_a_folder_with_one_split_in_two_files_is_refused(tmp_path: Path) -> None:
     for name in ("train.json", "train.jsonl", "test.json"):
         write(tmp_path / name, as_lines(RECORDS[:1]) if name.endswith("l") else json.dumps(RECORDS[:1]))

@@ -8,7 +8,7 @@ import pytest
 
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.results import mean_and_standard_error, paired_difference, proportion_standard_error
-from moa_peft.json_lines import append_rows, drop_torn_line, read_rows, replace_rows
+from moa_peft.json_lines import append_rows, read_rows, replace_rows
 
 
 @pytest.mark.parametrize("cut", [1, 5, 11])
@@ -21,8 +21,6 @@ def test_a_last_line_cut_off_by_a_kill_is_dropped_and_the_next_row_stands_alone(
     whole = file.read_bytes()
     file.write_bytes(whole[:-cut])
     assert read_rows(file) == [{"a": 1}, {"b": "ü\u2028\n"}]
-    assert drop_torn_line(file)
-    assert not drop_torn_line(file)
     append_rows(file, [{"c": 3, "d": 4}])
     assert file.read_bytes() == whole
     assert read_rows(file)[-1] == {"c": 3, "d": 4}
@@ -30,7 +28,6 @@ def test_a_last_line_cut_off_by_a_kill_is_dropped_and_the_next_row_stands_alone(
 
 def write_rows(file: Path, writer: int) -> None:
     for number in range(50):
-        drop_torn_line(file)
         append_rows(file, [{"writer": writer, "number": number, "text": "x" * 3000}])
 
 
@@ -44,9 +41,8 @@ def test_several_that_write_to_one_file_lose_no_row(tmp_path: Path) -> None:
         assert [one["number"] for one in rows if one["writer"] == writer] == list(range(50))
 
 
-def test_a_missing_file_has_no_rows_and_nothing_to_drop(tmp_path: Path) -> None:
+def test_a_missing_file_has_no_rows(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "none.jsonl") == []
-    assert not drop_torn_line(tmp_path / "none.jsonl")
 
 
 def test_a_broken_line_in_the_middle_is_an_error_with_its_number(tmp_path: Path) -> None:
@@ -54,9 +50,10 @@ def test_a_broken_line_in_the_middle_is_an_error_with_its_number(tmp_path: Path)
     file.write_text('{"a": 1}\n{"a": \n{"a": 3}\n')
     with pytest.raises(UsageError, match=r"rows.jsonl, line 2: not a JSON object"):
         read_rows(file)
-    file.write_text('[1]\n{"a": 3}\n')
-    with pytest.raises(UsageError, match="line 1"):
-        drop_torn_line(file)
+    file.write_text("Notes.\nNot ended by a new line")
+    with pytest.raises(UsageError, match=r"line 1: not a JSON object"):
+        append_rows(file, [{"a": 1}])
+    assert file.read_text() == "Notes.\nNot ended by a new line"
 
 
 def test_a_replaced_file_is_whole_and_leaves_no_draft(tmp_path: Path) -> None:

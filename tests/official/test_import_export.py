@@ -730,6 +730,8 @@ def test_the_layout_goes_by_what_the_router_reads(tmp_path: Path) -> None:
         call("export", adapter, "--format", "official", "--out", tmp_path / "x", "--layout", "native")
     with pytest.raises(UsageError, match="unknown layout 'frok': did you mean 'fork'"):
         call("export", adapter, "--format", "official", "--out", tmp_path / "x", "--layout", "frok")
+    with pytest.raises(UsageError, match="--batch-size"):
+        call("export", adapter, "--format", "official", "--out", tmp_path / "x", "--batch-size", "2")
     told = call("export", adapter, "--format", "official", "--out", tmp_path / "x").stdout
     assert "soft-moa, fork layout" in told
     assert "lora_rank 8, lora_alpha 8" in told

@@ -96,6 +96,7 @@ def test_the_last_complete_checkpoint_is_chosen_or_the_one_named(tmp_path: Path)
     ):
         checkpoints.choose(tmp_path, str(tmp_path / "checkpoint-1"))
     first, second = write(tmp_path, 1), write(tmp_path, 2)
+    assert checkpoints.choose(tmp_path, "checkpoint-1") == first
     write(tmp_path, 3, complete=False)
     assert checkpoints.choose(tmp_path, True) == second
     assert checkpoints.choose(tmp_path, str(first)) == first

@@ -66,6 +66,14 @@ def test_a_card_names_base_method_data_sizes_settings_and_paper(tmp_path: Path) 
     assert call in (tmp_path / "README.md").read_text()
 
 
+def test_a_card_names_the_source_of_its_own_method(tmp_path: Path) -> None:
+    """Every card named the paper of MoA."""
+    write_card(tmp_path, ROW, RECIPE | {"method": "hydralora"}, "AutoModelForCausalLM")
+    card = (tmp_path / "README.md").read_text()
+    assert "Source: HydraLoRA, [arXiv 2404.19245](https://arxiv.org/abs/2404.19245)." in card
+    assert "2506.05928" not in card
+
+
 def test_a_base_model_in_a_folder_of_this_machine_is_no_metadata(tmp_path: Path) -> None:
     write_card(
         tmp_path, ROW | {"validation_loss": None}, RECIPE | {"model": str(tmp_path)}, "AutoModelForCausalLM"

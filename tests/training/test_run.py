@@ -10,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.trainer.sft_trainer import SFTTrainer
 
 from moa_peft.data.loading import load_rows
 from moa_peft.data.tokenization import encode_rows
@@ -183,7 +184,7 @@ def test_bf16_keeps_the_adapter_in_float32_on_a_bfloat16_base(recipe_of: Recipes
     train(recipe)
     assert {one.dtype for one in weights(recipe.output_dir).values()} == {torch.float32}
     row = json.loads((Path(recipe.output_dir) / "results.jsonl").read_text())
-    assert row["base_dtype"] == "torch.bfloat16"
+    assert row["base_dtype"] == "bfloat16"
     losses = [one["loss"] for one in history(recipe.output_dir) if "loss" in one]
     assert losses[-1] < losses[0]
 
@@ -214,6 +215,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert [one.name for one in find_checkpoints(folder).complete] == ["checkpoint-1"]
     assert not (folder / "checkpoint-2").exists()
     assert not (folder / "adapter_config.json").exists()
+
+
+def test_a_held_out_loss_that_is_not_finite_stops_the_run_too(
+    recipe_of: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run had ended when its row could not be written: a traceback."""
+
+    def nowhere(self: SFTTrainer, *_args: Any, **_kwargs: Any) -> Any:
+        nan = torch.tensor(float("nan"))
+        return (nan, {}) if not self.model.training else real(self, *_args, **_kwargs)
+
+    real = SFTTrainer.compute_loss
+    monkeypatch.setattr(SFTTrainer, "compute_loss", nowhere)
+    with pytest.raises(UsageError, match=r"the held-out loss after step 2 is nan: training stopped"):
+        train(recipe_of(max_steps=2, validation=0.5))
 
 
 def test_a_short_run_leaves_checkpoints_without_being_told(recipe_of: Recipes, tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from moa_peft.errors import LibraryError, MoAError, UsageError, library_errors
+from moa_peft.errors import LibraryError, MoAError, UsageError, expanded, library_errors
 
 app = typer.Typer(
     name="moa",
@@ -74,14 +75,21 @@ def register_verbs() -> None:
 
 
 def registered(verb: Callable[..., None]) -> Callable[..., None]:
-    """Let a verb register the method before it runs; its help does without, and without torch."""
+    """Let a verb register the method before it runs, its help does without, and without torch; `~` in paths is expanded."""
 
     @functools.wraps(verb)
     def run(*words: Any, **options: Any) -> None:
         import_module("moa_peft.mixture.model")
-        verb(*words, **options)
+        verb(*words, **{name: _whole_paths(value) for name, value in options.items()})
 
     return run
+
+
+def _whole_paths(value: Any) -> Any:
+    """Expand the `~` of a path, or of a list of them, that the shell has left, as in --out=~/here."""
+    if isinstance(value, list):
+        return [_whole_paths(one) for one in value]
+    return expanded(value) if isinstance(value, Path) else value
 
 
 def fail(message: str, code: int) -> None:
@@ -111,8 +119,12 @@ def main() -> None:
         if error.errno is None:
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = "free some space or choose another folder" if full else "choose another folder"
-        fail(f"{error.strerror}: {error.filename or 'while writing'}: {hint}", 2)
+        hint = (
+            "free some space or choose another folder"
+            if full
+            else "check that it may be read and written, or choose another"
+        )
+        fail(": ".join([str(error.strerror), *([str(error.filename), hint] if error.filename else [])]), 2)
 
 
 def check_arguments(arguments: Sequence[str]) -> None:

@@ -40,10 +40,13 @@ def bench(
     length: Annotated[
         int | None, typer.Option(help="Tokens of a row; of the prompt, for decode. Default: 128, decode 64.")
     ] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens decoded in each row.")] = 64,
+    new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens decoded in each row, 64 by default; for decode.")
+    ] = None,
     num_experts: Annotated[
-        str, typer.Option(help="Copies of each expert to try, with commas between; for scaling.")
-    ] = "8,64",
+        str | None,
+        typer.Option(help="Copies of each expert to try, with commas between, 8,64 by default; for scaling."),
+    ] = None,
     pairs: Annotated[int, typer.Option(help="Times that each method is taken, in turn.")] = 15,
     dtype: Annotated[
         str, typer.Option(help="Of the base: float32 or bfloat16; adapters are float32.")
@@ -76,15 +79,23 @@ def bench(
     from moa_peft.bench.measure import BenchOptions, as_dict, measure
     from moa_peft.bench.rows import Kind
     from moa_peft.bench.subjects import FROZEN, has_copies, method_names
-    from moa_peft.json_lines import append_rows, drop_torn_line
+    from moa_peft.json_lines import append_rows, read_rows
     from moa_peft.quiet import quiet_libraries
 
     if kind not in get_args(Kind):
         raise UsageError(unknown("kind of measurement", kind, get_args(Kind)))
+    for flag, value, own in (
+        ("--new-tokens", new_tokens, "decode"),
+        ("--num-experts", num_experts, "scaling"),
+    ):
+        if value is not None and kind != own:
+            raise UsageError(f"{flag} is for {own}, not for {kind}: leave it out")
     given = methods or (SCALED_METHODS if kind == "scaling" else DEFAULT_METHODS)
     chosen = [one.strip() for one in given.split(",") if one.strip()]
     if methods == "all":
         chosen = [one for one in method_names() if (has_copies(one) if kind == "scaling" else one != FROZEN)]
+    if out is not None:
+        read_rows(out)  # a file of another kind is refused before anything is measured
     options = BenchOptions(
         kind=cast("Any", kind),
         methods=tuple(chosen),
@@ -93,8 +104,8 @@ def bench(
         layers=layers,
         batch_size=batch_size,
         length=length if length is not None else 64 if kind == "decode" else 128,
-        new_tokens=new_tokens,
-        num_experts=_numbers(num_experts) if kind == "scaling" else (),
+        new_tokens=64 if new_tokens is None else new_tokens,
+        num_experts=_numbers("8,64" if num_experts is None else num_experts) if kind == "scaling" else (),
         pairs=pairs,
         dtype=dtype,
         device=device,
@@ -106,7 +117,6 @@ def bench(
     with quiet_libraries(), tqdm(total=pairs + 1, desc=kind, unit="round", delay=2, file=sys.stderr) as bar:
         rows = list(measure(options, on_turn=partial(_tick, bar)))
     if out is not None:
-        drop_torn_line(out)
         append_rows(out, [as_dict(row) for row in rows])
     if as_json:
         print(json.dumps({"rows": [as_dict(row) for row in rows]}))

@@ -11,7 +11,7 @@ import typer
 
 from moa_peft.cli.overrides import Dtype, ModelInitKwargs, options_from_file, parse_mapping
 from moa_peft.cli.table import print_table
-from moa_peft.errors import UsageError, expanded
+from moa_peft.errors import UsageError
 
 if TYPE_CHECKING:
     from moa_peft.evaluation.run import TaskResult
@@ -132,7 +132,6 @@ def evaluate(
       moa evaluate --adapter runs/first --lm-eval arc_easy,openbookqa
     """  # noqa: D301  # the backspace keeps the lines of the examples apart
     init_kwargs = parse_mapping("--model-init-kwargs", model_init_kwargs)
-    out, data_root, lm_eval_path = (one and expanded(one) for one in (out, data_root, lm_eval_path))
     if lm_eval is not None:
         own = {"tasks": tasks, "mode": mode, "extraction": extraction, "split": split}
         own |= {"max-new-tokens": max_new_tokens, "data-root": data_root}
@@ -251,10 +250,10 @@ def print_places(results: "list[TaskResult]") -> None:
             "to run it again"
         )
     for row in (one.row for one in results if one.row.num_scored == 0):
-        print(
-            f"note      {row.task}: its rows state no answer, so there is a loss but no accuracy; a field answer gives one",
-            file=sys.stderr,
-        )
+        why = "its rows state no answer, so there is a loss but no accuracy; a field answer gives one"
+        if row.mode == "likelihood":
+            why = "its rows have no choices to compare, so there is a loss but no accuracy; --mode generation scores answers"
+        print(f"note      {row.task}: {why}", file=sys.stderr)
     cut_off = [one.row for one in results if one.row.num_cut_off]
     for row in cut_off:
         print(

@@ -59,7 +59,9 @@ def export(
         str | None,
         typer.Option(help="lora: paper or chat. Default: the one the adapter was trained with, else paper."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="lora: most rows in a forward pass.")] = 16,
+    batch_size: Annotated[
+        int | None, typer.Option(help="lora: most rows in a forward pass, 16 by default.")
+    ] = None,
     dtype: Dtype = None,
     model_init_kwargs: ModelInitKwargs = None,
     overwrite: Annotated[
@@ -88,6 +90,7 @@ def export(
         raise UsageError(unknown("format", format_, FORMATS))
     lora_only = {
         "--data": data, "--held-out": held_out, "--limit": limit, "--template": template, "--dtype": dtype,
+        "--batch-size": batch_size,
     }  # fmt: skip
     _refuse_others("lora", format_, lora_only)
     _refuse_others("official", format_, {"--layout": layout})
@@ -122,7 +125,11 @@ def export(
     found = read_adapter(adapter)
     chosen = cast("Any", choose_template(template, found, "paper"))
     options = LoraOptions(
-        template=chosen, batch_size=batch_size, dtype=dtype, init_kwargs=init_kwargs, overwrite=overwrite
+        template=chosen,
+        batch_size=batch_size or 16,
+        dtype=dtype,
+        init_kwargs=init_kwargs,
+        overwrite=overwrite,
     )
     with quiet_libraries():
         made = export_lora(

@@ -78,21 +78,21 @@ def evaluate_on_harness(
         identity = identify_loaded(loaded)
         results = run_harness(loaded.model, loaded.tokenizer, options, identity=identity, manager=manager)
     if as_json:
-        print(json.dumps(as_object(results, options.out)))
+        print(json.dumps(as_object(results, out)))
         return
-    print_results(results, options.out)
+    print_results(results, out)
 
 
-def as_object(results: "list[HarnessResult]", out: Path | None) -> dict[str, Any]:
+def as_object(results: "list[HarnessResult]", out: Path) -> dict[str, Any]:
     """The results as one JSON object."""
     return {
         "results": [dataclasses.asdict(one.row) for one in results],
-        "results_file": None if out is None else str(out / RESULTS_FILE),
+        "results_file": str(out / RESULTS_FILE),
         "examples_files": [str(one.examples_file) for one in results],
     }
 
 
-def print_results(results: "list[HarnessResult]", out: Path | None) -> None:
+def print_results(results: "list[HarnessResult]", out: Path) -> None:
     """Print one line a figure, with its standard error where the harness gives one."""
     first = results[0].row
     model = f"{first.base_model}, frozen" if first.adapter_fingerprint is None else (

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moa_peft.cli.overrides import ModelInitKwargs, parse_mapping
+
 if TYPE_CHECKING:
     from moa_peft.official.importer import ImportReport
 
@@ -62,6 +64,7 @@ def import_(
         float | None,
         typer.Option(help="Coefficient of the balance loss in further training. Default: the method's own."),
     ] = None,
+    model_init_kwargs: ModelInitKwargs = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the adapter in the folder.")
     ] = False,
@@ -93,8 +96,11 @@ def import_(
         expert_order=DEFAULT_ORDER if expert_order is None else read_order(expert_order),
         balance=balance,
     )
+    init_kwargs = parse_mapping("--model-init-kwargs", model_init_kwargs)
     with quiet_libraries():
-        report = import_checkpoint(checkpoint, base, out, settings, overwrite=overwrite)
+        report = import_checkpoint(
+            checkpoint, base, out, settings, init_kwargs=init_kwargs, overwrite=overwrite
+        )
     if as_json:
         print(json.dumps(dataclasses.asdict(report)))
     else:

@@ -146,11 +146,10 @@ def _go_on_as_vllm(names: dict[str, str], host: str, port: int, more: list[str],
         return
     command = vllm_command(adapter.path, host, port)
     command += ["--served-model-name", name, "--dtype", str(base.init_kwargs["dtype"])]
-    own = adapter.path if (adapter.path / "tokenizer_config.json").is_file() else None
-    if own is None:
+    if adapter.tokenizer_path is None:
         command += ["--tokenizer", base.path]
     if adapter.template == "paper":
-        command += ["--chat-template", paper_chat_template(load_tokenizer(base, own))]
+        command += ["--chat-template", paper_chat_template(load_tokenizer(base, adapter.tokenizer_path))]
     # unless told, vLLM on a CPU wants 92 % of the memory, and stops where that is not free
     cache = {} if torch.cuda.is_available() else {"VLLM_CPU_KVCACHE_SPACE": _CPU_CACHE_GIB}
     os.execve(command[0], [*command, *more], {**cache, **os.environ})

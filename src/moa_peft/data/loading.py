@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from moa_peft.data.row import Row, as_row
-from moa_peft.errors import UsageError, expanded, unknown
+from moa_peft.errors import UsageError, expanded, first_line, unknown
 
 
 def load_rows(source: str, *, split: str = "train", limit: int | None = None) -> list[Row]:
@@ -50,10 +50,7 @@ def load_records(source: str, *, split: str = "train", limit: int | None = None)
     """
     if limit is not None and not 1 <= limit <= sys.maxsize:
         raise UsageError(f"limit is {limit}: give at least 1, below 2**63, or leave it out to read all rows")
-    records = list(islice(_records(source, split), limit))
-    if not records:
-        raise UsageError(f"data {source!r} holds no rows (split {split!r})")
-    return records
+    return list(islice(_records(source, split), limit))
 
 
 SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
@@ -148,17 +145,29 @@ def _list(file: Path, text: TextIO) -> Iterator[tuple[str, Any]]:
         yield f"{file}, row {number}", record
 
 
-def _records(source: str, split: str) -> Iterable[tuple[str, Any]]:
-    """Find out what the source is and read it; several, with commas between, one record of each in turn."""
+def _records(source: str, split: str) -> Iterator[tuple[str, Any]]:
+    """Read at least one record of a source; of several, with commas between, one of each in turn."""
+    path = expanded(source)
+    if "," in source and not path.exists():
+        turns = itertools.zip_longest(*(_records(one.strip(), split) for one in source.split(",")))
+        yield from (one for turn in turns for one in turn if one is not None)
+        return
+    are_none = True
+    for record in _records_of_one(source, split):
+        are_none = False
+        yield record
+    if are_none:
+        raise UsageError(f"data {source!r} holds no rows (split {split!r})")
+
+
+def _records_of_one(source: str, split: str) -> Iterable[tuple[str, Any]]:
+    """Find out what the source is and read it."""
     if source == "demo":
         from moa_peft.data.demo import demo_rows
 
         rows = enumerate(demo_rows(split), start=1)
         return ((f"demo, row {place}", dataclasses.asdict(row)) for place, row in rows)
     path = expanded(source)
-    if "," in source and not path.exists():
-        turns = itertools.zip_longest(*(_records(one.strip(), split) for one in source.split(",")))
-        return (one for turn in turns for one in turn if one is not None)
     if source and path.is_dir():
         found = [one for one in sorted(path.iterdir()) if is_row_file(one.name) and one.is_file()]
         files = {split_name(one): one for one in found}
@@ -199,7 +208,7 @@ def _from_datasets(name: str, config: str | None, split: str) -> Iterator[tuple[
         else:
             found = _load_dataset(name, config)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error) or type(error).__name__
         raise UsageError(
             f"data {name!r} is no file or folder, and `datasets` cannot load it: {reason}"
             if not Path(name).is_dir()

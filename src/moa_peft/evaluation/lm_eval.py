@@ -17,7 +17,7 @@ from moa_peft.errors import RunError, UsageError, unknown
 from moa_peft.evaluation.result_key import ModelIdentity
 from moa_peft.evaluation.results import file_name
 from moa_peft.extras import require
-from moa_peft.json_lines import RESULTS_FILE, append_rows, drop_torn_line, replace_rows
+from moa_peft.json_lines import RESULTS_FILE, append_rows, replace_rows
 from moa_peft.mixture.token_watch import prompt_lengths
 from moa_peft.provenance import provenance
 
@@ -194,7 +194,6 @@ def run_harness(
     results = [_result(name, found, shared, options.out) for name in found["samples"]]
     if options.out is not None:
         file = options.out / RESULTS_FILE
-        drop_torn_line(file)
         append_rows(file, [dataclasses.asdict(one.row) for one in results])
     return results
 

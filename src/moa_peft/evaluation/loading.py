@@ -68,6 +68,11 @@ class AdapterFolder:
     seed: int | None
     """The seed that it was trained with; None where there is no recipe."""
 
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """Where its own tokenizer lies; None where it has that of its base model."""
+        return self.path if (self.path / "tokenizer_config.json").is_file() else None
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedModel:
@@ -229,8 +234,7 @@ def load(
     import torch
 
     base = choose_base(base_model, adapter, init_kwargs, dtype)
-    holds_tokenizer = adapter is not None and (adapter.path / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(base, adapter.path if adapter and holds_tokenizer else None)
+    tokenizer = load_tokenizer(base, adapter and adapter.tokenizer_path)
     model = load_base(base, tokenizer)
     if adapter is not None:
         model = add_adapter(model, adapter)

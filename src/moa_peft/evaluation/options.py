@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
+from moa_peft.data.base_model import DEFAULT_MODEL
 from moa_peft.data.templates import Template
 from moa_peft.errors import UsageError, expanded, unknown
 from moa_peft.evaluation.extraction_rules import RULES
@@ -138,5 +139,5 @@ def default_out(model: str | None, adapter: "AdapterFolder | None") -> Path:
     """Where results go unless a folder is named."""
     if adapter is not None and expanded(adapter.name).is_dir():
         return adapter.path / "evaluation"
-    name = adapter.name if adapter is not None else model or "smollm2"
+    name = adapter.name if adapter is not None else model or DEFAULT_MODEL
     return Path("moa_evaluation") / file_name(name).strip("_.")

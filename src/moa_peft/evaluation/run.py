@@ -30,7 +30,7 @@ from moa_peft.evaluation.results import (
     proportion_standard_error,
 )
 from moa_peft.folder_lock import claimed
-from moa_peft.json_lines import RESULTS_FILE, append_rows, drop_torn_line, read_rows, replace_rows
+from moa_peft.json_lines import RESULTS_FILE, append_rows, read_rows, replace_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,7 +138,6 @@ def _evaluate(
             **_figures(examples, mode, rule),
         )
         if results is not None:
-            drop_torn_line(results)
             append_rows(results, [dataclasses.asdict(row)])
     return TaskResult(row=row, examples=examples, examples_file=file, results_file=results, reused=reused)
 
@@ -184,7 +183,6 @@ def _stored(file: Path | None) -> dict[int, Record]:
     """The examples that an earlier process has left, by index."""
     if file is None:
         return {}
-    drop_torn_line(file)
     rows = read_rows(file)
     for number, one in enumerate(rows, start=1):
         if not isinstance(one.get("index"), int):

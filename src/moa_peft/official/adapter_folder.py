@@ -45,6 +45,7 @@ def adapter_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
         UsageError: As `check_folder`.
         OSError: If the disk is full or closed.
     """
+    out = out.absolute()  # "." has no name
     check_folder(out, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.is_dir() and any(out.iterdir()):

@@ -134,6 +134,7 @@ def _observer(name: str, layer: MoALayer, means: Means, mask: list[Tensor]) -> C
 
 def _add_up(means: Means, key: tuple[str, str], gates: Tensor, mask: Tensor) -> None:
     """Add gates [B, T or 1, N] of the tokens that count in the mask [B, T]."""
+    mask = mask.to(gates.device)  # of the block, where a device_map may have put it
     gates = gates.double().expand(-1, mask.shape[1], -1)
     sums = means.setdefault(key, GateMeans(total=torch.zeros(gates.shape[-1], dtype=torch.float64)))
     together = gates.sum(dim=-1)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -65,7 +66,13 @@ class ImportReport:
 
 
 def import_checkpoint(
-    checkpoint: Path, base: str, out: Path, settings: OfficialSettings, *, overwrite: bool = False
+    checkpoint: Path,
+    base: str,
+    out: Path,
+    settings: OfficialSettings,
+    *,
+    init_kwargs: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> ImportReport:
     """Turn an official checkpoint into an adapter folder.
 
@@ -76,6 +83,7 @@ def import_checkpoint(
         base: The base model: a folder, a name on the hub, or "smollm2".
         out: The folder to write.
         settings: What the weights do not tell.
+        init_kwargs: Arguments of `from_pretrained` for the base model, such as a revision.
         overwrite: Whether an adapter in ``out`` may be replaced.
 
     Raises:
@@ -83,7 +91,7 @@ def import_checkpoint(
     """
     check_folder(out, overwrite=overwrite)
     checkpoint_files(checkpoint)  # a wrong path is said before the base is looked for on the hub
-    model = empty_model(find_base(base))
+    model = empty_model(find_base(base, init_kwargs))
     found = read_checkpoint(checkpoint, frozenset(model.state_dict()))
     num_blocks = model.config.get_text_config().num_hidden_layers
     size_of_heads = head_size(model.config)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moa_peft.errors import UsageError
-from moa_peft.json_lines import RESULTS_FILE, append_rows, drop_torn_line
+from moa_peft.json_lines import RESULTS_FILE, append_rows
 from moa_peft.provenance import RECIPE_FILE
 from moa_peft.study.config import StudyConfig
 from moa_peft.study.data import StudyData, source_of
@@ -122,7 +122,6 @@ def read_study(folder: Path) -> dict[str, Any] | None:
 def append_row(folder: Path, row: RunRow) -> None:
     """Append one row to the study's results."""
     file = folder / RESULTS_FILE
-    drop_torn_line(file)
     append_rows(file, [dataclasses.asdict(row)])
 
 

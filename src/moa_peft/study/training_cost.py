@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from moa_peft.json_lines import append_rows, drop_torn_line, read_rows
+from moa_peft.json_lines import append_rows, read_rows
 from moa_peft.study.rows import StepTime
 from moa_peft.training.progress import StepClock
 
@@ -34,7 +34,6 @@ class StepLog(TrainerCallback):
             for place in range(self._written, len(seconds))
         ]
         if rows:
-            drop_torn_line(self._file)
             append_rows(self._file, rows)
         self._written = len(seconds)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moa_peft.errors import UsageError
+from moa_peft.errors import UsageError, expanded
 from moa_peft.training.output_folder import read_recipe
 from moa_peft.training.recipe import Recipe
 
@@ -143,7 +143,7 @@ def choose(output_dir: Path, resume: bool | str) -> Path | None:
 
     Args:
         output_dir: The run's folder.
-        resume: True for the last complete one, or the path of one in that folder.
+        resume: True for the last complete one, or the name or path of one in that folder.
 
     Returns:
         The checkpoint's folder; None when the run was cut off before its first one was complete, so that it starts
@@ -154,7 +154,8 @@ def choose(output_dir: Path, resume: bool | str) -> Path | None:
     """
     complete = find_checkpoints(output_dir).complete
     if isinstance(resume, str):
-        wanted = [one for one in complete if one.resolve() == Path(resume).resolve()]
+        path = expanded(resume).resolve()
+        wanted = [one for one in complete if one.name == resume or one.resolve() == path]
         if not wanted:
             known = f"complete are {names(complete)}" if complete else "it has none"
             raise UsageError(f"{resume} is not a complete checkpoint of the run in {output_dir}: {known}")

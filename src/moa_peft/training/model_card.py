@@ -1,5 +1,6 @@
 """The model card of an adapter."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import yaml
 
 from moa_peft.errors import expanded
 from moa_peft.mixture.placement import Placement
+from moa_peft.mixture.presets import find_preset
 from moa_peft.training.output_folder import write_text
 
 CARD_FILE = "README.md"
@@ -67,6 +69,8 @@ def card_text(row: Mapping[str, Any], recipe: Mapping[str, Any], loader: str) ->
     ]
     revision = (recipe.get("model_init_kwargs") or {}).get("revision")
     revision = "" if revision is None else f', revision="{revision}"'  # transformers takes the name alone
+    preset = find_preset(recipe["method"])
+    source = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", preset.source)
     share = 100 * row["trainable_parameters"] / row["total_parameters"]
     return "\n".join(
         [
@@ -103,8 +107,7 @@ def card_text(row: Mapping[str, Any], recipe: Mapping[str, Any], loader: str) ->
             "|---|---|",
             *settings,
             "",
-            "Method: MoA: Heterogeneous Mixture of Adapters for Parameter-Efficient Fine-Tuning of Large Language",
-            "Models, [arXiv 2506.05928](https://arxiv.org/abs/2506.05928).",
+            f"Method: {preset.summary}. Source: {source}.",
             "",
             "",
         ]

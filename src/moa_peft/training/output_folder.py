@@ -13,7 +13,7 @@ from typing import Any
 
 from moa_peft.errors import UsageError
 from moa_peft.folder_lock import LOCK_FILE
-from moa_peft.json_lines import RESULTS_FILE, append_rows, drop_torn_line, written_whole
+from moa_peft.json_lines import RESULTS_FILE, append_rows, written_whole
 from moa_peft.provenance import RECIPE_FILE
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -75,7 +75,6 @@ def read_recipe(output_dir: Path) -> dict[str, Any]:
 def append_result(output_dir: Path, row: Mapping[str, Any]) -> None:
     """Append one row to the run's results; see `moa_peft.json_lines.append_rows`."""
     file = output_dir / RESULTS_FILE
-    drop_torn_line(file)
     append_rows(file, [row])
 
 

@@ -233,6 +233,8 @@ def whole_number_problems(name: str, value: object, least: int) -> list[str]:
 
 def _text_problems(recipe: Recipe) -> list[str]:
     values = {name: getattr(recipe, name) for name in ("data", "output_dir", "model", "method")}
+    optional = {name: getattr(recipe, name) for name in ("data_split", "data_md5", "validation_md5")}
+    values |= {name: value for name, value in optional.items() if value is not None}
     wrong = {name: value for name, value in values.items() if not isinstance(value, str) or not value}
     return [f"{name} is {value!r}: give text" for name, value in wrong.items()]
 
@@ -247,7 +249,8 @@ def _number_problems(recipe: Recipe) -> list[str]:
     for name in FACTORS:
         problems += factor_problems(name, getattr(recipe, name))
     share = recipe.validation
-    if isinstance(share, bool | int | float) and not (isinstance(share, float) and 0 < share < 1):
+    is_share = isinstance(share, float) and 0 < share < 1
+    if not is_share and share is not None and (not isinstance(share, str) or not share):
         problems.append(
             f"validation is {share!r}: give a data source, or a share of the rows between 0 and 1"
         )

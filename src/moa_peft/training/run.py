@@ -7,6 +7,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from moa_peft.data.base_loading import auto_class, base_config, model_fingerprint
 from moa_peft.errors import UsageError, library_errors
 from moa_peft.provenance import provenance
@@ -114,6 +116,10 @@ def _outcome(preparation: Preparation, train_s: float) -> TrainingOutcome:
     )
 
 
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def _result_row(preparation: Preparation, outcome: TrainingOutcome, recipe: dict[str, Any]) -> dict[str, Any]:
     parameters = list(preparation.trainer.wrapped.parameters())
     return {
@@ -121,8 +127,8 @@ def _result_row(preparation: Preparation, outcome: TrainingOutcome, recipe: dict
         **{name: recipe[name] for name in ("method", "seed", "data", "data_md5")},
         "base_model": recipe["model"],
         "base_file_sha256": model_fingerprint(preparation.base),
-        "base_dtype": str(next(one.dtype for one in parameters if not one.requires_grad)),
-        "adapter_dtype": str(next(one.dtype for one in parameters if one.requires_grad)),
+        "base_dtype": _dtype_name(next(one for one in parameters if not one.requires_grad)),
+        "adapter_dtype": _dtype_name(next(one for one in parameters if one.requires_grad)),
         **asdict(outcome),
         "resumed_from": preparation.plan.resume_from,
         **provenance(),

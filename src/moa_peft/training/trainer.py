@@ -94,8 +94,10 @@ class AdapterTrainer(SFTTrainer):
         with answers_only_head(self.args.device):
             result = super().compute_loss(model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
-        if self.wrapped.training and not math.isfinite(loss.item()):
-            raise UsageError(self._stopped(f"the loss of step {self.state.global_step + 1} is {loss.item()}"))
+        if not math.isfinite(loss.item()):
+            step = self.state.global_step
+            what = f"loss of step {step + 1}" if self.wrapped.training else f"held-out loss after step {step}"
+            raise UsageError(self._stopped(f"the {what} is {loss.item()}"))
         return result
 
     def refuse_non_finite(self) -> None:

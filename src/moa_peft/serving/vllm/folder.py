@@ -132,8 +132,7 @@ def export_vllm(
     hollow = get_peft_model(empty_model(base), copy.deepcopy(config))
     check_values(weights, adapter.name)
     check_fit(get_peft_model_state_dict(hollow, save_embedding_layers=False), weights, adapter.name)
-    holds_tokenizer = (adapter.path / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(base, adapter.path if holds_tokenizer else None)
+    tokenizer = load_tokenizer(base, adapter.tokenizer_path)
     if adapter.template == "paper":
         tokenizer.chat_template = paper_chat_template(tokenizer)
     served = base_config(base)
