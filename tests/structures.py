@@ -151,6 +151,7 @@ def check_mixture(name: str, config: MoAConfig, folder: Path) -> None:
         folder: An empty one, for the saved adapter.
     """
     base, ids = text_model(name), tokens(2, 9)
+    base.requires_grad_(False)  # Jamba's recurrence rounds by that on some CPUs
     with torch.no_grad():
         frozen = base(input_ids=ids).logits
     base_is = {

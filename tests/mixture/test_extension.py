@@ -1,8 +1,8 @@
 """A kind of expert and a kind of gate from outside the package: nothing in it has to know them."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from moa_peft.cli.overrides import load_yaml
 from moa_peft.mixture.config import GATES
 from moa_peft.mixture.experts import LinearExpert, expert_kinds, register_expert
 from moa_peft.mixture.gates import Gate, GateResult, register_gate
+from moa_peft.mixture.router import Router
 from moa_peft.training.recipe import Recipe, build_peft_config
 from tiny import awaken, base_model, tokens
 
@@ -231,6 +232,100 @@ def test_the_fields_of_both_are_checked_like_the_packages_own() -> None:
         RouterConfig(gate="toy-square")
     with pytest.raises(UsageError, match="'toy-shift': unknown target of llama 'mpl'"):
         get_peft_model(base_model("llama"), MoAConfig(experts=[ToyExpert(targets=["mpl"])]))
+
+
+class Penalised(ToyGate):
+    """Asks each token to pay for its logits."""
+
+    default_balance = 0.0
+    factor_of_penalty = 3.0
+
+    @classmethod
+    def has_penalty(cls, config: RouterConfig) -> bool:
+        return True
+
+    def forward(self, logits: Tensor, *read: Tensor) -> GateResult:
+        penalty = self.factor_of_penalty * logits.square().mean(dim=-1, keepdim=True)
+        return GateResult(gates=logits.softmax(dim=-1), penalty=penalty)
+
+
+class Forgetful(Penalised):
+    """Does not say so."""
+
+    @classmethod
+    def has_penalty(cls, config: RouterConfig) -> bool:
+        return False
+
+
+class WithoutLoad(Forgetful):
+    """Has a balance loss made of nothing."""
+
+    default_balance = 0.1
+
+    def forward(self, logits: Tensor, *read: Tensor) -> GateResult:
+        return GateResult(gates=logits.softmax(dim=-1))
+
+
+def test_a_penalty_reaches_the_routers_gradient_without_a_balance_loss_too() -> None:
+    """It was added only where the gate had a balance loss as well."""
+    register_gate("penalised")(Penalised)
+    torch.manual_seed(0)
+    router = Router(6, 3, RouterConfig(kind="linear", gate="penalised")).train()
+    router.loss_scale = 1.0
+    x = torch.randn(2, 5, 6)
+    router(x).gates.sum().backward()  # a constant: what is left is the penalty's gradient
+    weight = router.get_parameter("logits.linear_weight")
+    found = weight.grad
+    assert found is not None
+    again = weight.detach().clone().requires_grad_()
+    (3 * (x @ again.T).square().mean(dim=-1)).mean().backward()
+    torch.testing.assert_close(found, again.grad)
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        (Forgetful, "gives a penalty that nothing asks for: let its has_penalty"),
+        (WithoutLoad, "gives no load and probability, which its balance loss is made of"),
+    ],
+)
+def test_a_loss_that_a_gate_would_lose_is_refused(gate: type[Gate], message: str) -> None:
+    register_gate("wrong")(gate)
+    with pytest.raises(UsageError, match=message):
+        Router(6, 3, RouterConfig(kind="linear", gate="wrong")).train()(torch.randn(1, 2, 6))
+
+
+def test_what_cannot_be_registered_is_refused_at_once() -> None:
+    """Two experts of a kind with "__" in its name became one."""
+
+    class Doubled(ToyExpert):
+        kind: ClassVar[str] = "toy__shift"
+
+    with pytest.raises(UsageError, match="expert kind 'toy__shift': give a name without dots and double und"):
+        register_expert(Doubled)
+    with pytest.raises(UsageError, match="is no Gate: give a class that inherits"):
+        register_gate("plain")(nn.Linear)  # pyright: ignore[reportArgumentType]  # the mistake
+
+
+def test_the_usual_types_of_fields_can_be_declared() -> None:
+    """Lists and mappings of numbers were refused, their defaults too."""
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Fields(ToyExpert):
+        sizes: Sequence[int] = (4, 8)
+        rates: Sequence[float] = (0.1, 1)
+        shares: Mapping[str, float] = field(default_factory=lambda: {"a": 0.5})
+        share: float | int = 0.5
+
+    Fields(targets=["mlp"])
+    for name, wrong, message in (
+        ("sizes", (0.5,), "give whole numbers"),
+        ("rates", ("x",), "give numbers"),
+        ("shares", {1: 2}, "give a mapping of names"),
+        ("share", float("inf"), "give a number"),
+    ):
+        with pytest.raises(UsageError, match=f"{name} is .*: {message}"):
+            Fields(targets=["mlp"], **{name: wrong})
 
 
 def test_a_name_cannot_be_taken_twice() -> None:

@@ -32,7 +32,7 @@ from moa_peft import MoAConfig, RunError, UsageError, mixture_layers
 from moa_peft.evaluation.generation import generate_batch
 from moa_peft.evaluation.scoring import TokenQuestion, score_batch
 from moa_peft.mixture.continuous_batching import paged_requests
-from moa_peft.mixture.token_masks import call_tokens
+from moa_peft.mixture.token_masks import CallTokens, call_tokens
 from moa_peft.training.trainer import AdapterTrainer
 from tiny import awaken, base_model, cached, mixture_model, tokens
 from tiny_lm import byte_tokenizer
@@ -161,6 +161,15 @@ def test_prompt_length_with_packed_sequences_is_refused() -> None:
     positions = torch.tensor([[0, 1, 2, 0, 1]])
     with pytest.raises(UsageError, match="prompt_length is given with packed sequences"):
         model(input_ids=tokens(1, 5), position_ids=positions, prompt_length=2, use_cache=False)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_mean_of_a_long_prompt_does_not_overflow_float16(packed: bool) -> None:
+    """The sum of 4,096 tokens did, and every gate was NaN."""
+    x = torch.full((1, 4096, 2), 40.0, dtype=torch.float16)
+    sequences = torch.zeros(1, 4096, dtype=torch.long) if packed else None
+    call = CallTokens(real=None, prompt=torch.ones(1, 4096, dtype=torch.bool), sequences=sequences)
+    assert torch.equal(call.mean(x, everything=False)[0, 0], torch.tensor([40.0, 40.0]))
 
 
 def test_the_official_pooling_sees_padding_and_answer() -> None:

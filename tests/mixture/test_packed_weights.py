@@ -51,6 +51,22 @@ def generated(model: Any, prompt: Tensor, act: Callable[[], None] = lambda: None
     return torch.stack(found.logits)
 
 
+def test_contexts_that_overlap_leave_nothing_packed() -> None:
+    """Two generators that ended in turn, the first first, left the weights of the first packed for good."""
+    model = mixture_model("llama", "soft-moa").eval()
+    first, second = packed_weights(model), packed_weights(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    with torch.no_grad():
+        model(tokens())
+        for one in model.parameters():
+            if one.requires_grad:
+                one.add_(0.1)
+        assert torch.equal(model(tokens()).logits, copy.deepcopy(model)(tokens()).logits)
+
+
 @pytest.fixture
 def joins(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was made of weights, by mixture and key, each time it was made."""

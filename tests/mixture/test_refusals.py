@@ -9,7 +9,7 @@ import torch
 import transformers
 from accelerate import cpu_offload, disk_offload
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moa_peft import (
@@ -21,7 +21,7 @@ from moa_peft import (
     RunError,
     UsageError,
 )
-from tiny import base_model, mixture_model, tokens
+from tiny import awaken, base_model, mixture_model, tokens
 
 
 def parts(model: nn.Module) -> list[str]:
@@ -145,6 +145,32 @@ def test_an_adapter_that_is_refused_while_its_blocks_are_built_leaves_none_of_th
     assert trained
     assert all(".moa_mixture.default." in name for name in trained)
     assert model(tokens()).logits.isfinite().all()
+
+
+def test_a_refused_second_adapter_leaves_the_first_its_padding() -> None:
+    """The watch of the tokens is one for all blocks, and went with the layers of the refused adapter."""
+    model = get_peft_model(
+        base_model("llama"), MoAConfig.preset("instance-moa", layers_to_transform=[0])
+    ).eval()
+    awaken(model)
+    ids = tokens()
+    padded = torch.cat([torch.zeros_like(ids[:, :3]), ids], dim=1)
+    mask = (torch.arange(padded.shape[1]) >= 3).long().expand_as(padded)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    @torch.no_grad()
+    def logits() -> Tensor:
+        return model(padded, attention_mask=mask, position_ids=positions).logits
+
+    before = logits()
+    experts = [
+        LoraExpert(targets=["q_proj"]),
+        LoraExpert(targets=["k_proj"]),
+        ParallelAdapterExpert(layers=[0]),
+    ]
+    with pytest.raises(UsageError, match="keep is 3: there are 2 experts"):
+        model.add_adapter("wrong", MoAConfig(experts=experts, router=RouterConfig(gate="top-k", keep=3)))
+    assert torch.equal(logits(), before)
 
 
 def test_mixtures_are_not_combined_into_one() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from moa_peft import RouterConfig, ThresholdConfig
 from moa_peft.mixture.gate_functions import (
@@ -30,6 +30,16 @@ def test_soft_gates_are_sigmoids_in_float32() -> None:
     assert gates.dtype == torch.float32
     expected = [0.5, 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(3))]
     torch.testing.assert_close(gates[0, 0], torch.tensor(expected))
+
+
+def test_gates_above_a_threshold_are_finite_where_its_sigmoid_rounds_to_one() -> None:
+    """With one expert, or equal ones, nothing lay above the threshold: 0 / 0."""
+    for experts in (1, 3):
+        router = Router(2, experts, RouterConfig(kind="linear", gate="threshold"))
+        nn.init.zeros_(router.get_parameter("logits.linear_weight"))
+        nn.init.constant_(router.get_parameter("gate.threshold_bias"), 30.0)
+        gates = router(torch.ones(1, 1, 2)).gates
+        torch.testing.assert_close(gates, torch.full_like(gates, 1 / experts))
 
 
 def test_a_learned_threshold_stays_between_zero_and_its_maximum() -> None:

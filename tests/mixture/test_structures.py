@@ -5,12 +5,21 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    TrOCRConfig,
+    TrOCRForCausalLM,
+)
 
-from moa_peft import ArchitectureConfig, LoraExpert, MoAConfig, RouterConfig, UsageError
+from moa_peft import ArchitectureConfig, LoraExpert, MoAConfig, RouterConfig, UsageError, mixture_layers
 from moa_peft.mixture import architecture
 from moa_peft.mixture.families import FUSED_ATTENTION
 from moa_peft.mixture.placement import find_placements
-from structures import TEXT, check_mixture, text_model
+from structures import DENSE, GPT, LATENT, SHARED, TEXT, check_mixture, text_model
 from tiny import FAMILIES, awaken, base_model, mixture_model, tokens
 
 LORA = MoAConfig(
@@ -106,6 +115,65 @@ def test_what_no_block_can_have_is_refused_by_name(name: str, method: str, match
     with pytest.raises(UsageError, match=match):
         get_peft_model(base, MoAConfig.preset(method))
     assert [module for module, _ in base.named_modules()] == before
+
+
+def test_a_prompt_is_refused_where_the_mask_depends_on_the_implementations_name() -> None:
+    """DeepSeek V3.2 attends to few tokens only where its config says eager or sdpa: all were attended to, with the adapter off too."""
+    indexer = {
+        "index_topk": 3,
+        "index_head_dim": 8,
+        "index_n_heads": 2,
+        "mlp_layer_types": ["dense", "dense"],
+    }
+    model_config = AutoConfig.for_model("deepseek_v32", **SHARED | LATENT | indexer)
+    with pytest.raises(
+        UsageError, match="'prompt' cannot work on deepseek_v32: its mask depends on the name"
+    ):
+        get_peft_model(AutoModelForCausalLM.from_config(model_config), MoAConfig.preset("prompt-tuning"))
+
+
+def test_in_a_block_with_an_mlp_alone_the_router_reads_what_the_mlp_reads() -> None:
+    """It read the input of down_proj, and LoRA on up_proj then ran before its router."""
+    model = get_peft_model(text_model("nemotron_h"), MoAConfig(experts=[LoraExpert(targets=["up_proj"])]))
+    awaken(model)
+    assert [layer.block.hidden_size for _, layer in mixture_layers(model)] == [32]
+    assert model(tokens()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["trocr", "gpt2"])
+def test_attention_to_an_encoder_carries_no_expert(family: str) -> None:
+    """It took the place of the block's own, and without an encoder it never runs: nothing was trained."""
+    changes = (
+        DENSE
+        | GPT
+        | {"add_cross_attention": True, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4}
+    )
+    names = {"trocr": TrOCRConfig, "gpt2": GPT2Config}
+    config = names[family](**changes, **({"decoder_ffn_dim": 40} if family == "trocr" else {}))
+    base = {"trocr": TrOCRForCausalLM, "gpt2": GPT2LMHeadModel}[family](config)
+    model = get_peft_model(base, MoAConfig(experts=[LoraExpert(targets=["q_proj", "v_proj", "o_proj"])]))
+    awaken(model)
+    ids = tokens()
+    model(input_ids=ids, labels=ids).loss.backward()
+    trained = {name: one.grad for name, one in model.named_parameters() if one.requires_grad}
+    assert not [name for name, grad in trained.items() if grad is None or not grad.any()]
+
+
+def test_blocks_of_an_unknown_kind_take_no_experts_from_those_behind_them() -> None:
+    """The last blocks had none: indices were compared with the number of known blocks."""
+    base = base_model("llama")
+    layers = base.model.layers
+    base.model.layers = nn.ModuleList([layers[0], nn.Identity(), layers[1]])
+    base.config.num_hidden_layers = 3
+    config = MoAConfig(experts=[LoraExpert(targets=["q_proj"])], router=None)
+    assert [index for one in find_placements(base, config) for index in one.blocks] == [0, 2]
+    config.layers_to_transform = [2]
+    assert [index for one in find_placements(base, config) for index in one.blocks] == [2]
+    config.layers_to_transform = [1]
+    with pytest.raises(
+        UsageError, match=r"layers \[1\] do not exist: .* blocks 0 to 2, of which \[1\] have no place"
+    ):
+        find_placements(base, config)
 
 
 @pytest.mark.parametrize("name", ["phi3", "gpt_neox"])

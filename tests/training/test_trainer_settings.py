@@ -160,7 +160,7 @@ def half_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-@pytest.mark.parametrize(("bf16", "dtype"), [(False, "torch.float32"), (True, "torch.bfloat16")])
+@pytest.mark.parametrize(("bf16", "dtype"), [(False, "float32"), (True, "bfloat16")])
 def test_a_float16_base_is_not_trained_in_float16(
     bf16: bool, dtype: str, half_model: Path, recipe_of: Recipes
 ) -> None:

@@ -128,13 +128,13 @@ def check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], adapt
     missing, extra = expected.keys() - given.keys(), given.keys() - expected.keys()
     if any(".router.gate.threshold_" in key for key in missing):
         raise UsageError(
-            f"adapter {adapter_name!r} has no threshold but its config is Sparse MoA: the weights are Soft MoA's; load "
-            "them with their own config (RouterConfig(threshold=None))"
+            f"adapter {adapter_name!r} has no weights of the threshold that its config has: they are another method's, such as Soft "
+            "MoA's for Sparse MoA; load them with their own config"
         )
     if any(".router.gate.threshold_" in key for key in extra):
         raise UsageError(
-            f"adapter {adapter_name!r} has a learned threshold but its config has none: the weights are Sparse MoA's; "
-            "load them with their own config (RouterConfig(threshold=ThresholdConfig(maximum=...)))"
+            f"adapter {adapter_name!r} has a learned threshold but its config has none: the weights are another method's, such as "
+            "Sparse MoA's for Soft MoA; load them with their own config"
         )
     wrong = [f"{key} is missing" for key in sorted(missing)] + [f"{key} is unknown" for key in sorted(extra)]
     wrong += [

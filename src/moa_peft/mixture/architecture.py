@@ -4,13 +4,14 @@ A block is a mixer (attention, linear attention, a state space, a convolution), 
 are found by the names of `moa_peft.mixture.families` or those that `ArchitectureConfig` gives.
 """
 
+import dis
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from moa_peft.errors import UsageError
@@ -138,7 +139,7 @@ def _blocks_path(model: nn.Module, text: Any) -> str:
     lists = [
         f"{start}.{name}".strip(".")
         for name, one in decoder.named_modules()
-        if isinstance(one, nn.ModuleList) and len(one) == text.num_hidden_layers
+        if isinstance(one, nn.ModuleList) and len(one) == getattr(text, "num_hidden_layers", None)
     ]
     if not lists:
         raise UsageError(
@@ -201,6 +202,8 @@ def _find_mixers(
     else:
         children = list(block.named_children())
     for name, child in children:
+        if mixers and ("cross" in name or "encoder" in name):
+            continue  # beside a block's own attention, one to an encoder's tokens, which no decoder alone has
         reads = name if mixers else MIXER_INPUT
         layers = dict(child.named_children())
         fused = _fused_layer(name, layers, named, text)
@@ -398,15 +401,11 @@ def _find_mlp(
 
 def _mlp_layers(module: nn.Module | None) -> dict[str, tuple[str, Fused | None]]:
     """The layers of a dense MLP: for each target the layer's name, and its part where it is fused; none for another module."""
-    layers = (
-        {}
-        if module is None
-        else {n: m for n, m in module.named_children() if getattr(m, "weight", None) is not None}
-    )
+    layers = {} if module is None else {n: m for n, m in module.named_children() if _is_linear(m)}
     down = next((name for name in MLP_LAYERS["down_proj"] if name in layers), None)
     if down is None:
         return {}
-    found: dict[str, tuple[str, Fused | None]] = {"down_proj": (down, None)}
+    found: dict[str, tuple[str, Fused | None]] = {}
     for target in ("gate_proj", "up_proj"):
         fused = next((name for name in FUSED_MLP_LAYERS if name in layers), None)
         plain = next((name for name in MLP_LAYERS[target] if name in layers), None)
@@ -414,7 +413,12 @@ def _mlp_layers(module: nn.Module | None) -> dict[str, tuple[str, Fused | None]]
             found[target] = (fused, Fused(order=("gate_proj", "up_proj")))
         elif plain is not None:
             found[target] = (plain, None)
-    return found if "up_proj" in found else {}
+    return {**found, "down_proj": (down, None)} if "up_proj" in found else {}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 2  # three where routed experts are stacked
 
 
 def _name_sites(block: nn.Module, path: str, found: _Found, named: ArchitectureConfig, text: Any) -> None:
@@ -475,6 +479,9 @@ def _no_prompt(model: nn.Module, attention: nn.Module, text: Any) -> str:
         and can_set()
     ):
         return "its attention does not go through transformers' attention interface"
+    lookups = sum(one.argval == "_attn_implementation" for one in dis.get_instructions(forward))
+    if lookups > 1 and "reorder_and_upcast_attn" not in forward.__code__.co_names:
+        return "its mask depends on the name of the attention implementation, which a prompt replaces"  # DeepSeek V3.2
     if getattr(text, "reorder_and_upcast_attn", False):
         return "reorder_and_upcast_attn computes attention outside transformers' attention interface"
     known = (*KEY_NORMS, *VALUE_NORMS, *_QUERY_NORMS, *_OTHER_NORMS)
@@ -511,7 +518,9 @@ _SIZES = (("in_features", "out_features"), ("nx", "nf"), ("input_size", "output_
 
 
 def _features(module: Any) -> tuple[int, int]:
-    names = next(names for names in _SIZES if hasattr(module, names[0]))
+    names = next((names for names in _SIZES if hasattr(module, names[0])), None)
+    if names is None:
+        raise UsageError(f"{type(module).__name__} is no linear layer whose sizes are known: {_NAME_THEM}")
     return int(getattr(module, names[0])), int(getattr(module, names[1]))
 
 

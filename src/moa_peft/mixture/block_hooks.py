@@ -136,7 +136,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
             self._hook_pre(block.block_input, self._note_block_input)
         self._needs_tokens = any(mixture.needs_tokens for mixture in routed)
         if self._needs_tokens:
-            assert block.attention is not None, "check_targets has refused such blocks"
+            assert block.attention is not None, "check_tokens has refused such blocks"
             self._hook_pre(block.attention, self._receive_tokens, with_kwargs=True)
         self._hook_pre(block.projection_input, self._route)
         for path, site in {place.site.path: place.site for one in mixtures for place in one.places}.items():

@@ -4,6 +4,7 @@ Every class here checks itself at construction and reports all its problems at o
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
@@ -68,16 +69,17 @@ def wrong_types(config: Any) -> list[str]:
         lists = [one for one in (hint, *allowed) if get_origin(one) is Sequence]
         if value is None and type(None) in allowed:
             continue
-        if int in allowed:
-            wrong += _wrong_whole_number(name, value)
-        elif float in allowed and type(value) not in (int, float):
-            wrong.append(f"{name} is {value!r}: give a number")
-        elif bool in allowed and type(value) is not bool:
-            wrong.append(f"{name} is {value!r}: give true or false")
-        elif get_origin(hint) is Mapping:
-            wrong += _wrong_mapping(name, value, of_lists=get_args(hint)[1] is not str)
+        if get_origin(hint) is Mapping:
+            wrong += _wrong_mapping(name, value, hint)
         elif lists:
             wrong += _wrong_list(name, value, lists)
+        elif float in allowed:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                wrong.append(f"{name} is {value!r}: give a number")
+        elif int in allowed:
+            wrong += _wrong_whole_number(name, value)
+        elif bool in allowed and type(value) is not bool:
+            wrong.append(f"{name} is {value!r}: give true or false")
         elif str in allowed and type(value) is not str:
             wrong.append(f"{name} is {value!r}: give text")
     return wrong
@@ -95,22 +97,25 @@ def _wrong_list(name: str, value: object, hints: Sequence[Any]) -> list[str]:
     if not isinstance(value, tuple):
         spelt = isinstance(value, str) and Sequence[str] in hints  # a kind has its own words for that
         return [] if spelt else [f"{name} is {value!r}: give a list"]
-    for kind, called in ((int, "whole numbers"), (str, "names")):
-        if Sequence[kind] in hints and any(type(one) is not kind for one in value):
+    for kinds, called in (((int,), "whole numbers"), ((str,), "names"), ((float, int), "numbers")):
+        if Sequence[kinds[0]] in hints and any(type(one) not in kinds for one in value):
             return [f"{name} is {value!r}: give {called}"]
     return []
 
 
-def _wrong_mapping(name: str, value: object, *, of_lists: bool) -> list[str]:
+def _wrong_mapping(name: str, value: object, hint: object) -> list[str]:
+    of = get_args(hint)[1]
+    called = {str: " to names", Sequence[str]: " to lists of names"}.get(of, "")
     pairs = list(value.items()) if isinstance(value, Mapping) else [(None, None)]
     words = [key for key, _ in pairs]
     for _, given in pairs:
-        words += (
-            list(given) if of_lists and isinstance(given, list | tuple) else [None] if of_lists else [given]
-        )
+        if of is str:
+            words.append(given)
+        elif of == Sequence[str]:
+            words += list(given) if isinstance(given, list | tuple) else [None]
     if all(type(one) is str for one in words):
         return []
-    return [f"{name} is {value!r}: give a mapping of names to {'lists of names' if of_lists else 'names'}"]
+    return [f"{name} is {value!r}: give a mapping of names{called}"]
 
 
 def from_mapping(config_class: type[Config], values: Mapping[str, Any], what: str) -> Config:

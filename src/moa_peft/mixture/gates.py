@@ -71,7 +71,7 @@ class GateResult(NamedTuple):
     probability: Tensor | None = None
     """Float32, [..., E]: the differentiable share beside ``load``."""
     penalty: Tensor | None = None
-    """Float32, [..., 1]: what the gate's sparsity control asks each token to pay."""
+    """Float32, [..., 1]: what the gate asks each token to pay; see `Gate.has_penalty`."""
 
 
 class Gate(nn.Module):
@@ -100,6 +100,11 @@ class Gate(nn.Module):
             for name in OPTIONS
             if name not in cls.options and getattr(config, name) not in (None, False)
         ]
+
+    @classmethod
+    def has_penalty(cls, config: RouterConfig) -> bool:  # noqa: ARG003  # for subclasses
+        """Whether `forward` gives a ``penalty``; it is given if and only if this is so."""
+        return False
 
     def projections(self) -> tuple[Projection, ...]:
         """Linear layers of this gate that read what the router reads, as they are now; `forward` is given their outputs."""
@@ -131,10 +136,12 @@ def register_gate(name: str) -> Callable[[Kind], Kind]:
     """Make a kind of gate known under ``name``; use it as a decorator of the class.
 
     Raises:
-        UsageError: If another class has registered the name.
+        UsageError: If another class has registered the name, or the class is no `Gate`.
     """
 
     def add(gate: Kind) -> Kind:
+        if not (isinstance(gate, type) and issubclass(gate, Gate)):
+            raise UsageError(f"{gate!r} is no Gate: give a class that inherits from moa_peft.Gate")
         if name in GATES:
             raise UsageError(
                 f"gate {name!r} is already registered by {GATES[name].__module__}: choose another name"
@@ -276,7 +283,8 @@ class AdaptiveGate(Gate):
 
     def forward(self, logits: Tensor, *read: Tensor) -> GateResult:
         """Weigh by what lies above the threshold; see `Gate.forward`."""
-        threshold = learned_threshold(read[0], 1 / logits.shape[-1])
+        below = 1 - 2**-22  # a sigmoid rounds to 1, and nothing would lie above the threshold
+        threshold = learned_threshold(read[0], below / logits.shape[-1])
         margin = logits.softmax(dim=-1) - threshold
         load = (margin.detach() > 0).to(margin.dtype)
         return GateResult(gates=threshold_gates(margin), threshold=threshold, load=load, probability=margin)
@@ -318,6 +326,11 @@ class SparsegenGate(Gate):
             wrong.append(f"sparsity is {config.sparsity}: it must be at least 0")
         return wrong
 
+    @classmethod
+    def has_penalty(cls, config: RouterConfig) -> bool:
+        """Whether there is a number of experts to pull towards."""
+        return config.target is not None and config.sparsity != 0
+
     def projections(self) -> tuple[Projection, ...]:
         """The concentration's."""
         return (projection(self, "concentration"),)
@@ -330,8 +343,8 @@ class SparsegenGate(Gate):
         gates = sparsegen_gates(logits, concentration)
         load = (gates.detach() > 0).to(gates.dtype)
         weights = GateResult(gates=gates, load=load, probability=logits.softmax(dim=-1))
-        if self.config.target is None:
+        if self.config.target is None or not self.has_penalty(self.config):
             return weights
         penalty = sparsity_penalty(logits, concentration, self.config.target)
         factor = self.default_sparsity if self.config.sparsity is None else self.config.sparsity
-        return GateResult(gates=gates, load=load, probability=weights.probability, penalty=factor * penalty)
+        return weights._replace(penalty=factor * penalty)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moa_peft.errors import UsageError
 from moa_peft.mixture.config import ExpertConfig, RouterConfig
 from moa_peft.mixture.experts.base import AttentionExpert, Bottleneck, LinearExpert, ScaledPrompt
-from moa_peft.mixture.precision import cast, in_float32
+from moa_peft.mixture.precision import cast, in_float32, is_autocast
 from moa_peft.mixture.router import Router, Routing, joined_bias, needs_tokens
 from moa_peft.mixture.sites import MIXER_INPUT, AttentionSite, LinearSite, Slot
 from moa_peft.mixture.token_masks import CallTokens
@@ -137,6 +137,7 @@ class Mixture(nn.Module):
         self._find_readers()
         self.gate_widths, self.gate_at = self._find_gate_pieces()
         self._packed: dict[object, Any] | None = None
+        self._num_packers = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -195,11 +196,15 @@ class Mixture(nn.Module):
         What is kept is dropped at its end, and when the mixture is trained, moved, cast, or loaded with other weights. Weights
         must not be changed in place within it.
         """
-        before, self._packed = self._packed, {} if self._packed is None else self._packed
+        self._num_packers += 1
+        if self._packed is None:
+            self._packed = {}
         try:
             yield
         finally:
-            self._packed = before
+            self._num_packers -= 1
+            if not self._num_packers:  # they may overlap and end in any order, as generators do
+                self._packed = None
 
     def train(self, mode: bool = True) -> Self:
         """Switch as torch does, and drop packed weights."""
@@ -215,7 +220,7 @@ class Mixture(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}
+        return {**self.__dict__, "_packed": None, "_num_packers": 0}
 
     def _drop_packed(self) -> None:
         if self._packed:
@@ -476,7 +481,7 @@ def _joined(parts: Iterable[Tensor], dim: int) -> Tensor:
 def _add_product(output: Tensor, rows: Tensor, up: Tensor) -> Tensor:
     """Add ``up rows`` to a module's output [..., D_out]."""
     rows = cast(rows, output.dtype)
-    if torch.is_grad_enabled() and not torch.is_autocast_enabled(output.device.type):
+    if torch.is_grad_enabled() and not is_autocast(output.device):
         # One pass over the output less. Autocast would round the output of a layer that gives float32.
         return torch.addmm(output.flatten(0, -2), rows.flatten(0, -2), up.t()).view(output.shape)
     return output + cast(F.linear(rows, up), output.dtype)

@@ -83,7 +83,7 @@ class MoAModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: MoAConfig, adapter_name: str) -> None:  # noqa: ARG002
         """Refuse what cannot work before anything is touched: such weights, and names that torch cannot keep a module under."""
         _check_placement(model)
-        if "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+        if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
             raise UsageError(
                 f"adapter name {adapter_name!r} cannot be used: give one without dots, such as 'default'"
             )
@@ -281,8 +281,9 @@ def _take_off(model: nn.Module, layers: Sequence[tuple[str, MoALayer]]) -> None:
     """Remove layers, with their hooks, from the blocks of a model."""
     for name, layer in layers:
         layer.disconnect()
-        layer.watch.detach()
         delattr(model.get_submodule(name.removesuffix(f".{CHILD}")), CHILD)
+    if layers and not mixture_layers(model):
+        layers[0][1].watch.detach()  # one for all blocks
 
 
 def _check_placement(model: nn.Module) -> None:

@@ -67,12 +67,16 @@ def find_placements(model: nn.Module, config: MoAConfig) -> list[Placement]:
 
 def chosen_blocks(blocks: list[Block], config: MoAConfig) -> dict[str, Block]:
     """The blocks of ``layers_to_transform``, by path."""
-    wanted = range(len(blocks)) if config.layers_to_transform is None else config.layers_to_transform
+    known = {block.index for block in blocks}
+    wanted = known if config.layers_to_transform is None else config.layers_to_transform
     indices = {wanted} if isinstance(wanted, int) else set(wanted)
     layers = {index for expert in config.parts().experts for index in expert.layers or ()}
-    beyond = sorted(index for index in indices | layers if not 0 <= index < len(blocks))
+    beyond = sorted((indices | layers) - known)
     if beyond:
-        raise UsageError(f"layers {beyond} do not exist: the model has blocks 0 to {len(blocks) - 1}")
+        last = max(known)
+        unknown_kind = sorted(set(range(last)) - known)
+        but = f", of which {unknown_kind} have no place for an expert" if unknown_kind else ""
+        raise UsageError(f"layers {beyond} do not exist: the model has blocks 0 to {last}{but}")
     return {block.path: block for block in blocks if block.index in indices}
 
 
@@ -100,19 +104,24 @@ def check_targets(blocks: list[Block], config: MoAConfig) -> None:
     """
     for expert in config.parts().experts:
         own = [one for one in blocks if expert.layers is None or one.index in expert.layers]
+        if not own:
+            raise UsageError(
+                f"expert {expert.kind!r} is in no block: its layers {list(expert.layers or ())} are not among those of "
+                "layers_to_transform"
+            )
         reasons: list[str] = []
         for target in expert.site_names():
             if any(one.places(target) for one in own):
                 continue
             missing = [one.missing[target] for one in own if target in one.missing]
-            if own and not missing:
+            if not missing:
                 known = {name for one in own for name in (*one.sites, *one.stand_ins)}
                 raise UsageError(
                     f"expert {expert.kind!r}: {unknown(f'target of {own[0].family}', target, known)}; for a family that names "
                     "its layers otherwise give MoAConfig(architecture=ArchitectureConfig(projections={...}))"
                 )
             reasons += missing[:1]
-        if own and not any(one.places(target) for one in own for target in expert.site_names()):
+        if not any(one.places(target) for one in own for target in expert.site_names()):
             raise UsageError(
                 f"expert {expert.kind!r} cannot work on {own[0].family}: {'; '.join(dict.fromkeys(reasons))}"
             )

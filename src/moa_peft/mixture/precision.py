@@ -4,8 +4,12 @@ Products are made in the dtype of the input, which is never cast upwards: that w
 half-precision model. Everything after a router's first product is float32.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
+
+_NOTHING = nullcontext()
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -22,3 +26,13 @@ def in_float32(product: Tensor, bias: Tensor | None) -> Tensor:
     """Go on in float32 with a product made in the dtype of its input, and add the bias [H], if there is one."""
     product = at_least_float32(product)
     return product if bias is None else product + cast(bias, product.dtype)
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for a device; it knows nothing of the meta device."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Switch autocast off inside the block; where it is off already, cheaply."""
+    return torch.autocast(device.type, enabled=False) if is_autocast(device) else _NOTHING

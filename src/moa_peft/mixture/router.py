@@ -6,20 +6,18 @@ Sizes: B rows, T tokens of a row, D inputs, H outputs of a linear layer, E exper
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moa_peft.errors import UsageError
 from moa_peft.mixture.balance_loss import attach_loss, default_loss_scale
 from moa_peft.mixture.config import GATES, RouterConfig
 from moa_peft.mixture.gate_functions import load_balancing_loss
 from moa_peft.mixture.gates import Gate, GateResult, Projection, add_projection, projection
-from moa_peft.mixture.precision import at_least_float32, in_float32
-
-_NOTHING = nullcontext()
+from moa_peft.mixture.precision import at_least_float32, in_float32, without_autocast
 
 
 class LinearLogits(nn.Module):
@@ -98,14 +96,14 @@ def joined_bias(layers: Sequence[Projection]) -> Tensor | None:
 
 def _kind(config: RouterConfig) -> type[Gate]:
     kind = GATES[config.gate]
-    assert issubclass(kind, Gate), "register_gate takes gates only"
+    assert issubclass(kind, Gate), "register_gate has refused any other"
     return kind
 
 
 def has_losses(config: RouterConfig) -> bool:
     """Whether a loss of its own trains a router beside the model's."""
     balance = _kind(config).default_balance if config.balance is None else config.balance
-    return balance > 0 or bool(config.target and config.sparsity != 0)
+    return balance > 0 or _kind(config).has_penalty(config)
 
 
 def needs_tokens(config: RouterConfig) -> bool:
@@ -164,12 +162,12 @@ class Router(nn.Module):
             UsageError: If the training loop scales its loss in a way that is unknown; see `default_loss_scale`.
         """
         scale = self._scale(x.device) if self.has_losses else None
-        on = torch.is_autocast_enabled(x.device.type)  # it would round the float32 part again
-        with torch.autocast(x.device.type, enabled=False) if on else _NOTHING:
+        with without_autocast(x.device):  # it would round the float32 part again
             if products is None:
                 products = [linear(x, one) for one in self.projections()]
             first = self.logits.num_projections
             weights = self.gate(self.logits(*products[:first]), *products[first:])
+            self._check(weights)
             if not self.has_losses:
                 return Routing(weights.gates, weights.threshold, None)
             return self._with_losses(weights, counted, scale)
@@ -192,10 +190,24 @@ class Router(nn.Module):
             return scale.to(device, torch.float32)
         return torch.full((), scale, dtype=torch.float32, device=device)  # no copy that waits for the device
 
+    def _check(self, weights: GateResult) -> None:
+        """Refuse what a gate from outside the package would lose without a word."""
+        if weights.penalty is not None and not self.gate.has_penalty(self.config):
+            raise UsageError(
+                f"the gate {self.config.gate!r} gives a penalty that nothing asks for: let its has_penalty(config) say so"
+            )
+        if self.balance > 0 and (weights.load is None or weights.probability is None):
+            raise UsageError(
+                f"the gate {self.config.gate!r} gives no load and probability, which its balance loss is made of: give both, or "
+                "balance=0"
+            )
+
     def _with_losses(self, weights: GateResult, counted: Tensor | None, scale: Tensor | None) -> Routing:
         balance: Tensor | None = None
         total = weights.gates.new_zeros(())
-        if self.balance > 0 and weights.load is not None and weights.probability is not None:
+        if self.balance > 0:
+            assert weights.load is not None
+            assert weights.probability is not None
             balance = load_balancing_loss(weights.load, weights.probability, counted)
             total = total + self.balance * balance
         if weights.penalty is not None:

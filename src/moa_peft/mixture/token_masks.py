@@ -110,11 +110,20 @@ class CallTokens:
             return at_least_float32(x).mean(dim=1, keepdim=True)
         weight = x.new_ones(x.shape[:2]) if self.prompt is None else self.prompt.to(x.device, x.dtype)
         if self.sequences is None:
-            number = weight.float().sum(dim=1).clamp(min=1).view(-1, 1, 1)
-            return at_least_float32(weight.unsqueeze(1) @ x) / number
+            return _means(weight.unsqueeze(1), x)
         sequences = self.sequences.to(x.device)
-        same = (sequences.unsqueeze(2) == sequences.unsqueeze(1)) * weight.unsqueeze(1)  # [B, T, T]
-        return at_least_float32(same @ x) / same.float().sum(dim=-1, keepdim=True).clamp(min=1)
+        return _means(
+            (sequences.unsqueeze(2) == sequences.unsqueeze(1)) * weight.unsqueeze(1), x
+        )  # [B, T, T]
+
+
+def _means(counted: Tensor, x: Tensor) -> Tensor:
+    """Take means of tokens x [B, T, D]: float32, [B, N, D], of those that each row of ``counted`` [B, N, T] marks with 1."""
+    number = counted.float().sum(dim=-1, keepdim=True).clamp(min=1)
+    part = torch.exp2(
+        -number.log2().ceil()
+    )  # a power of 2 rounds nothing; the sum of all would overflow float16
+    return at_least_float32((counted * part.to(x.dtype)) @ x) / (number * part)
 
 
 def call_tokens(

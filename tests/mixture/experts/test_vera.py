@@ -136,6 +136,12 @@ def test_models_share_too_and_nobody_keeps_a_matrix_that_no_model_holds() -> Non
     assert not [key for key in vera._MATRICES if key[0] == 2 * 99]
 
 
+def test_a_matrix_drawn_while_inferring_trains_another_model() -> None:
+    with torch.inference_mode():
+        drawn = shared_matrix(77, 5, 7, torch.empty(0))
+    assert not drawn.is_inference()
+
+
 def test_a_checkpoint_holds_the_vectors_alone(tmp_path: Path) -> None:
     model_with([EVERYWHERE]).save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")

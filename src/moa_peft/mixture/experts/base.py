@@ -213,8 +213,12 @@ def register_expert(config_class: Kind) -> Kind:
     """Make a kind of expert known under its ``kind``; use it as a decorator of the config class.
 
     Raises:
-        UsageError: If another class has registered the name.
+        UsageError: If another class has registered the name, or no module can have it.
     """
+    if not config_class.kind or "." in config_class.kind or "__" in config_class.kind:
+        raise UsageError(
+            f"expert kind {config_class.kind!r}: give a name without dots and double underscores"
+        )
     if config_class.kind in _KINDS:
         holder = _KINDS[config_class.kind].__module__
         raise UsageError(

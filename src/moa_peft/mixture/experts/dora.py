@@ -16,7 +16,7 @@ from moa_peft.mixture.config import ExpertConfig
 from moa_peft.mixture.experts.base import LinearExpert, register_expert
 from moa_peft.mixture.experts.lora import PROJECTIONS
 from moa_peft.mixture.experts.targets import target_problems
-from moa_peft.mixture.precision import at_least_float32
+from moa_peft.mixture.precision import at_least_float32, without_autocast
 
 if TYPE_CHECKING:
     from moa_peft.mixture.sites import LinearSite
@@ -110,7 +110,7 @@ class WeightDecomposedChange(LinearExpert):
 
     def _norm(self) -> Tensor:
         """Measure each row of ``W + s B A``: [D_out], at least float32, without gradient."""
-        with torch.no_grad(), torch.autocast(self.B.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(self.B.device):
             rows = at_least_float32(self._rows())
             down, up = (one.to(device=rows.device, dtype=rows.dtype) for one in (self.A, self.B))
             return torch.addmm(rows, up, down, alpha=self.scale).norm(dim=1)

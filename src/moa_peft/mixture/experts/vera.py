@@ -120,8 +120,9 @@ def shared_matrix(seed: int, rows: int, columns: int, like: Tensor) -> Tensor:
     key = (seed, rows, columns, like.device, like.dtype)
     found = _MATRICES.get(key)
     if found is None:
-        drawn = torch.empty(rows, columns, device="cpu", dtype=torch.float32)
-        nn.init.kaiming_uniform_(drawn, generator=torch.Generator().manual_seed(seed))
-        found = drawn.to(device=like.device, dtype=like.dtype)
+        with torch.inference_mode(False):  # others train with it
+            drawn = torch.empty(rows, columns, device="cpu", dtype=torch.float32)
+            nn.init.kaiming_uniform_(drawn, generator=torch.Generator().manual_seed(seed))
+            found = drawn.to(device=like.device, dtype=like.dtype)
         _MATRICES[key] = found
     return found
