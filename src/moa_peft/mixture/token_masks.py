@@ -112,17 +112,14 @@ class CallTokens:
         if self.sequences is None:
             return _means(weight.unsqueeze(1), x)
         sequences = self.sequences.to(x.device)
-        return _means(
-            (sequences.unsqueeze(2) == sequences.unsqueeze(1)) * weight.unsqueeze(1), x
-        )  # [B, T, T]
+        same = (sequences.unsqueeze(2) == sequences.unsqueeze(1)) * weight.unsqueeze(1)  # [B, T, T]
+        return _means(same, x)
 
 
 def _means(counted: Tensor, x: Tensor) -> Tensor:
     """Take means of tokens x [B, T, D]: float32, [B, N, D], of those that each row of ``counted`` [B, N, T] marks with 1."""
     number = counted.float().sum(dim=-1, keepdim=True).clamp(min=1)
-    part = torch.exp2(
-        -number.log2().ceil()
-    )  # a power of 2 rounds nothing; the sum of all would overflow float16
+    part = torch.exp2(-number.log2().ceil())  # a power of 2 rounds nothing; a sum would overflow float16
     return at_least_float32((counted * part.to(x.dtype)) @ x) / (number * part)
 
 
