@@ -283,7 +283,9 @@ class AdaptiveGate(Gate):
 
     def forward(self, logits: Tensor, *read: Tensor) -> GateResult:
         """Weigh by what lies above the threshold; see `Gate.forward`."""
-        below = 1 - 2**-22  # a sigmoid rounds to 1, and nothing would lie above the threshold
+        below = (
+            1 - 2 * torch.finfo(logits.dtype).eps
+        )  # a sigmoid rounds to 1: nothing would lie above the threshold
         threshold = learned_threshold(read[0], below / logits.shape[-1])
         margin = logits.softmax(dim=-1) - threshold
         load = (margin.detach() > 0).to(margin.dtype)

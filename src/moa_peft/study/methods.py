@@ -23,7 +23,7 @@ def check_methods(config: StudyConfig) -> None:
     recipes: dict[str, Recipe] = {}
     for one in config.methods:
         run = Run(label=one.label, method=one, learning_rate=float(config.learning_rates[0]), seed=0)
-        recipes[one.label] = recipe_of(config, run, data=config.data, data_md5="", folder=config.out)
+        recipes[one.label] = recipe_of(config, run, data=config.data, data_md5=None, folder=config.out)
     for recipe in recipes.values():
         check_trainer(recipe)
         build_peft_config(recipe)

@@ -99,8 +99,8 @@ def run_hash(shared: Mapping[str, Any], run: Run) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def recipe_of(config: StudyConfig, run: Run, *, data: str, data_md5: str, folder: str) -> Recipe:
-    """Write the recipe of a run with a method, on training rows of a source and their MD5, for its folder.
+def recipe_of(config: StudyConfig, run: Run, *, data: str, data_md5: str | None, folder: str) -> Recipe:
+    """Write the recipe of a run with a method, on training rows of a source and their MD5 where it is known, for its folder.
 
     Raises:
         UsageError: If a value is wrong.
