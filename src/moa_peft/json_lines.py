@@ -48,17 +48,20 @@ def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     text = "".join(json.dumps(one, ensure_ascii=False, allow_nan=False) + "\n" for one in rows).encode()
     file.parent.mkdir(parents=True, exist_ok=True)
     with _alone(file, os.O_RDWR | os.O_APPEND | os.O_CREAT) as handle:
-        if (
-            os.fstat(handle).st_size
-            and os.lseek(handle, -1, os.SEEK_END) >= 0
-            and os.read(handle, 1) != b"\n"
-        ):
+        if _is_torn(handle):
             os.ftruncate(handle, _whole_lines(file)[1])
         written = os.write(handle, text)
         if written != len(text):
             os.ftruncate(handle, os.fstat(handle).st_size - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
         os.fsync(handle)
+
+
+def _is_torn(handle: int) -> bool:
+    if not os.fstat(handle).st_size:
+        return False
+    os.lseek(handle, -1, os.SEEK_END)
+    return os.read(handle, 1) != b"\n"
 
 
 def replace_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -252,7 +252,7 @@ def print_places(results: "list[TaskResult]") -> None:
     for row in (one.row for one in results if one.row.num_scored == 0):
         why = "its rows state no answer, so there is a loss but no accuracy; a field answer gives one"
         if row.mode == "likelihood":
-            why = "its rows have no choices to compare, so there is a loss but no accuracy; --mode generation scores answers"
+            why = "its rows have no choices to compare, so there is a loss but no accuracy; --mode generation scores a field answer"
         print(f"note      {row.task}: {why}", file=sys.stderr)
     cut_off = [one.row for one in results if one.row.num_cut_off]
     for row in cut_off:
