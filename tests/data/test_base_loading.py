@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moa_peft.data.base_loading import (
+    _say_if_emulated,
     base_config,
     empty_model,
     find_base,
@@ -140,6 +141,26 @@ def test_rows_for_added_tokens_are_the_same_each_time_and_leave_the_random_state
     assert rows[0].shape[0] == 2 * 259
     assert torch.equal(rows[0], rows[1])
     assert torch.equal(rows[0][:257], plain.get_input_embeddings().weight)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the model would run on an accelerator")
+@pytest.mark.parametrize(
+    ("dtype", "supported", "told"), [("bfloat16", False, 1), ("bfloat16", True, 0), ("float32", False, 0)]
+)
+def test_a_processor_that_must_emulate_bfloat16_says_so_once(
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    dtype: str,
+    supported: bool,
+    told: int,
+) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported, raising=False)
+    _say_if_emulated.cache_clear()
+    for _ in range(2):
+        load_base(find_base(str(base), {"dtype": dtype}))
+    assert capsys.readouterr().err.count("no instructions for bfloat16") == told
 
 
 def test_a_relative_name_is_looked_for_in_every_place_and_an_error_names_them(tmp_path: Path) -> None:

@@ -4,12 +4,17 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moa_peft.data.base_model import resolve_model
 from moa_peft.data.cache import read_manifest, sha256_of
+from moa_peft.data.progress import say
 from moa_peft.errors import UsageError, first_line
+
+if TYPE_CHECKING:
+    import torch
 
 PLACE = ("revision", "subfolder", "variant", "gguf_file")
 """Arguments of `from_pretrained` that belong to one name: another base model has others."""
@@ -157,7 +162,27 @@ def load_base(base: BaseSettings, tokenizer: Any = None) -> Any:
         )
     if tokenizer is not None and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         _add_rows(model, len(tokenizer))
+    _say_if_emulated(model.dtype)
     return model
+
+
+@cache
+def _say_if_emulated(dtype: "torch.dtype") -> None:
+    """Say once that a model will be slow: without instructions for bfloat16, a processor converts every number of a product."""
+    import torch
+
+    if (
+        dtype != torch.bfloat16
+        or torch.accelerator.is_available()
+        or not torch.backends.mkldnn.is_available()
+    ):
+        return
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # as torch's own compiler asks
+        say(
+            "this processor has no instructions for bfloat16, in which the model's weights are: training takes about 20 "
+            "times as long as in float32, generation twice; give --model_init_kwargs.dtype float32 to train, --dtype float32 "
+            "elsewhere"
+        )
 
 
 def _add_rows(model: Any, rows: int) -> None:
