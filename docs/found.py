@@ -133,22 +133,19 @@ def losses() -> str:
 
 def routers() -> str:
     """One row a method with a router: its figures, means over seeds."""
-    return table(
-        ("method", *ROUTER_FIGURES.values()),
-        [(f"`{one.label}`", *_router_cells(one)) for one in found().methods if one.rows[0].router],
-    )
+    methods = [one for one in found().methods if one.rows[0].router]
+    known = [name for name in ROUTER_FIGURES if any(name in (one.rows[0].router or {}) for one in methods)]
+    rows = [(f"`{one.label}`", *(_router_cell(one, name) for name in known)) for one in methods]
+    return table(("method", *(ROUTER_FIGURES[name] for name in known)), rows)
 
 
 def _answer_loss(row: RunRow) -> float:
     return statistics.fmean(one.answer_loss for one in row.tests.values() if one.answer_loss is not None)
 
 
-def _router_cells(method: MethodSummary) -> list[str]:
-    cells = []
-    for name in ROUTER_FIGURES:
-        values = [value for row in method.rows if row.router and (value := row.router.get(name)) is not None]
-        cells.append(_with_error(values, digits=3) if values else NONE)
-    return cells
+def _router_cell(method: MethodSummary, name: str) -> str:
+    values = [value for row in method.rows if row.router and (value := row.router.get(name)) is not None]
+    return _with_error(values, digits=3) if values else NONE
 
 
 def _with_error(values: list[float], digits: int = 4) -> str:

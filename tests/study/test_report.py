@@ -145,11 +145,14 @@ def test_router_figures_are_columns_where_there_are_any(reported: Any) -> None:
 
 def test_router_figures_of_a_run_are_shown(reported: Any) -> None:
     def routed(order: Order, row: Any) -> Any:
-        figures = {"load_variation": 0.25, "mean_cka": None, "active_experts": 3.5}
+        figures: dict[str, Any] = {"load_variation": 0.25, "mean_cka": None, "active_experts": 3.5}
+        if row.seed == 1:  # rows of before lack it
+            figures["gate_deviation"] = 0.125
         return dataclasses.replace(row, router=figures if row.label == "soft-moa" else None)
 
     _, text = reported(routed)
-    assert row_of(text, "Routers", "soft-moa, rate 0.003, seed 1") == ["3.5000", "0.2500", "-"]
+    assert row_of(text, "Routers", "soft-moa, rate 0.003, seed 1") == ["3.5000", "0.2500", "-", "0.1250"]
+    assert row_of(text, "Routers", "soft-moa, rate 0.003, seed 0") == ["3.5000", "0.2500", "-", "-"]
     assert "lora" not in text.split("## Routers\n")[1].split("\n## ")[0]
 
 

@@ -146,6 +146,12 @@ def position_range(positions: Tensor) -> Tensor:
     )
 
 
+def gate_deviation(sums: GateSums) -> Tensor:
+    """How much each gate differs from token to token: its standard deviation over the tokens, the population's; float64, [E]."""
+    mean = sums.gate / sums.tokens
+    return (sums.square / sums.tokens - mean.square()).clamp(min=0).sqrt()
+
+
 def load_share(gate: Tensor) -> Tensor:
     """Share out the routing: ``l_e = sum_t g_te / sum_te g_te``.
 

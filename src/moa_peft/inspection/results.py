@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moa_peft.inspection.forward_pass import TokenText, check_texts, read
-from moa_peft.inspection.gate_statistics import GateSums, load_share, load_variation
+from moa_peft.inspection.gate_statistics import GateSums, gate_deviation, load_share, load_variation
 from moa_peft.inspection.observer import Observer
 from moa_peft.inspection.prompts import Prompt, token_ids
 from moa_peft.inspection.similarity import ChangeStatistics
@@ -105,16 +105,14 @@ def router_statistics(
 ) -> RouterStatistics:
     """Turn sums over at least one token into means; ``trained`` says whether a learned threshold has moved."""
     tokens = sums.tokens
-    mean = sums.gate / tokens
-    spread = (sums.square / tokens - mean.square()).clamp(min=0).sqrt()
     return RouterStatistics(
         layer=layer,
         router=router,
         names=tuple(names),
         granularity=granularity,
         tokens=int(tokens),
-        mean_gate=_numbers(mean),
-        deviation=_numbers(spread),
+        mean_gate=_numbers(sums.gate / tokens),
+        deviation=_numbers(gate_deviation(sums)),
         active_rate=_numbers(sums.active / tokens),
         above_half_rate=_numbers(sums.above_half / tokens),
         load=_numbers(load_share(sums.gate)),
@@ -170,14 +168,15 @@ def routing_summary(
     Returns:
         ``load_variation``, the coefficient of variation of the experts' load (`load_variation`);
         ``mean_cka``, the mean linear CKA of the pairs of what a router weights (`linear_cka`);
-        ``active_experts``, the mean number of gates above 0 of a token. Each is None where no router has one: in a model
-        without a mixture or a router, with one expert, where nothing is added.
+        ``active_experts``, the mean number of gates above 0 of a token; ``gate_deviation``, the standard deviation of a
+        gate over the tokens, mean over the experts: 0 where a router has learnt to tell no token from another. Each is
+        None where no router has one: in a model without a mixture or a router, with one expert, where nothing is added.
 
     Raises:
         UsageError: If there is no text, or one has no tokens or more than the model reads.
     """
     if not any(one.routers() for one in mixtures_of(model)):
-        return {"load_variation": None, "mean_cka": None, "active_experts": None}
+        return dict.fromkeys(("load_variation", "mean_cka", "active_experts", "gate_deviation"))
     prompts = [one if isinstance(one, Prompt) else Prompt(text=one, own=()) for one in texts]
     tokens = [TokenText(ids=token_ids(one, tokenizer)) for one in prompts]
     check_texts(model, tokens)
@@ -188,6 +187,7 @@ def routing_summary(
         "load_variation": _mean([load_variation(sums.gate) for sums in observer.gates.values()]),
         "mean_cka": _mean([one.mean_cka for one in groups]),
         "active_experts": _mean([float(one.active.sum() / one.tokens) for one in observer.gates.values()]),
+        "gate_deviation": _mean([float(gate_deviation(sums).mean()) for sums in observer.gates.values()]),
     }
 
 

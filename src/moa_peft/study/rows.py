@@ -17,8 +17,9 @@ ROUTER_FIGURES = {
     "active_experts": "active experts",
     "load_variation": "load variation",
     "mean_cka": "mean CKA",
+    "gate_deviation": "gate deviation",
 }
-"""Figures of a router and what the report calls them."""
+"""Figures of a router and what the report calls them; older rows lack the last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -279,14 +279,11 @@ def _tuning(summary: StudySummary) -> Section | None:
 
 
 def _router(summary: StudySummary) -> Section | None:
-    rows = [
-        [run_name(row), *(plain(row.router.get(name)) for name in ROUTER_FIGURES)]
-        for one in summary.methods
-        for row in one.rows
-        if row.router
-    ]
+    figures = [(run_name(row), row.router) for one in summary.methods for row in one.rows if row.router]
+    known = [name for name in ROUTER_FIGURES if any(name in one for _, one in figures)]
     told = "Figures of the trained routers on validation prompts."
-    return _tabled("Routers", [told], ["run", *ROUTER_FIGURES.values()], rows)
+    rows = [[run, *(plain(one.get(name)) for name in known)] for run, one in figures]
+    return _tabled("Routers", [told], ["run", *(ROUTER_FIGURES[name] for name in known)], rows)
 
 
 def _seeds(summary: StudySummary) -> Section | None:
