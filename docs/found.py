@@ -18,24 +18,25 @@ ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "studies" / "cpu-small.yaml"
 FOLDER = ROOT / "docs" / "results" / "study-cpu-small"
 
-LOSS, OTHER_LOSS, FORGETTING = (
-    "loss of the answers",
-    "loss of the other domain's answers",
-    "forgetting, points",
-)
-CLAIMS = (
-    *((LOSS, label, "lora-s4") for label in ("soft-moa-s4", "soft-moa")),
-    *((LOSS, label, "lora-all-s4") for label in ("soft-moa-all-s4", "soft-lora-all-s4")),
-    *(
-        (LOSS, "soft-moa-s4", copies)
-        for copies in ("molora-6x2-s4", "hydralora-8x3", "topk-6x2", "adamole-6x2-s4")
+LOSS, OTHER_LOSS, FORGETTING = "math_small", "codealpaca", "forgetting"
+COPIES = ("molora-6x2-s4", "hydralora-8x3", "topk-6x2", "adamole-6x2-s4")
+LARGE_COPIES = ("molora-8x8", "hydralora-8x8", "topk-8x8", "adamole-8x8")
+SAME_LAYERS = (("soft-moa-s4", "lora-s4"), ("soft-moa-all-s4", "lora-all-s4"))
+QUESTIONS = (
+    ("Is Soft MoA's loss below LoRA's on the same layers?", LOSS, SAME_LAYERS),
+    ("Is that of the paper's own setting?", LOSS, (("soft-moa", "lora-s4"),)),
+    ("Does a router alone lower LoRA's loss?", LOSS, (("soft-lora-all-s4", "lora-all-s4"),)),
+    ("Is Soft MoA's below that of copies of LoRA?", LOSS, [("soft-moa-s4", one) for one in COPIES]),
+    (
+        "Is it level with those at four times its parameters?",
+        LOSS,
+        [("soft-moa-s4", one) for one in LARGE_COPIES],
     ),
-    *((LOSS, "soft-moa-s4", copies) for copies in ("molora-8x8", "hydralora-8x8", "topk-8x8", "adamole-8x8")),
-    (LOSS, "sparse-moa-s4", "soft-moa-s4"),
-    *((measure, "soft-moa-s4", "lora-s4") for measure in (OTHER_LOSS, FORGETTING)),
-    *((measure, "soft-moa-all-s4", "lora-all-s4") for measure in (OTHER_LOSS, FORGETTING)),
+    ("What does Sparse MoA lose?", LOSS, (("sparse-moa-s4", "soft-moa-s4"),)),
+    ("Does Soft MoA lose less of the other domain, in loss?", OTHER_LOSS, SAME_LAYERS),
+    ("Does it forget less, in points of accuracy?", FORGETTING, SAME_LAYERS),
 )
-"""What the larger study compares in each domain, named before its runs with three seeds: measure, method and other method."""
+"""What the larger study asks in each domain, named before its runs with three seeds: by which measure, and a method less another."""
 
 
 @cache
@@ -54,21 +55,31 @@ def larger(domain: str, baseline: str = "lora-s4") -> StudySummary:
 
 
 def claims() -> str:
-    """One row a comparison of the larger study; nothing is claimed before all its seeds are run."""
+    """One row a question of the larger study, a line in it for each comparison; nothing is claimed before all seeds are run."""
     rows = []
-    for measure, label, other in CLAIMS:
-        method = next((one for one in larger("math-finals", other).methods if one.label == label), None)
-        one = None
-        if method is not None and measure == FORGETTING:
-            one = method.forgetting_versus
-        elif method is not None:
-            one = method.losses_versus.get("math_small" if measure == LOSS else "codealpaca")
-        mean, error, _, _, detectable, seeds, claim = difference_cells(one, is_loss=measure != FORGETTING)
-        told = claim if one is not None and one.is_found else "not decided"
-        if one is None or one.seeds < len(larger("math-finals").config.seeds):
-            told = "under way"
-        rows.append((f"`{label}` less `{other}`", measure, mean, error, detectable, seeds, told))
-    return table(("compared", "measure", "difference", "error", "detectable", "seeds", "claim"), rows)
+    for question, measure, pairs in QUESTIONS:
+        lines = [_comparison(measure, *pair) for pair in pairs]
+        rows.append((question, *("<br>".join(column) for column in zip(*lines, strict=True))))
+    return table(("question", "compared", "difference", "detectable", "seeds", "claim"), rows)
+
+
+def _comparison(measure: str, label: str, other: str) -> tuple[str, ...]:
+    summary = larger("math-finals", other)
+    method = next((one for one in summary.methods if one.label == label), None)
+    one = None
+    if method is not None:
+        one = method.forgetting_versus if measure == FORGETTING else method.losses_versus.get(measure)
+    mean, error, _, _, detectable, seeds, claim = difference_cells(one, is_loss=measure != FORGETTING)
+    if one is None or one.seeds < len(summary.config.seeds):
+        claim = "under way"
+    elif not one.is_found:
+        claim = "not decided"
+    return f"`{label}` less `{other}`", f"{mean} ± {error}" if one else NONE, detectable, seeds, claim
+
+
+def final_routers() -> str:
+    """One row a method of the larger study with a router: its figures, means over seeds."""
+    return _routers(larger("math-finals"))
 
 
 def choices() -> str:
@@ -133,8 +144,16 @@ def losses() -> str:
 
 def routers() -> str:
     """One row a method with a router: its figures, means over seeds."""
-    methods = [one for one in found().methods if one.rows[0].router]
-    known = [name for name in ROUTER_FIGURES if any(name in (one.rows[0].router or {}) for one in methods)]
+    return _routers(found())
+
+
+def _routers(summary: StudySummary) -> str:
+    methods = [one for one in summary.methods if one.rows[0].router]
+    known = [
+        name
+        for name in ROUTER_FIGURES
+        if any(name in (row.router or {}) for one in methods for row in one.rows)
+    ]
     rows = [(f"`{one.label}`", *(_router_cell(one, name) for name in known)) for one in methods]
     return table(("method", *(ROUTER_FIGURES[name] for name in known)), rows)
 
