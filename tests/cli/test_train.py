@@ -48,7 +48,7 @@ def test_a_run_prints_its_plan_where_everything_lies_and_what_to_type_next(
         "data        24 rows",
         "steps       3",
         f"done: 3 steps, last logged loss {row['final_loss']:.4f}",
-        f"moa evaluate --adapter {folder}",
+        f"moa evaluate --adapter {folder} --tasks FILE_OF_TEST_ROWS",
         f"moa chat --adapter {folder}",
     ]
     assert [one for one in wanted if one not in out] == []

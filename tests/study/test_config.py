@@ -69,7 +69,6 @@ def test_folders_may_be_those_of_a_user(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ({"tasks": None}, "tasks is None: give names, as a list or with commas between"),
         ({"tasks": 5}, "tasks is 5: give names"),
         ({"tasks": ["first", 5]}, r"tasks is \['first', 5\]: give names"),
-        ({"data_root": None}, "data_root is None: give text"),
         ({"model": 5}, "model is 5: give text"),
         ({"out": 5}, "out is 5: give text"),
         ({"baseline": 16}, "baseline is 16: give text"),

@@ -199,6 +199,17 @@ def test_tests_of_one_name_are_refused(config_of: Configs, tmp_path: Path, name:
         load_data(config_of(tasks=["first", str(tmp_path / "other" / name)]))
 
 
+def test_without_a_data_root_tasks_are_found_as_evaluation_finds_them(
+    config_of: Configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = {"data": str(tmp_path / "mix"), "data_root": None, "forgetting": []}
+    data = load_data(config_of(**own, tasks=[str(tmp_path / "first"), str(tmp_path / "second")]))
+    assert [one.name for one in data.tests] == ["first", "second"]
+    with pytest.raises(UsageError, match=r"task 'AddSub' is neither under the data root .* nor on the hub"):
+        load_data(config_of(**own, tasks="AddSub"))
+
+
 def test_rows_that_only_evaluation_reads_are_refused_before_anything_is_trained(
     config_of: Configs, tmp_path: Path
 ) -> None:

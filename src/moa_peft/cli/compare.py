@@ -39,7 +39,7 @@ def compare_help() -> str:
             "Keys of a study, each also a flag:",
             "\n".join(["\b", *key_lines(StudyConfig)]),
             "Keys of an entry of methods:",
-            "\n".join(["\b", *key_lines(Method)]),
+            "\n".join(["\b", *key_lines(Method, dashes="")]),
         ]
     )
 

@@ -302,14 +302,14 @@ def _flag_value(value: object) -> object:
     return ",".join(str(one) for one in value) if isinstance(value, list) else value
 
 
-def key_lines(config_class: Any, leave_out: Collection[str] = ()) -> list[str]:
-    """Lines of a command's help: each field of a config as a flag, with its doc line and its default."""
+def key_lines(config_class: Any, leave_out: Collection[str] = (), dashes: str = "--") -> list[str]:
+    """Lines of a command's help: each field of a config, as a flag with dashes, with its doc line and its default."""
     docs, layout = (
         field_docs(config_class),
         textwrap.TextWrapper(92, subsequent_indent=" " * 6, break_on_hyphens=False),
     )
     return [
-        layout.fill(f"--{one.name}  {docs[one.name]}{_default(one)}")
+        layout.fill(f"{dashes}{one.name}  {docs[one.name]}{_default(one)}")
         for one in dataclasses.fields(config_class)
         if one.name not in leave_out
     ]

@@ -72,7 +72,7 @@ def train(
     except KeyboardInterrupt:
         say(f"\ninterrupted: {way_on(Path(preparation.plan.output_dir))}")
         raise
-    say(outcome_text(outcome))
+    say(outcome_text(outcome, recipe.data))
     if as_json and is_main():
         print(json.dumps(dataclasses.asdict(outcome)))
 
@@ -119,8 +119,8 @@ def _left_out(dropped: int, cut: int = 0) -> str:
     return f" ({'; '.join(told)})" if told else ""
 
 
-def outcome_text(outcome: "TrainingOutcome") -> str:
-    """Write what a run gave, where it lies and what to type next, for a person."""
+def outcome_text(outcome: "TrainingOutcome", data: str) -> str:
+    """Write what a run gave, where it lies and what to type next, for a person; ``data`` is what it was trained on."""
     loss = "none logged" if outcome.final_loss is None else f"{outcome.final_loss:.4f}"
     held_out = "" if outcome.validation_loss is None else f", held-out loss {outcome.validation_loss:.4f}"
     speed = "" if outcome.step_s is None else f", {outcome.step_s:.2f} s a step"
@@ -132,7 +132,7 @@ def outcome_text(outcome: "TrainingOutcome") -> str:
             f"  results                 {folder}/results.jsonl",
             f"  recipe                  {folder}/moa_recipe.json",
             "next:",
-            f"  moa evaluate --adapter {folder}",
+            f"  moa evaluate --adapter {folder}" + ("" if data == "demo" else " --tasks FILE_OF_TEST_ROWS"),
             f"  moa chat --adapter {folder}",
         ]
     )

@@ -57,10 +57,9 @@ def _form_problems(study: Any) -> list[str]:
     values: list[tuple[str, object, Callable[[Any], bool], str]] = []
     text, names = (_is_text, "give text"), (_are_names, "give names, as a list or with commas between")
     fields = (_are_fields, "give fields, each as NAME: VALUE")
-    values += [
-        (name, getattr(study, name), *text) for name in ("out", "data", "baseline", "model", "data_root")
-    ]
-    values += [("validation", study.data if study.validation is None else study.validation, *text)]
+    values += [(name, getattr(study, name), *text) for name in ("out", "data", "baseline", "model")]
+    optional = {name: getattr(study, name) for name in ("validation", "data_root")}
+    values += [(name, value, *text) for name, value in optional.items() if value is not None]
     values += [("tasks", study.tasks, *names)]
     values += [
         (name, given, *names)

@@ -11,7 +11,7 @@ from moa_peft.data.loading import load_rows
 from moa_peft.data.row import Row, rows_md5
 from moa_peft.errors import UsageError, unknown
 from moa_peft.evaluation.options import EvaluationOptions
-from moa_peft.evaluation.tasks import GROUPS, Task, load_task, load_tasks
+from moa_peft.evaluation.tasks import DEFAULT_DATA_ROOT, GROUPS, Task, load_task, load_tasks
 from moa_peft.study.config import StudyConfig
 
 VALIDATION = "validation"
@@ -63,7 +63,7 @@ def load_data(config: StudyConfig) -> StudyData:
         split=VALIDATION,
         name=VALIDATION,
     )
-    root = Path(config.data_root)
+    root = None if config.data_root is None else Path(config.data_root)
     whole = load_tasks(config.task_names(), data_root=root)
     kept = load_tasks(config.forgetting_names(), data_root=root) if config.forgetting else []
     names = [VALIDATION, *(one.name for one in (*whole, *kept))]
@@ -130,7 +130,7 @@ def source_of(config: StudyConfig, name: str) -> str:
 
     Of several names, with commas between, that of each.
     """
-    folder = Path(config.data_root) / name
+    folder = Path(config.data_root or DEFAULT_DATA_ROOT) / name
     if name == "demo" or folder.exists():
         return name if name == "demo" else str(folder)
     return ",".join(source_of(config, one.strip()) for one in name.split(",")) if "," in name else name
