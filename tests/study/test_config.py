@@ -148,6 +148,13 @@ def test_a_wrong_value_is_told_with_what_is_allowed(changes: dict[str, Any], mes
         config(**changes)
 
 
+def test_an_empty_out_is_refused_with_domains_too() -> None:
+    """The study ran in the folder None/math."""
+    settings = {**LEAST, "out": None, "domains": {"math": {}}}
+    with pytest.raises(UsageError, match="the study has no out"):
+        studies_of(settings, {})
+
+
 def test_an_empty_key_of_fields_is_as_one_left_out() -> None:
     """`trainer:` with every line below it commented out ended in a traceback."""
     entry = {"method": "lora", "label": None, "mixture": None, "trainer": None}

@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+from moa_peft.json_lines import RESULTS_FILE, append_rows
 from moa_peft.study.config import StudyConfig
 from moa_peft.study.document import Section, Table, as_html, as_markdown
 from moa_peft.study.estimates import Difference, Estimate
-from moa_peft.study.folder import append_row
 from moa_peft.study.one_run import Order, describe
 from moa_peft.study.plots import draw_plots
 from moa_peft.study.report import write_report
@@ -205,11 +205,22 @@ def test_rows_of_runs_that_the_config_does_not_name_are_left_out(reported: Any, 
     (order,) = study.orders(
         [job for job in study.jobs("final", []) if job.run.method is None], progress=False
     )
-    append_row(
-        study.folder, dataclasses.replace(made_up_row(order, "1111"), config_hash="of another run", label="x")
-    )
+    row = dataclasses.replace(made_up_row(order, "1111"), config_hash="of another run", label="x")
+    append_rows(study.folder / RESULTS_FILE, [dataclasses.asdict(row)])
     write_report(study.config)
     assert (study.folder / "report.md").read_text(encoding="utf-8") == before
+
+
+def test_a_baseline_of_before_losses_were_kept_leaves_validation_losses_uncompared(reported: Any) -> None:
+    """It was a traceback, after a method had been added to an old folder."""
+
+    def old(order: Order, row: Any) -> Any:
+        losses = [] if row.label == "lora" else [0.9, 1.1]
+        return dataclasses.replace(row, validation=dataclasses.replace(row.validation, losses=losses))
+
+    summary, _ = reported(old)
+    assert list(summary.choices) == ["soft-moa"]
+    assert summary.choices["soft-moa"].versus is None
 
 
 def test_a_label_that_was_changed_is_the_new_one_everywhere(reported: Any, study: Study) -> None:

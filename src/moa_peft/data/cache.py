@@ -108,7 +108,7 @@ def cached_folder(
         needs_bytes: Room that building takes.
 
     Returns:
-        The folder; every file in it has the size and SHA-256 that it had when it was made.
+        The folder; every file in it has the size that it had when it was made.
 
     Raises:
         UsageError: If the cache cannot be written to or its disk is full.

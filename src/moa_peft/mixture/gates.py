@@ -141,7 +141,9 @@ def register_gate(name: str) -> Callable[[Kind], Kind]:
 
     def add(gate: Kind) -> Kind:
         if not (isinstance(gate, type) and issubclass(gate, Gate)):
-            raise UsageError(f"{gate!r} is no Gate: give a class that inherits from moa_peft.Gate")
+            raise UsageError(
+                f"{gate!r} is no Gate: give a class that inherits from moa_peft.mixture.gates.Gate"
+            )
         if name in GATES:
             raise UsageError(
                 f"gate {name!r} is already registered by {GATES[name].__module__}: choose another name"
@@ -283,9 +285,8 @@ class AdaptiveGate(Gate):
 
     def forward(self, logits: Tensor, *read: Tensor) -> GateResult:
         """Weigh by what lies above the threshold; see `Gate.forward`."""
-        below = (
-            1 - 2 * torch.finfo(logits.dtype).eps
-        )  # a sigmoid rounds to 1: nothing would lie above the threshold
+        # a sigmoid rounds to 1: nothing would lie above the threshold
+        below = 1 - 2 * torch.finfo(logits.dtype).eps
         threshold = learned_threshold(read[0], below / logits.shape[-1])
         margin = logits.softmax(dim=-1) - threshold
         load = (margin.detach() > 0).to(margin.dtype)

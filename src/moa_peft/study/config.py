@@ -206,7 +206,7 @@ def studies_of(
         name: merge(merge(shared, one), flags) for name, one in domains.items() if domain in (None, name)
     }
     return [
-        StudyConfig.from_mapping({**whole, "out": f"{whole['out']}/{name}"} if "out" in whole else whole)
+        StudyConfig.from_mapping({**whole, "out": f"{whole['out']}/{name}"} if whole.get("out") else whole)
         for name, whole in wholes.items()
     ]
 

@@ -1,13 +1,12 @@
 """The folder of a study: nothing in it that another config has made."""
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moa_peft.errors import UsageError
-from moa_peft.json_lines import RESULTS_FILE, append_rows
+from moa_peft.json_lines import RESULTS_FILE
 from moa_peft.provenance import RECIPE_FILE
 from moa_peft.study.config import StudyConfig
 from moa_peft.study.data import StudyData, source_of
@@ -117,12 +116,6 @@ def read_study(folder: Path) -> dict[str, Any] | None:
         raise UsageError(
             f"{file} is damaged: get the file of this study again, or give another --out"
         ) from error
-
-
-def append_row(folder: Path, row: RunRow) -> None:
-    """Append one row to the study's results."""
-    file = folder / RESULTS_FILE
-    append_rows(file, [dataclasses.asdict(row)])
 
 
 def _differing(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> list[str]:

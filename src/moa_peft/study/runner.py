@@ -1,5 +1,6 @@
 """A study from its config to its rows: what is left is done, run after run, each row on the disk before the next."""
 
+import dataclasses
 import json
 import statistics
 import time
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from moa_peft.folder_lock import claimed
+from moa_peft.json_lines import RESULTS_FILE, append_rows
 from moa_peft.provenance import command_line
 from moa_peft.study.config import StudyConfig
 from moa_peft.study.data import StudyData, load_data, questions_md5
-from moa_peft.study.folder import append_row, check_run_folders, check_same_study, write_study
+from moa_peft.study.folder import check_run_folders, check_same_study, write_study
 from moa_peft.study.methods import check_methods
 from moa_peft.study.one_run import Order, execute, reads_bf16
 from moa_peft.study.rows import RunRow, Stage, read_results
@@ -186,7 +188,7 @@ def run_study(
             while jobs != before:  # again: rates that were added, and tests of weights that were trained anew
                 orders = study.orders(jobs, rows, progress=progress)
                 for order, row in (pool or one_by_one(say, study_progress))(orders):
-                    append_row(study.folder, row)
+                    append_rows(study.folder / RESULTS_FILE, [dataclasses.asdict(row)])
                     say(study_progress.done(row, needs_training=needs_training(study.config, order.job)))
                 rows = read_results(study.folder)
                 jobs, before = study.jobs(stage, rows), jobs

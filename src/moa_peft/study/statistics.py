@@ -177,19 +177,21 @@ def _choices(
         loss = estimate([statistics.fmean(one.losses) for one in scores])
         if len(scores) == 1:
             loss = dataclasses.replace(loss, error=scores[0].answer_loss_standard_error)
-        pairs = _pairs(some, rows.get(baseline, ())) if label != baseline else []
+        pairs = [pair for pair in _pairs(some, rows.get(baseline, ())) if all(map(_validation_losses, pair))]
         found[label] = Choice(
             rates=sorted(rate for name, rate in tuning if name == label),
             rate=rate,
             rows=some,
             loss=loss,
-            versus=_difference(_validation_losses, pairs, [VALIDATION]) if pairs else None,
+            versus=_difference(_validation_losses, pairs, [VALIDATION])
+            if pairs and label != baseline
+            else None,
         )
     return found
 
 
 def _validation_losses(row: RunRow) -> Values:
-    return {} if row.validation is None else {VALIDATION: row.validation.losses}
+    return {VALIDATION: row.validation.losses} if row.validation and row.validation.losses else {}
 
 
 def answers(row: RunRow) -> Values:
