@@ -75,7 +75,9 @@ def served(runs: dict[str, str]) -> Iterator[dict[str, Served]]:
     made = {name: one for name, (one, _) in load_served(runs).items()}
     server = InThread(made)
     with bind(HOST, 0) as address:
-        PORT.append(address.getsockname()[1])
+        PORT[:] = [
+            address.getsockname()[1]
+        ]  # a process may make the server again for tests that it took from another
         thread = threading.Thread(target=server.run, args=([address],))
         thread.start()
         while not server.started:
