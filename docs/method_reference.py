@@ -40,7 +40,7 @@ def method_table() -> str:
         (
             f"`{name}`",
             preset.summary,
-            expert_names(preset.experts()),
+            expert_names(preset.experts),
             f"{trainable_parameters(name):,}",
             linked(preset.source),
         )
@@ -61,7 +61,7 @@ def routing() -> str:
     for name, preset in PRESETS.items():
         for place in routing_of(preset) or [None]:
             words = ("-",) * 4 if place is None else _routing_words(place)
-            rows.append((f"`{name}`", *words, expert_names(preset.experts())))
+            rows.append((f"`{name}`", *words, expert_names(preset.experts)))
     return table(("method", "granularity", "scope", "gate", "router", "experts of a block"), rows)
 
 
@@ -112,10 +112,10 @@ def method_section(name: str, preset: Any) -> str:
 
     from moa_peft.mixture.config import RouterKind
 
-    router = preset.router()
+    router = preset.router
     rows = [
         (f"`{one.kind}`", ", ".join(f"`{site}`" for site in one.site_names()), fields_of(one))
-        for one in preset.experts()
+        for one in preset.experts
     ]
     parts = [
         f"## `{name}`",
@@ -153,7 +153,7 @@ def routing_sentence(preset: Any) -> str:
     from moa_peft.cli.methods import routing_of, routing_text
 
     told = "; ".join(routing_text(one) for one in routing_of(preset)) or "none, every gate is 1"
-    router = preset.router()
+    router = preset.router
     if router is None:
         return f"{told}."
     changed = "".join(f", {key} {value}" for key, value in changed_fields(router).items())
@@ -174,7 +174,7 @@ def cost_sentence(name: str) -> str:
 def _baseline_rank() -> int:
     from moa_peft.mixture.presets import PRESETS
 
-    (expert,) = PRESETS[BASELINE].experts()
+    (expert,) = PRESETS[BASELINE].experts
     return expert.rank  # type: ignore[attr-defined]  # the baseline is LoRA
 
 

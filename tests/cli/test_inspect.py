@@ -115,7 +115,7 @@ def test_the_files_hold_what_the_model_says(tmp_path: Path, base: Path, adapter:
 def test_every_kind_of_method_has_its_page(tmp_path: Path, base: Path, prompts: Path, method: str) -> None:
     changes: dict[str, Any] = {}
     if method == "adamole":  # one of its five sites, three of its eight copies
-        (experts,) = PRESETS[method].experts()
+        (experts,) = PRESETS[method].experts
         changes["experts"] = [{**experts.to_dict(), "targets": ["q_proj"], "num_experts": 3}]
     model = get_peft_model(LlamaForCausalLM.from_pretrained(base), MoAConfig.preset(method, **changes))
     awaken(model)

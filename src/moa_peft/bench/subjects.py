@@ -11,11 +11,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moa_peft.data.base_loading import find_base, load_base
-from moa_peft.errors import UsageError, unknown
+from moa_peft.errors import UsageError
 from moa_peft.mixture.block_hooks import mixtures_of
 from moa_peft.mixture.mixture import AtModule, Readers
 from moa_peft.mixture.peft_config import MoAConfig
-from moa_peft.mixture.presets import PAPER_TARGETS, PRESETS, promptless_experts
+from moa_peft.mixture.presets import PAPER_TARGETS, PRESETS, PROMPTLESS_EXPERTS
 
 FROZEN, LORA, LORA_AGAIN, PROMPTLESS = "frozen", "peft-lora", "peft-lora-again", "soft-moa-no-prompt"
 """The frozen model; PEFT's LoRA of rank 8 on the paper's projections, and once more to see the noise; Soft MoA on the
@@ -78,8 +78,6 @@ def with_method(base: nn.Module, method: str, *, num_experts: int | None = None)
     Raises:
         UsageError: If the method is unknown.
     """
-    if method not in method_names():
-        raise UsageError(unknown("method", method, method_names()))
     model = copy.deepcopy(base, memo={id(one): one for one in base.parameters()})
     torch.manual_seed(0)
     if method == FROZEN:
@@ -88,7 +86,7 @@ def with_method(base: nn.Module, method: str, *, num_experts: int | None = None)
         lora = LoraConfig(r=8, lora_alpha=8, target_modules=list(PAPER_TARGETS), task_type="CAUSAL_LM")
         return get_peft_model(model, lora)
     if method == PROMPTLESS:
-        config = MoAConfig.preset("soft-moa", experts=list(promptless_experts()))
+        config = MoAConfig.preset("soft-moa", experts=list(PROMPTLESS_EXPERTS))
     else:
         config = MoAConfig.preset(method, **_copies(method, num_experts))
     tuned = get_peft_model(model, config)
@@ -120,13 +118,13 @@ def one_by_one(model: nn.Module) -> Iterator[None]:
 
 def has_copies(method: str) -> bool:
     """Whether every expert of one of `method_names` has copies, whose number can be set."""
-    return method in PRESETS and all(getattr(one, "num_experts", 1) > 1 for one in PRESETS[method].experts())
+    return method in PRESETS and all(getattr(one, "num_experts", 1) > 1 for one in PRESETS[method].experts)
 
 
 def _copies(method: str, num_experts: int | None) -> dict[str, Any]:
     if num_experts is None:
         return {}
-    return {"experts": [{**one.to_dict(), "num_experts": num_experts} for one in PRESETS[method].experts()]}
+    return {"experts": [{**one.to_dict(), "num_experts": num_experts} for one in PRESETS[method].experts]}
 
 
 def trainable(model: nn.Module) -> Sequence[nn.Parameter]:

@@ -51,7 +51,7 @@ def methods(
 def experts_of(preset: "Preset") -> list[str]:
     """Name the experts of a block with their sites, and how many copies of each there are, as "8 x lora at q_proj"."""
     named = []
-    for one in preset.experts():
+    for one in preset.experts:
         copies, _ = one.copies()
         times = f"{copies} x " if copies > 1 else ""
         named.append(f"{times}{one.kind} at {', '.join(one.site_names())}")
@@ -68,9 +68,9 @@ def routing_of(preset: "Preset") -> list[dict[str, Any]]:
         For each router its scope ("block": one for all experts; "site": one for the copies of each expert), what it
         weighs, its granularity, its gate with the options that are set, and its kind. Empty where nothing is routed.
     """
-    block = preset.router()
+    block = preset.router
     found = [] if block is None else [_routing("block", f"{block.gate_of}s", block)]
-    for expert in preset.experts():
+    for expert in preset.experts:
         copies, router = expert.copies()
         entry = None if router is None else _routing("site", f"{copies} copies", router)
         if entry is not None and entry not in found:

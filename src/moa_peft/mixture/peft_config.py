@@ -159,8 +159,8 @@ class MoAConfig(PeftConfig):
                 raise UsageError(unknown("field of MoAConfig", key, known))
         router = changes.pop("router", {})
         if isinstance(router, Mapping):
-            router = _changed_router(name, chosen.router(), router)
-        return cls(**{"experts": list(chosen.experts()), "router": router, **changes})
+            router = _changed_router(name, chosen.router, router)
+        return cls(**{"experts": list(chosen.experts), "router": router, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON holds them; each expert with its kind."""
