@@ -254,26 +254,6 @@ def test_blocks_without_experts_stay_without(official: Callable[[str], Golden], 
     assert torch.load(tmp_path / "back.pth", weights_only=True).keys() == part.keys()
 
 
-def test_another_order_of_the_gates_is_read_and_written_back_in_the_official_one(
-    official: Callable[[str], Golden], tmp_path: Path
-) -> None:
-    one, adapter = official("llama3-soft-moa-linear-router"), tmp_path / "adapter"
-    columns = one.metadata["expert_order"]
-    order = [*columns[2:], *columns[:2]]
-    rows = [columns.index(name) for name in order]
-    shuffled = {
-        name: weight[rows] if "adapter_type_router" in name else weight.clone()
-        for name, weight in one.weights.items()
-    }
-    torch.save(shuffled, one.checkpoint)
-    words = ["import", one.checkpoint, "--base", one.base, "--out", adapter, *one.flags]
-    call(*words, "--expert-order", ",".join(order))
-    torch.testing.assert_close(one.logits(adapter), one.tensors["logits"], atol=1e-4, rtol=0)
-    call("export", adapter, "--format", "official", "--out", tmp_path / "back.pth")
-    back = torch.load(tmp_path / "back.pth", weights_only=True)
-    assert all(torch.equal(back[name], weight) for name, weight in one.weights.items())
-
-
 def without(flag: str) -> Callable[[list[str]], list[str]]:
     def left(flags: list[str]) -> list[str]:
         place = flags.index(flag)
@@ -307,22 +287,6 @@ def without(flag: str) -> Callable[[list[str]], list[str]]:
             "llama3-unipeft",
             lambda flags: [*flags, "--constant-threshold", "0.5"],
             "--constant-threshold is given: leave it out, UniPEFT's gates are .* without a threshold",
-        ),
-        (
-            "llama3-soft-moa",
-            lambda flags: [*flags, "--balance", "0.1"],
-            "--balance is given: leave it out, no router",
-        ),
-        ("llama3-soft-moa", lambda flags: [*flags, "--expert-order", "q_prj"], "unknown expert 'q_prj'"),
-        (
-            "llama3-soft-moa",
-            lambda flags: [*flags, "--expert-order", "prompt,prompt"],
-            "names an expert twice",
-        ),
-        (
-            "llama3-soft-moa",
-            lambda flags: [*flags, "--expert-order", "prompt,q_proj"],
-            r"lacks \['lora_down_proj'",
         ),
     ],
 )

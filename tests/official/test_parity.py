@@ -17,7 +17,7 @@ from golden import VERIFIED, golden
 from moa_peft import MoAConfig, UsageError
 from moa_peft.cli import app, register_verbs
 from moa_peft.mixture.balance_scaling import set_loss_scale
-from moa_peft.official.conversion import OfficialSettings, load_weights, read_config
+from moa_peft.official.conversion import OfficialSettings, load_weights, placed_weights, read_config
 from moa_peft.official.names import destinations, half_split
 from moa_peft.official.parity import _forward, _gradients, _ours, _rebuild, compare
 from moa_peft.official.reference import read_reference
@@ -468,11 +468,12 @@ def native_checkpoint() -> dict[str, Tensor]:
 
 def test_a_native_checkpoint_of_other_sizes_and_layers_finds_its_places() -> None:
     checkpoint = native_checkpoint()
-    config = read_config(checkpoint, SETTINGS, 8)
+    placed = placed_weights(checkpoint, 8)
+    config = read_config(checkpoint, placed, SETTINGS)
     assert config.router.router_input == "block"
     assert config.router.kind == "linear"
     model = get_peft_model(base_model("llama"), config)
-    load_weights(model, checkpoint, 8)
+    load_weights(model, checkpoint, placed)
     state = {
         name.split(".moa_mixture.default.")[-1]: p
         for name, p in model.named_parameters()
@@ -490,20 +491,23 @@ def test_a_native_checkpoint_of_other_sizes_and_layers_finds_its_places() -> Non
 
 def test_a_weight_of_an_expert_that_its_block_lacks_is_refused_by_name() -> None:
     model = get_peft_model(base_model("llama"), MoAConfig.preset("sparse-moa"))
+    weights = {"layers.1.attention.prompt.weight": torch.zeros(4, 32)}
     with pytest.raises(UsageError, match=r"block 1 has no experts\.prompt\.vectors"):
-        load_weights(model, {"layers.1.attention.prompt.weight": torch.zeros(4, 32)}, 8)
+        load_weights(model, weights, placed_weights(weights, 8))
 
 
 def test_settings_that_contradict_the_weights_are_refused() -> None:
+    def read(weights: dict[str, Tensor], settings: OfficialSettings = SETTINGS) -> None:
+        read_config(weights, placed_weights(weights, 8), settings)
+
     checkpoint = native_checkpoint()
     with pytest.raises(UsageError, match=r"lacks \['lora_up_proj'\]"):
-        read_config(checkpoint, OfficialSettings(alpha=5, expert_order=("prompt", "lora_q_proj")), 8)
+        read(checkpoint, OfficialSettings(alpha=5, expert_order=("prompt", "lora_q_proj")))
     threshold = {f"layers.{i}.adapter_threshold_fn.weight": torch.zeros(1, 32) for i in (0, 1)}
     with pytest.raises(UsageError, match="has a learned threshold: give max_threshold"):
-        read_config(checkpoint | threshold, SETTINGS, 8)
-    routerless = {name: one for name, one in checkpoint.items() if "router" not in name}
+        read(checkpoint | threshold)
     with pytest.raises(UsageError, match="has no adapter_type_router"):
-        read_config(routerless, SETTINGS, 8)
+        read({name: one for name, one in checkpoint.items() if "router" not in name})
 
 
 def test_a_reference_whose_first_block_carries_nothing_is_rebuilt(tmp_path: Path) -> None:

@@ -2,18 +2,16 @@
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
+from moa_peft.cli.overrides import refuse_given
 from moa_peft.cli.table import print_table
 from moa_peft.errors import UsageError, unknown
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from moa_peft.bench.rows import BenchRow
 
 DEFAULT_METHODS, SCALED_METHODS = "peft-lora-again,soft-moa-no-prompt,soft-moa,sparse-moa", "molora,adamole"
@@ -84,12 +82,9 @@ def bench(
 
     if kind not in get_args(Kind):
         raise UsageError(unknown("kind of measurement", kind, get_args(Kind)))
-    for flag, value, own in (
-        ("--new-tokens", new_tokens, "decode"),
-        ("--num-experts", num_experts, "scaling"),
-    ):
-        if value is not None and kind != own:
-            raise UsageError(f"{flag} is for {own}, not for {kind}: leave it out")
+    for own, one in (("decode", {"new-tokens": new_tokens}), ("scaling", {"num-experts": num_experts})):
+        if kind != own:
+            refuse_given(one, f"is for {own}, not for {kind}: leave it out")
     given = methods or (SCALED_METHODS if kind == "scaling" else DEFAULT_METHODS)
     chosen = [one.strip() for one in given.split(",") if one.strip()]
     if methods == "all":
@@ -115,7 +110,7 @@ def bench(
     from tqdm import tqdm
 
     with quiet_libraries(), tqdm(total=pairs + 1, desc=kind, unit="round", delay=2, file=sys.stderr) as bar:
-        rows = list(measure(options, on_turn=partial(_tick, bar)))
+        rows = list(measure(options, on_turn=bar.update))
     if out is not None:
         append_rows(out, [as_dict(row) for row in rows])
     if as_json:
@@ -124,10 +119,6 @@ def bench(
     print_rows(rows)
     if out is not None:
         print(f"rows      {out} ({len(rows)} added)")
-
-
-def _tick(bar: "tqdm[Any]") -> None:
-    bar.update(1)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -3,15 +3,13 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from moa_peft.cli.overrides import Dtype, ModelInitKwargs, options_from_file, parse_mapping
+from moa_peft.cli.overrides import Dtype, ModelInitKwargs, options_from_file, parse_mapping, refuse_given
 from moa_peft.cli.table import print_table
-from moa_peft.errors import UsageError
 
 if TYPE_CHECKING:
     from moa_peft.evaluation.run import TaskResult
@@ -188,21 +186,6 @@ def evaluate(
         return
     print_results(results)
     print_places(results)
-
-
-def refuse_given(options: Mapping[str, object], why: str) -> None:
-    """Refuse options that mean nothing where they are given.
-
-    Args:
-        options: Their values by name; None for one that was not given.
-        why: What is wrong with them, and what to do.
-
-    Raises:
-        UsageError: If any was given.
-    """
-    given = [f"--{name}" for name, value in options.items() if value is not None]
-    if given:
-        raise UsageError(f"{', '.join(given)} {why}")
 
 
 def as_object(results: "list[TaskResult]") -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from moa_peft.cli.overrides import Dtype, ModelInitKwargs, parse_mapping
+from moa_peft.cli.overrides import Dtype, ModelInitKwargs, parse_mapping, refuse_given
 from moa_peft.cli.table import print_table
 from moa_peft.errors import UsageError, unknown
 
@@ -60,7 +59,7 @@ def export(
         typer.Option(help="lora: paper or chat. Default: the one the adapter was trained with, else paper."),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="lora: most rows in a forward pass, 16 by default.")
+        int | None, typer.Option(min=1, help="lora: most rows in a forward pass, 16 by default.")
     ] = None,
     dtype: Dtype = None,
     model_init_kwargs: ModelInitKwargs = None,
@@ -89,11 +88,12 @@ def export(
     if format_ not in FORMATS:
         raise UsageError(unknown("format", format_, FORMATS))
     lora_only = {
-        "--data": data, "--held-out": held_out, "--limit": limit, "--template": template, "--dtype": dtype,
-        "--batch-size": batch_size,
+        "data": data, "held-out": held_out, "limit": limit, "template": template, "dtype": dtype,
+        "batch-size": batch_size,
     }  # fmt: skip
-    _refuse_others("lora", format_, lora_only)
-    _refuse_others("official", format_, {"--layout": layout})
+    for own, given in (("lora", lora_only), ("official", {"layout": layout})):
+        if format_ != own:
+            refuse_given(given, f"belongs to --format {own}: leave it out")
     from moa_peft.evaluation.loading import choose_template, read_adapter
     from moa_peft.quiet import quiet_libraries
 
@@ -120,28 +120,24 @@ def export(
             "--format lora needs --data: rows of the kind the adapter will be used on, whose tokens the mean gates are "
             "taken over, as in --data train.json"
         )
-    from moa_peft.official.lora_export import LoraOptions, export_lora
+    from moa_peft.official.lora_export import export_lora
 
     found = read_adapter(adapter)
-    chosen = cast("Any", choose_template(template, found, "paper"))
-    options = LoraOptions(
-        template=chosen,
-        batch_size=batch_size or 16,
-        dtype=dtype,
-        init_kwargs=init_kwargs,
-        overwrite=overwrite,
-    )
     with quiet_libraries():
         made = export_lora(
-            found, out, data=data, held_out=held_out, limit=limit, model=model, options=options
+            found,
+            out,
+            data=data,
+            held_out=held_out,
+            limit=limit,
+            model=model,
+            template=cast("Any", choose_template(template, found, "paper")),
+            batch_size=batch_size or 16,
+            dtype=dtype,
+            init_kwargs=init_kwargs,
+            overwrite=overwrite,
         )
     print(json.dumps(dataclasses.asdict(made))) if as_json else print_lora(made)
-
-
-def _refuse_others(own: str, chosen: str, flags: Mapping[str, object]) -> None:
-    given = [flag for flag, value in flags.items() if value is not None]
-    if given and chosen != own:
-        raise UsageError(f"{', '.join(given)} belongs to --format {own}: leave it out")
 
 
 def print_vllm(report: "VllmReport") -> None:

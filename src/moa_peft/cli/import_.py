@@ -53,17 +53,6 @@ def import_(
         bool,
         typer.Option("--instance-level", help="The gates are those of the official instance-level code."),
     ] = False,
-    expert_order: Annotated[
-        str | None,
-        typer.Option(
-            help="Gate columns in order, with commas between. Default: q_proj, k_proj, v_proj, prompt, o_proj, up_proj, "
-            "gate_proj, down_proj, parallel_adapter, without those that the checkpoint lacks."
-        ),
-    ] = None,
-    balance: Annotated[
-        float | None,
-        typer.Option(help="Coefficient of the balance loss in further training. Default: the method's own."),
-    ] = None,
     model_init_kwargs: ModelInitKwargs = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the adapter in the folder.")
@@ -82,8 +71,7 @@ def import_(
       moa import adapter.pth --base models/Llama-3.1-8B-Instruct --alpha 8 --out adapters/soft
       moa import outputs/qwen3-8b-sparsemoa --base models/Qwen3-8B --out adapters/sparse
     """  # noqa: D301  # the backspace keeps the lines of the examples apart
-    from moa_peft.official.conversion import DEFAULT_ORDER, OfficialSettings
-    from moa_peft.official.importer import expert_order as read_order
+    from moa_peft.official.conversion import OfficialSettings
     from moa_peft.official.importer import import_checkpoint
     from moa_peft.quiet import quiet_libraries
 
@@ -93,8 +81,6 @@ def import_(
         max_threshold=max_threshold,
         constant_threshold=constant_threshold,
         instance_level=instance_level,
-        expert_order=DEFAULT_ORDER if expert_order is None else read_order(expert_order),
-        balance=balance,
     )
     init_kwargs = parse_mapping("--model-init-kwargs", model_init_kwargs)
     with quiet_libraries():

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import re
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -300,6 +300,21 @@ def _flag_value(value: object) -> object:
     if isinstance(value, dict):
         return json.dumps(value)
     return ",".join(str(one) for one in value) if isinstance(value, list) else value
+
+
+def refuse_given(options: Mapping[str, object], why: str) -> None:
+    """Refuse options that mean nothing where they are given.
+
+    Args:
+        options: Their values by name; None for one that was not given.
+        why: What is wrong with them, and what to do.
+
+    Raises:
+        UsageError: If any was given.
+    """
+    given = [f"--{name}" for name, value in options.items() if value is not None]
+    if given:
+        raise UsageError(f"{', '.join(given)} {why}")
 
 
 def key_lines(config_class: Any, leave_out: Collection[str] = (), dashes: str = "--") -> list[str]:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moa_peft.errors import UsageError
-from moa_peft.json_lines import written_whole
 from moa_peft.provenance import RECIPE_FILE
 from moa_peft.training.output_folder import ADAPTER_CONFIG, disk_errors_named, replacing
 
@@ -61,20 +60,6 @@ def adapter_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
         draft.replace(out)
     finally:
         shutil.rmtree(around, ignore_errors=True)
-
-
-@contextmanager
-def single_file(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Give a temporary path that becomes ``out`` when it is written; after an error it is gone and ``out`` as before.
-
-    Raises:
-        UsageError: As `check_file`.
-        OSError: If the disk is full or closed.
-    """
-    check_file(out, overwrite=overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(out) as draft, disk_errors_named(out.parent):
-        yield draft
 
 
 def check_file(out: Path, *, overwrite: bool) -> None:

@@ -56,13 +56,15 @@ def head_size(config: Any) -> int:
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
-def read_config(weights: Mapping[str, Tensor], settings: OfficialSettings, head_size: int) -> MoAConfig:
+def read_config(
+    weights: Mapping[str, Tensor], placed: Mapping[str, Destination], settings: OfficialSettings
+) -> MoAConfig:
     """Read a mixture's config off an official checkpoint.
 
     Args:
         weights: The checkpoint by its own names.
+        placed: Where each weight goes, from `placed_weights`.
         settings: What the weights do not tell.
-        head_size: Size of a head of the base model.
 
     Returns:
         A config that reproduces the official arithmetic, its dead threshold included.
@@ -70,7 +72,6 @@ def read_config(weights: Mapping[str, Tensor], settings: OfficialSettings, head_
     Raises:
         UsageError: If a weight belongs to nothing that a mixture has, or the settings contradict the weights.
     """
-    placed = placed_weights(weights, head_size)
     checkpoint = _Checkpoint(
         blocks=experts_of(placed),
         shapes={(one.block, one.parameter): tuple(weights[name].shape) for name, one in placed.items()},
@@ -109,14 +110,13 @@ def placed_weights(weights: Mapping[str, Tensor], head_size: int) -> dict[str, D
     return placed
 
 
-def load_weights(model: PeftModel, weights: Mapping[str, Tensor], head_size: int) -> dict[str, Destination]:
-    """Copy an official checkpoint into a model whose mixture is of `read_config`'s config; tell where each weight went.
+def load_weights(model: PeftModel, weights: Mapping[str, Tensor], placed: Mapping[str, Destination]) -> None:
+    """Copy an official checkpoint into a model whose mixture is of `read_config`'s config.
 
     Raises:
         UsageError: If a weight has no place, or a place gets no weight.
     """
     parameters = parameters_by_place(model)
-    placed = placed_weights(weights, head_size)
     empty = set(parameters)
     with torch.no_grad():
         for name, one in placed.items():
@@ -139,7 +139,6 @@ def load_weights(model: PeftModel, weights: Mapping[str, Tensor], head_size: int
             empty.discard(place)
     if empty:
         raise UsageError(f"the checkpoint lacks weights for {sorted(empty)[:3]} ({len(empty)} in all)")
-    return placed
 
 
 def parameters_by_place(model: PeftModel) -> dict[tuple[int, str], torch.nn.Parameter]:

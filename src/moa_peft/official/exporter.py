@@ -21,14 +21,16 @@ from torch import Tensor
 from moa_peft.data.base_loading import empty_model
 from moa_peft.errors import UsageError, unknown
 from moa_peft.evaluation.loading import AdapterFolder, choose_base
+from moa_peft.json_lines import written_whole
 from moa_peft.mixture.adapter_file import check_values
 from moa_peft.mixture.config import ExpertConfig, RouterConfig
 from moa_peft.mixture.peft_config import MoAConfig
-from moa_peft.official.adapter_folder import check_file, single_file
+from moa_peft.official.adapter_folder import check_file
 from moa_peft.official.checkpoint import PICKLED
 from moa_peft.official.conversion import DEFAULT_ORDER, head_size, parameters_by_place
 from moa_peft.official.names import KIND_GATES, Layout, destinations, official_names
 from moa_peft.official.official_code import arguments, differences, method_of, named_experts, problems
+from moa_peft.training.output_folder import disk_errors_named
 
 FAMILIES: Mapping[Layout, tuple[str, ...]] = {"native": ("llama",), "fork": ("llama", "qwen3")}
 """The families of models that each official code knows."""
@@ -99,7 +101,8 @@ def export_official(
     weights = read_mixture_weights(adapter)
     _refuse_missing(adapter.name, weights, model, config)
     named = official_weights(config, weights, chosen, head_size(model.config))
-    with single_file(out, overwrite=overwrite) as draft:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(out) as draft, disk_errors_named(out.parent):
         if chosen == "native":
             torch.save(named, draft)
         else:

@@ -1,8 +1,7 @@
 """`moa import`: an official checkpoint becomes an adapter folder of PEFT."""
 
 import dataclasses
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,11 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from moa_peft.data.base_loading import empty_model, find_base
-from moa_peft.errors import UsageError, unknown
+from moa_peft.errors import UsageError
 from moa_peft.mixture.block_hooks import mixture_layers
-from moa_peft.mixture.experts.lora import PROJECTIONS
 from moa_peft.official.adapter_folder import adapter_folder, check_folder
 from moa_peft.official.checkpoint import OfficialCheckpoint, checkpoint_files, read_checkpoint
 from moa_peft.official.conversion import (
-    DEFAULT_ORDER,
     OfficialSettings,
     head_size,
     load_weights,
@@ -94,17 +91,16 @@ def import_checkpoint(
     model = empty_model(find_base(base, init_kwargs))
     found = read_checkpoint(checkpoint, frozenset(model.state_dict()))
     num_blocks = model.config.get_text_config().num_hidden_layers
-    size_of_heads = head_size(model.config)
-    placed = placed_weights(found.weights, size_of_heads)
+    placed = placed_weights(found.weights, head_size(model.config))
     settings, defaults = _completed(found, settings, placed)
     blocks = _blocks(placed, num_blocks, base)
-    config = read_config(found.weights, settings, size_of_heads)
+    config = read_config(found.weights, placed, settings)
     config.layers_to_transform = None if len(blocks) == num_blocks else list(blocks)
     wrapped = get_peft_model(model, config)
     assert isinstance(wrapped, PeftModel)
     for _, layer in mixture_layers(wrapped):
         layer.moa_mixture.to_empty(device="cpu").to(found.dtype)
-    load_weights(wrapped, found.weights, size_of_heads)
+    load_weights(wrapped, found.weights, placed)
     with adapter_folder(out, overwrite=overwrite) as draft:
         wrapped.save_pretrained(str(draft), save_embedding_layers=False)
     method = method_of(config)
@@ -127,23 +123,6 @@ def import_checkpoint(
         num_idle_weights=len(found.idle_weights),
         doubts=_doubts(method, settings),
     )
-
-
-def expert_order(text: str) -> tuple[str, ...]:
-    """Read the names of gate columns (projections, "prompt", "parallel_adapter", with commas between) as those of experts.
-
-    Raises:
-        UsageError: If a name is unknown or given twice.
-    """
-    names = [one.strip() for one in text.split(",") if one.strip()]
-    known = {**{one: f"lora_{one}" for one in PROJECTIONS}, **{one: one for one in DEFAULT_ORDER}}
-    for one in names:
-        if one not in known:
-            raise UsageError(f"--expert-order: {unknown('expert', one, known)}")
-    order = tuple(known[one] for one in names)
-    if len(set(order)) < len(order):
-        raise UsageError(f"--expert-order names an expert twice: {text}")
-    return order
 
 
 def _completed(
@@ -173,17 +152,15 @@ def _completed(
 
 
 def _flags(
-    settings: OfficialSettings, names: Iterable[str], parameters: Collection[str], ranks: Sequence[int]
+    settings: OfficialSettings, names: Collection[str], parameters: Collection[str], ranks: Sequence[int]
 ) -> list[tuple[str, float | None, bool, str, str]]:
     """Each flag, what it gives, whether the checkpoint takes it, what to say where it is needed, and where it is not."""
-    names = list(names)
     has_top_k = any(".router.topkroute_linear." in name for name in names)
     has_learned, of_kinds = _LEARNED in parameters, has_kind_gates(names)
     has_router = not of_kinds and any(one.startswith("router.logits.") for one in parameters)
     no_router = "the checkpoint has no router of its blocks"
     if of_kinds:
         no_router = "UniPEFT's gates are of a whole instance already, without a threshold"
-    has_balance = has_top_k or any(re.match(r"copy_routers\..+\.gate\.threshold_", one) for one in parameters)
     usual = "--alpha 8" if ranks == [FORK_CONSTANTS["lora_rank"]] else "the rank itself in the paper's set-up"
     alpha = (
         f"which the weights do not tell (LoRA of rank {', '.join(map(str, ranks))} is scaled by alpha / rank; the usual "
@@ -206,10 +183,6 @@ def _flags(
             "the checkpoint has a learned threshold" if has_learned else no_router,
         ),
         ("--instance-level", settings.instance_level or None, has_router, "", no_router),
-        (
-            "--balance", settings.balance, has_balance, "",
-            "no router of the checkpoint has a balance loss (those of top-k and AdaMoLE have)",
-        ),
     ]  # fmt: skip
 
 

@@ -80,28 +80,6 @@ class LoraReport:
     """Every expert of the mixture, kept or dropped."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoraOptions:
-    """How an export as plain LoRA goes about it."""
-
-    template: Template = "paper"
-    """How a row becomes text."""
-    batch_size: int = 16
-    """Most rows in a forward pass."""
-    dtype: str | None = None
-    """Of the base model; None as in `moa_peft.evaluation.loading.choose_base`."""
-    init_kwargs: Mapping[str, Any] | None = None
-    """How the base model is loaded, likewise."""
-    seed: int = 0
-    """Of the draw of the held-out rows."""
-    overwrite: bool = False
-    """Whether an adapter in the folder may be replaced."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UsageError(f"batch_size is {self.batch_size}: give at least 1")
-
-
 def export_lora(
     adapter: AdapterFolder,
     out: Path,
@@ -110,7 +88,11 @@ def export_lora(
     held_out: str | None = None,
     limit: int | None = None,
     model: str | None = None,
-    options: LoraOptions | None = None,
+    template: Template = "paper",
+    batch_size: int = 16,
+    dtype: str | None = None,
+    init_kwargs: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> LoraReport:
     """Write the LoRA part of a mixture as a plain LoRA of PEFT, and measure what that loses.
 
@@ -121,34 +103,37 @@ def export_lora(
         held_out: Rows for the losses; None holds a fifth of ``data`` out of the means.
         limit: Only so many rows of each from the start.
         model: The base model; None for the one that the adapter names.
-        options: How; None for the defaults.
+        template: How a row becomes text.
+        batch_size: Most rows in a forward pass.
+        dtype: Of the base model; None as in `moa_peft.evaluation.loading.choose_base`.
+        init_kwargs: How the base model is loaded, likewise.
+        overwrite: Whether an adapter in the folder may be replaced.
 
     Raises:
         UsageError: If the adapter has no LoRA or is no mixture, the rows are too few or too long, or the folder cannot
             be used.
     """
-    options = options or LoraOptions()
-    check_folder(out, overwrite=options.overwrite)
+    check_folder(out, overwrite=overwrite)
     _check_adapter(adapter)
-    rows = _rows(data, held_out, limit, options.seed)
-    loaded = load(model, adapter, dtype=options.dtype, init_kwargs=options.init_kwargs)
+    rows = _rows(data, held_out, limit)
+    loaded = load(model, adapter, dtype=dtype, init_kwargs=init_kwargs)
     measured, tested = (
-        [token_question(row, [render_completion(row)], loaded.tokenizer, options.template) for row in some]
+        [token_question(row, [render_completion(row)], loaded.tokenizer, template) for row in some]
         for some in rows
     )
     for questions in (measured, tested):
         check_lengths(loaded.model, [one.num_tokens for one in questions])
-    means = gate_means(loaded.model, measured, options.batch_size)
-    mixture = _answer_loss(loaded.model, tested, options.batch_size, "mixture")
+    means = gate_means(loaded.model, measured, batch_size)
+    mixture = _answer_loss(loaded.model, tested, batch_size, "mixture")
     with loaded.model.disable_adapter():
-        frozen = _answer_loss(loaded.model, tested, options.batch_size, "frozen")
+        frozen = _answer_loss(loaded.model, tested, batch_size, "frozen")
     figures = expert_figures(loaded.model, means)
     lora = plain_lora(loaded.model, means)
     base = loaded.model.unload()
-    with adapter_folder(out, overwrite=options.overwrite) as draft:
+    with adapter_folder(out, overwrite=overwrite) as draft:
         made, parameters = write_lora(draft, base, lora, revision=loaded.base_settings.get("revision"))
         again = PeftModel.from_pretrained(base, str(draft)).eval()
-        export = _answer_loss(again, tested, options.batch_size, "export")
+        export = _answer_loss(again, tested, batch_size, "export")
     tokens = sum(len(one.completions[0]) for one in tested)
     return LoraReport(
         adapter=str(out),
@@ -285,7 +270,7 @@ def _zeros(module: Any, rank: int) -> tuple[Tensor, Tensor]:
     return torch.zeros(rank, module.in_features), torch.zeros(module.out_features, rank)
 
 
-def _rows(data: str, held_out: str | None, limit: int | None, seed: int) -> tuple[list[Row], list[Row]]:
+def _rows(data: str, held_out: str | None, limit: int | None) -> tuple[list[Row], list[Row]]:
     """Rows for the gates' means, and rows for the losses."""
     rows = load_rows(data, limit=limit)
     if held_out is not None:
@@ -294,7 +279,7 @@ def _rows(data: str, held_out: str | None, limit: int | None, seed: int) -> tupl
         raise UsageError(
             f"data {data!r} holds one row, which cannot be both measured and held out: give more, or --held-out FILE"
         )
-    return hold_out(rows, HELD_OUT_SHARE, seed)
+    return hold_out(rows, HELD_OUT_SHARE, seed=0)
 
 
 def _answer_loss(model: Any, questions: Sequence[TokenQuestion], batch_size: int, what: str) -> float:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from moa_peft.errors import UsageError
 from moa_peft.mixture.balance_scaling import set_loss_scale
 from moa_peft.mixture.block_hooks import GateRecord, mixture_layers
-from moa_peft.official.conversion import load_weights, parameters_by_place, read_config
+from moa_peft.official.conversion import load_weights, parameters_by_place, placed_weights, read_config
 from moa_peft.official.names import destinations
 from moa_peft.official.reference import Reference, read_reference
 
@@ -65,9 +65,8 @@ def compare(path: Path) -> Comparison:
     """
     reference = read_reference(path)
     threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # sums in one order, so that the same file gives the same errors on every machine
+    # sums in one order, so that the same file gives the same errors on every machine
+    torch.set_num_threads(1)
     try:
         return _compare(reference)
     except UsageError as error:
@@ -197,13 +196,14 @@ def _ours(reference: Reference, dtype: torch.dtype, draw: int = 0) -> Values:
 def _rebuild(reference: Reference) -> PeftModel:
     base = base_model(reference)
     torch.manual_seed(0)
-    config = read_config(reference.adapter, reference.settings, reference.head_size)
-    blocks = {one.block for one in destinations(reference.adapter, reference.head_size).values()}
+    placed = placed_weights(reference.adapter, reference.head_size)
+    config = read_config(reference.adapter, placed, reference.settings)
+    blocks = {one.block for one in placed.values()}
     if len(blocks) < base.config.num_hidden_layers:
         config.layers_to_transform = sorted(blocks)
     model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
-    load_weights(model, reference.adapter, reference.head_size)
+    load_weights(model, reference.adapter, placed)
     set_loss_scale(model, 1.0 if reference.coefficient else 0.0)
     return model
 
