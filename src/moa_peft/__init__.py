@@ -70,58 +70,33 @@ __all__ = [
     "register_gate",
 ]
 
-_HOMES = {
-    "moa_peft.errors": (
-        "MoAError",
-        "RunError",
-        "UsageError",
-    ),
-    "moa_peft.mixture.block_hooks": (
-        "ChangeRecord",
-        "GateRecord",
-        "MoALayer",
-        "mixture_layers",
-        "packed_weights",
-    ),
-    "moa_peft.mixture.config": (
-        "ArchitectureConfig",
-        "ExpertConfig",
-        "RouterConfig",
-        "ThresholdConfig",
-    ),
-    "moa_peft.mixture.experts": (
-        "DoraExpert",
-        "IA3Expert",
-        "LoraExpert",
-        "ParallelAdapterExpert",
-        "PromptExpert",
-        "SequentialAdapterExpert",
-        "VeraExpert",
-        "register_expert",
-    ),
-    "moa_peft.mixture.gates": ("register_gate",),
-    "moa_peft.mixture.model": ("MoAModel",),
-    "moa_peft.mixture.peft_config": ("MoAConfig",),
-    "moa_peft.mixture.presets": ("preset_names",),
-    "moa_peft.training.optimizer": ("parameter_groups",),
-}
+_HOMES = (
+    "errors",
+    "mixture.block_hooks",
+    "mixture.config",
+    "mixture.experts",
+    "mixture.gates",
+    "mixture.model",
+    "mixture.peft_config",
+    "mixture.presets",
+    "training.optimizer",
+)
 """The modules of the public names."""
 
 
 def __getattr__(name: str) -> Any:
     """Look up a public name, and register the method."""
-    home = next((module for module, names in _HOMES.items() if name in names), None)
-    if home is None:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import_module("moa_peft.mixture.model")
-    return getattr(import_module(home), name)
+    homes = (import_module(f"{__name__}.{home}") for home in _HOMES)
+    return next(getattr(home, name) for home in homes if hasattr(home, name))
 
 
 def _is_the_command() -> bool:
     """Whether this process is the command `moa` that was installed beside this Python, and none that it has spawned."""
-    if (
-        "__mp_main__" in sys.modules
-    ):  # what multiprocessing calls the command's script in a process that it has spawned
+    # what multiprocessing calls the command's script in a process that it has spawned
+    if "__mp_main__" in sys.modules:
         return False
     script = Path(sys.argv[0] if sys.argv else "")
     return script.name in ("moa", "moa.exe") and script.resolve().parent == Path(sys.executable).parent

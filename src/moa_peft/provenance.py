@@ -29,9 +29,8 @@ def provenance(*, cuda: bool | None = None) -> dict[str, Any]:
 
     cuda = torch.cuda.is_available() if cuda is None else cuda
     commit = _git("rev-parse", "HEAD")
-    changes = _git(
-        "status", "--porcelain", "--untracked-files=no", "--", "src"
-    )  # rows of results are tracked too
+    # of the code alone: rows of results are tracked too
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", "src")
     return {
         "versions": {"python": platform.python_version()} | {one: version_of(one) for one in LIBRARIES},
         "commit": commit,

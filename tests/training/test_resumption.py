@@ -14,7 +14,7 @@ from moa_peft.cli.train import plan_text
 from moa_peft.errors import UsageError
 from moa_peft.training import checkpoints
 from moa_peft.training.checkpoints import changed_keys
-from moa_peft.training.prepare import discard, prepare
+from moa_peft.training.prepare import prepare
 from moa_peft.training.recipe import Recipe
 from moa_peft.training.run import train
 
@@ -208,9 +208,9 @@ def test_a_run_cut_off_before_its_first_checkpoint_starts_over(recipe_of: Recipe
     assert preparation.plan.skipped == ("checkpoint-2", "checkpoint-4")
     text = plan_text(preparation.plan)
     assert "from the start: no checkpoint was complete" in text
-    discard(preparation)
+    preparation.claim.close()
     assert checkpoints.find_checkpoints(Path(recipe_of().output_dir)).incomplete, (
-        "discard deleted a run's files"
+        "giving the folder back deleted a run's files"
     )
 
 

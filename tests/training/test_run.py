@@ -164,7 +164,7 @@ def test_packed_rows_do_not_see_each_other(recipe_of: Recipes) -> None:
     preparation = preparing.prepare(recipe)
     assert preparation.plan.rows_kept == 24
     assert len(preparation.trainer.train_dataset) < 24  # type: ignore[arg-type]  # a Dataset is sized
-    preparing.discard(preparation)
+    preparation.claim.close()
     assert train(recipe).final_loss == pytest.approx(plain_loss(recipe), abs=1e-4)
 
 
@@ -289,7 +289,7 @@ def test_a_second_process_in_the_same_folder_is_refused_and_a_killed_ones_drafts
     assert {one.name for one in (tmp_path / "run").iterdir()} == {".lock", "moa_recipe.json"}
     with pytest.raises(TimeoutError):
         FileLock(tmp_path / "run/.lock", timeout=0).acquire()
-    preparing.discard(preparation)
+    preparation.claim.close()
     FileLock(tmp_path / "run/.lock", timeout=0).acquire().lock.release()
 
 

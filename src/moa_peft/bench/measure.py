@@ -119,7 +119,7 @@ class BenchOptions:
         return f"forward and backward, {shape} tokens{ways}"
 
 
-def measure(options: BenchOptions, on_turn: Callable[[], None] = lambda: None) -> Iterator[BenchRow]:
+def measure(options: BenchOptions, on_turn: Callable[[], object] = lambda: None) -> Iterator[BenchRow]:
     """Measure every method, one row each, the frozen model's first; ``on_turn`` is called after each round of the timing."""
     base = options.base()
     names = dict.fromkeys((subjects.FROZEN, options.baseline, *options.methods))
@@ -274,7 +274,7 @@ def take_turns(
     work: Mapping[str, Callable[[], None]],
     pairs: int,
     *,
-    on_turn: Callable[[], None] = lambda: None,
+    on_turn: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Time several pieces of work in turn, A B C, B A C, ..., after a round to warm up, so that drift of the machine's speed affects each alike.
 

@@ -54,6 +54,7 @@ class Conversation:
             UsageError: If the conversation is longer than the model reads, or its chat template refuses it.
         """
         import torch
+        from transformers import TextStreamer
 
         from moa_peft.evaluation.batching import longest_input
         from moa_peft.evaluation.generation import end_ids, generation_config
@@ -70,7 +71,7 @@ class Conversation:
         ends = sorted(end_ids(model, tokenizer, cast("Any", self.template)))
         settings = generation_config(max_new_tokens=room, ends=ends, temperature=self.temperature)
         off = not self.use_adapter and self.loaded.adapter is not None
-        streamer = _streamer(tokenizer)
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         with torch.inference_mode(), model.disable_adapter() if off else nullcontext():
             whole = model.generate(
                 input_ids=ids,
@@ -231,10 +232,3 @@ def _check(max_new_tokens: int, temperature: float, seed: int) -> None:
         problems.append(f"seed is {seed}: give a whole number from 0, below 2**63")
     if problems:
         raise UsageError("; ".join(problems))
-
-
-def _streamer(tokenizer: Any) -> Any:
-    """A streamer that prints words to standard output as they are finished."""
-    from transformers import TextStreamer
-
-    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,7 +1,6 @@
 """`moa inspect`: what the router does, on one page."""
 
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -100,8 +99,7 @@ def inspect(
             for name, folder in zip(names, folders, strict=True)
         }
         with tqdm(total=len(texts), unit="prompt", file=sys.stderr) as bar:
-            progress = partial(_advance, bar)
-            found = inspect_model(loaded.model, texts, about, batch_size=batch_size, progress=progress)
+            found = inspect_model(loaded.model, texts, about, batch_size=batch_size, progress=bar.update)
     written = write_outputs(found, out, json_file, png)
     for name, finding in found.findings.items():
         prefix = f"{about[name]['adapter']}: " if len(names) > 1 else ""
@@ -126,7 +124,3 @@ def _rows(prompts: Path | None, data: str | None, split: str, limit: int | None)
         return load_rows(data, split=split, limit=limit)
     assert prompts is not None, "one of both is given"
     return [Row(instruction=one, input="", output="", answer="") for one in read_prompts(prompts)[:limit]]
-
-
-def _advance(bar: Any, done: int) -> None:
-    bar.update(done - bar.n)

@@ -36,7 +36,7 @@ def train_help() -> str:
             EXAMPLES,
             "Keys of a recipe, each also a flag:",
             "\n".join(["\b", *key_lines(Recipe, leave_out=("trainer",))]),
-            f"Every other field of trl.SFTConfig is a key too. Set here unless the recipe says otherwise: {others}.",
+            f"Every other field of trl.SFTConfig is a key too, but a few that are refused with the reason. Set here unless the recipe says otherwise: {others}.",
         ]
     )
 
@@ -54,16 +54,16 @@ def train(
     settings = merge(settings, parse_flags(context.args, switch_names()))
     recipe = Recipe.from_mapping(settings, trainer_fields())
 
-    from moa_peft.training.prepare import discard, is_main, prepare
+    from moa_peft.training.prepare import is_main, prepare
     from moa_peft.training.run import run
 
     stream = sys.stderr if as_json else sys.stdout
-    say = partial(print, file=stream, flush=True) if is_main() else _silent
+    say = partial(print, file=stream, flush=True) if is_main() else lambda _: None
     say(f"loading {recipe.model} and the rows of {recipe.data} ...")
     preparation = prepare(recipe)
     say(plan_text(preparation.plan))
     if dry_run:
-        discard(preparation)
+        preparation.claim.close()
         if as_json and is_main():
             print(json.dumps(dataclasses.asdict(preparation.plan)))
         return
@@ -136,10 +136,6 @@ def outcome_text(outcome: "TrainingOutcome", data: str) -> str:
             f"  moa chat --adapter {folder}",
         ]
     )
-
-
-def _silent(text: str) -> None:
-    """Say nothing: every process but the first."""
 
 
 train.__doc__ = train_help()

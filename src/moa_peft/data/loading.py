@@ -67,11 +67,7 @@ def is_row_file(name: str) -> bool:
 
 def split_name(file: Path) -> str:
     """The split that a file in a folder holds: its name without the ending."""
-    return next(
-        file.name.removesuffix(end)
-        for end in sorted(SUFFIXES, key=len, reverse=True)
-        if file.name.endswith(end)
-    )
+    return next(file.name.removesuffix(end) for end in SUFFIXES if file.name.endswith(end))
 
 
 def read_records(file: Path) -> Iterator[tuple[str, Any]]:

@@ -132,9 +132,8 @@ def check_harness_tasks(options: HarnessOptions) -> Any:
     manager = make(include_path=None if options.task_folder is None else str(options.task_folder))
     for name in options.tasks:
         if not manager.match_tasks([name]):
-            problem, _, _ = unknown("task of lm-eval", name, manager.all_tasks).partition(
-                "known: "
-            )  # over 10,000
+            # without the list of those that are known: they are over 10,000
+            problem, _, _ = unknown("task of lm-eval", name, manager.all_tasks).partition("known: ")
             raise UsageError(f"{problem.strip().rstrip(':')}; lm_eval ls tasks lists them")
     return manager
 

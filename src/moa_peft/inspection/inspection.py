@@ -45,7 +45,7 @@ def inspect_model(
     about: Mapping[str, Mapping[str, Any]] | None = None,
     *,
     batch_size: int = 8,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> Inspection:
     """Collect statistics of a model's mixtures on texts, in one pass; their memory does not depend on the number of texts.
 
@@ -54,7 +54,7 @@ def inspect_model(
         texts: What to read, from `moa_peft.inspection.prompts.tokenise`.
         about: The adapters to inspect, by their names in the model, with what is known of each; None for the active one.
         batch_size: Most texts in a forward pass; no number depends on it beyond rounding.
-        progress: Called with the number of texts read so far.
+        progress: Called after each batch with the number of its texts.
 
     Raises:
         UsageError: If the model has no mixture, or a text cannot be read.
@@ -74,7 +74,6 @@ def inspect_model(
         raise UsageError(f"the adapter {others[0]} is no mixture of adapters: give one that is")
     observer, agreement = Observer(model), AgreementSums()
     shown: ShownTokens | None = None
-    done = 0
     try:
         for places in batches(texts, rows_at_once(model, batch_size)):
             rows = [texts[place] for place in places]
@@ -89,8 +88,7 @@ def inspect_model(
                 shown.keep(places, one)
             if len(observed) > 1:
                 agreement.add(observed[0], observed[1], observer.names)
-            done += len(places)
-            progress(done)
+            progress(len(places))
     finally:
         if active != layers[0].active_adapters[0]:
             model.set_adapter(active)

@@ -158,9 +158,8 @@ class GrowingBasis:
 
     def _extend(self, rest: Tensor, tried: int, floor: float) -> bool:
         """Add the main directions of what lies outside [T, D]; False where it has none above the floor."""
-        if (
-            rest.shape[0] > tried
-        ):  # a random mixture of the rows has their range: Halko et al., arXiv 0909.4061
+        # a random mixture of the rows has their range: Halko et al., arXiv 0909.4061
+        if rest.shape[0] > tried:
             mixed = torch.randn((tried, rest.shape[0]), generator=self._sketch, dtype=torch.float64)
             rest = mixed.to(rest.device) @ rest / tried**0.5
         directions, sizes, _ = torch.linalg.svd(rest.T, full_matrices=False)

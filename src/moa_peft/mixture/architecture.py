@@ -418,9 +418,8 @@ def _mlp_layers(module: nn.Module | None) -> dict[str, tuple[str, Fused | None]]
 
 def _is_linear(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return (
-        isinstance(weight, Tensor) and weight.dim() != 3
-    )  # three where routed experts are stacked; one under ZeRO-3
+    # three dimensions where routed experts are stacked; one under ZeRO-3
+    return isinstance(weight, Tensor) and weight.dim() != 3
 
 
 def _name_sites(block: nn.Module, path: str, found: _Found, named: ArchitectureConfig, text: Any) -> None:

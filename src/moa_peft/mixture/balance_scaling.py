@@ -85,9 +85,8 @@ class BalanceLossScale(TrainerCallback):
         if not self._routers:
             return
         scaler = getattr(optimizer, "scaler", None)
-        unscaled = (
-            type(optimizer) is AcceleratedOptimizer
-        )  # on a CPU: DeepSpeed's is a subclass, and scales by itself
+        # so on a CPU; DeepSpeed's is a subclass, and scales by itself
+        unscaled = type(optimizer) is AcceleratedOptimizer
         if args.fp16 and scaler is None and not unscaled:
             raise UsageError(
                 "fp16 is on and the optimizer has no gradient scaler that the balance loss could follow, as under "

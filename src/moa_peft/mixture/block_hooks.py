@@ -284,9 +284,8 @@ class MoALayer(nn.Module, BaseTunerLayer):
 
     def _add(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:  # noqa: ARG002
         """Add the experts' changes to a module's output; a forward hook, and the one place that adds."""
-        own = (
-            output[0] if isinstance(output, tuple) else output
-        )  # some MLPs give their router's scores as well
+        # some MLPs give their router's scores as well
+        own = output[0] if isinstance(output, tuple) else output
         x, frozen = args[0], own
         if x.dim() != 3 or own.dim() != 3:  # a mixture of experts may have put all rows into one
             x, frozen = (one.view(*self._state.tokens, -1) for one in (x, own))

@@ -329,8 +329,8 @@ class ExpertConfig:
         return []
 
     def site_names(self) -> tuple[str, ...]:
-        """The sites of a block that get one expert of this kind each: projections, "mlp" or "attention"."""
-        raise NotImplementedError
+        """The sites of a block that get one expert each: projections, "mlp", "attention"; ``targets`` unless a kind says otherwise."""
+        return tuple(getattr(self, "targets", ()))
 
     def build(self, site: Any) -> Any:
         """Make the module that holds one expert's weights at ``site``, one of `site_names`."""

@@ -69,9 +69,8 @@ class _GateCache:
 
 def remember(past: Cache, record: PromptRecord) -> None:
     """Keep a record with a cache, and let it follow whatever is done to that."""
-    if (
-        not isinstance(past, _GateCache) and not torch.compiler.is_compiling()
-    ):  # a compiled graph cannot make a class
+    # a compiled graph cannot make a class
+    if not isinstance(past, _GateCache) and not torch.compiler.is_compiling():
         past.__class__ = _with_gates(type(past))
     past.moa_record = record  # type: ignore[attr-defined]
 

@@ -132,9 +132,8 @@ def sparsegen_gates(logits: Tensor, concentration: Tensor) -> Tensor:
     Source: Laha et al., arXiv 1810.11975; as a router: LD-MoLE, arXiv 2509.25684; no departure.
     """
     spread = 1 - concentration
-    logits = logits - logits.amax(
-        dim=-1, keepdim=True
-    )  # moves tau along, and leaves no large numbers to cancel
+    # tau shifts by the same amount, and no large numbers cancel
+    logits = logits - logits.amax(dim=-1, keepdim=True)
     descending = logits.sort(dim=-1, descending=True).values
     ranks = torch.arange(1, logits.shape[-1] + 1, device=logits.device, dtype=logits.dtype)
     sums = descending.cumsum(dim=-1)

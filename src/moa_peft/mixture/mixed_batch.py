@@ -29,9 +29,8 @@ class MixedBatch:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.adapters = [one for one in dict.fromkeys(names) if one != BASE]
-        self.is_generating = (
-            False  # then rows are repeated, one beside the other, for beams and returned sequences
-        )
+        # then rows are repeated, one beside the other, for beams and returned sequences
+        self.is_generating = False
         self._names = names
         self._rows: dict[tuple[int, torch.device], dict[str, tuple[str, Tensor]]] = {}
 

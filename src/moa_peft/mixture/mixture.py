@@ -352,9 +352,8 @@ class MixturePass:
         self.adapter, self.mixture, self._key = adapter, mixture, key
         self._call, self._tell = call or CallTokens(), tell
         self._read: dict[str, Tensor] = {}  # inputs whose products are made
-        self._gates: dict[
-            str, Sequence[Tensor]
-        ] = {}  # by router, float32, [B, T or 1, N]; the block's in pieces
+        # by router, float32, [B, T or 1, N]; the block's in pieces
+        self._gates: dict[str, Sequence[Tensor]] = {}
         self._inner: dict[str, Tensor] = {}  # by expert, [B, T, K]
 
     def route(self, x: Tensor, block_input: Tensor | None) -> None:
@@ -431,9 +430,8 @@ class MixturePass:
         if down.routers:
             routed = in_float32(parts[-1], down.router_bias).split_with_sizes(down.router_sizes, -1)
             for name, router, layers in down.routers:
-                if (
-                    name not in self._gates
-                ):  # one that reads a second tensor of that name has its gates already
+                # one that reads a second tensor of that name has its gates already
+                if name not in self._gates:
                     self._note(name, router(x, self._call.real, routed[:layers]))
                 routed = routed[layers:]
         for (places, first), part in zip(down.runs, parts, strict=False):

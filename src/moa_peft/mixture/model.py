@@ -48,7 +48,6 @@ class MoAModel(BaseTuner):
 
     prefix = "moa_"
     tuner_layer_cls = MoALayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # PEFT's name; targets are the blocks
 
     def __init__(
         self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
@@ -197,9 +196,8 @@ class MoAModel(BaseTuner):
             has_answers = peft_config.task_type == TaskType.CAUSAL_LM
             layer.watch.attach(*self._watched, pools=pools, has_answers=has_answers)
         if any(one.has_losses for one in routers):
-            from moa_peft.mixture.balance_scaling import (
-                give_to_trainers,  # builds on this module, so not at the top
-            )
+            # builds on this module, so not at the top
+            from moa_peft.mixture.balance_scaling import give_to_trainers
 
             give_to_trainers()
 

@@ -18,11 +18,7 @@ PEFT_TYPE_NAME = "MOA"
 
 
 def add_peft_type() -> None:
-    """Add the member ``MOA`` to PEFT's enum, once.
-
-    Raises:
-        RunError: If this version of Python or PEFT does not let the enum grow.
-    """
+    """Add the member ``MOA`` to PEFT's enum, once."""
     if PEFT_TYPE_NAME in PeftType.__members__:
         return
     member = str.__new__(PeftType, PEFT_TYPE_NAME)
@@ -30,15 +26,10 @@ def add_peft_type() -> None:
     member._value_ = PEFT_TYPE_NAME
     member.__objclass__ = PeftType  # type: ignore[attr-defined]  # as enum's own machinery sets it
     member._sort_order_ = len(PeftType.__members__)  # type: ignore[attr-defined]  # as enum's own machinery sets it
-    try:
-        PeftType._member_names_.append(PEFT_TYPE_NAME)
-        PeftType._member_map_[PEFT_TYPE_NAME] = member
-        PeftType._value2member_map_[PEFT_TYPE_NAME] = member
-        type.__setattr__(PeftType, PEFT_TYPE_NAME, member)
-    except (AttributeError, TypeError) as error:
-        raise RunError(
-            f"PEFT's enum of methods could not take {PEFT_TYPE_NAME}: {error}; report this"
-        ) from error
+    PeftType._member_names_.append(PEFT_TYPE_NAME)
+    PeftType._member_map_[PEFT_TYPE_NAME] = member
+    PeftType._value2member_map_[PEFT_TYPE_NAME] = member
+    type.__setattr__(PeftType, PEFT_TYPE_NAME, member)
 
 
 def register(config_class: Any, model_class: Any) -> None:

@@ -77,11 +77,8 @@ class Asked:
     stream: bool
     include_usage: bool
     """Whether a stream ends with the number of its tokens."""
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether the prompt is a conversation."""
-        return isinstance(self.prompt, list) and bool(self.prompt) and isinstance(self.prompt[0], dict)
+    is_chat: bool
+    """Whether the prompt is a conversation."""
 
 
 def read_request(body: bytes, *, chat: bool) -> Asked:
@@ -129,6 +126,7 @@ def read_request(body: bytes, *, chat: bool) -> Asked:
         stop=_stop(fields.get("stop", [])),
         stream=_of_kind(fields, "stream", False, bool),
         include_usage=options.get("include_usage") is True,
+        is_chat=chat,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from moa_peft.study.config import FROZEN, Method, StudyConfig
 from moa_peft.study.rows import RunRow, Stage
 from moa_peft.training.checkpoints import FREE_ON_RESUME
-from moa_peft.training.recipe import FACTORS, Recipe
+from moa_peft.training.recipe import Recipe, factors_of
 from moa_peft.training.trainer_settings import trainer_fields
 
 
@@ -84,11 +84,6 @@ def method_settings(method: Method) -> dict[str, Any]:
         "trainer": _deciding(method.trainer),
     }
     return entry | factors_of(method)
-
-
-def factors_of(method: Method) -> dict[str, float]:
-    """The factors on learning rates that a method has."""
-    return {name: factor for name in FACTORS if (factor := getattr(method, name)) is not None}
 
 
 def run_hash(shared: Mapping[str, Any], run: Run) -> str:

@@ -1,7 +1,7 @@
 """The model card of an adapter."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,10 @@ def write_card(folder: Path, row: Mapping[str, Any], recipe: Mapping[str, Any], 
         recipe: The run's resolved recipe.
         loader: The class of transformers that loads the base model.
     """
-    results = [{"what": "training loss, at the end", "value": row["final_loss"]}]
-    if row["validation_loss"] is not None:
-        results.append({"what": "held-out loss, at the end", "value": row["validation_loss"]})
-    write_text(folder / CARD_FILE, card_text(row, recipe, loader) + results_text(results))
+    losses = {"training": row["final_loss"], "held-out": row["validation_loss"]}
+    table = [f"| {what} loss, at the end | {loss:.4f} |" for what, loss in losses.items() if loss is not None]
+    results = ["## Results", "", "| what | value |", "| --- | --- |", *table, ""]
+    write_text(folder / CARD_FILE, card_text(row, recipe, loader) + "\n".join(results))
 
 
 def _metadata(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,14 +43,6 @@ def _metadata(recipe: Mapping[str, Any]) -> dict[str, Any]:
         metadata["tags"].append(f"base_model:adapter:{base}")
         metadata["base_model"] = base
     return metadata
-
-
-def results_text(results: Sequence[Mapping[str, Any]]) -> str:
-    """Set the results as the last section of a card."""
-    columns = list(results[0]) if results else []
-    lines = ["## Results", "", _line(columns), _line(["---"] * len(columns))]
-    lines += [_line([_figure(one.get(column)) for column in columns]) for one in results]
-    return "\n".join(lines) + "\n"
 
 
 def card_text(row: Mapping[str, Any], recipe: Mapping[str, Any], loader: str) -> str:
@@ -112,14 +104,6 @@ def card_text(row: Mapping[str, Any], recipe: Mapping[str, Any], loader: str) ->
             "",
         ]
     )
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _figure(value: object) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else _cell("" if value is None else value)
 
 
 def _cell(value: object) -> str:

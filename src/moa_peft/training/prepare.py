@@ -16,14 +16,13 @@ from moa_peft.data.base_loading import BaseSettings, find_base, load_base, load_
 from moa_peft.errors import UsageError, expanded, library_errors
 from moa_peft.folder_lock import claimed
 from moa_peft.mixture.block_hooks import mixture_layers
-from moa_peft.mixture.peft_config import MoAConfig
 from moa_peft.mixture.placement import Placement, find_placements
 from moa_peft.provenance import RECIPE_FILE
 from moa_peft.quiet import quiet_libraries
 from moa_peft.training.checkpoints import check_state, find_resumption, step_of
 from moa_peft.training.output_folder import check_unused, sweep
 from moa_peft.training.progress import OwnIntervals, ProgressLines, StepClock
-from moa_peft.training.recipe import FACTORS, Recipe, build_peft_config
+from moa_peft.training.recipe import Recipe, build_peft_config, factors_of
 from moa_peft.training.router_health import RouterFigures
 from moa_peft.training.rows import TrainingRows, encode, read_rows
 from moa_peft.training.trainer import AdapterTrainer
@@ -53,7 +52,7 @@ class RunSizes:
     total_parameters: int
     """Numbers in all, the frozen model's included."""
     placements: tuple[Placement, ...]
-    """What each kind of block gets, and what has no place there; empty for a method of PEFT's own."""
+    """What each kind of block gets, and what has no place there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,11 +140,6 @@ def prepare(recipe: Recipe) -> Preparation:
         return dataclasses.replace(preparation, claim=claim.pop_all())
 
 
-def discard(preparation: Preparation) -> None:
-    """Give the folder of a run that will not be started back."""
-    preparation.claim.close()
-
-
 def is_main() -> bool:
     """Whether this process is the one that writes files; the only one, unless a launcher started several."""
     return os.environ.get("RANK", "0") == "0"
@@ -160,7 +154,7 @@ def _prepare(recipe: Recipe, folder: Path) -> Preparation:
     encoded = encode(rows, tokenizer)
     model = _load_model(base, tokenizer, recipe)
     method = build_peft_config(recipe)
-    placements = tuple(find_placements(model, method)) if isinstance(method, MoAConfig) else ()
+    placements = tuple(find_placements(model, method))
     trainer, clock, progress = _build_trainer(recipe, model, tokenizer, encoded)
     steps = _count_steps(trainer)
     if resume_from is not None and step_of(resume_from) < steps:
@@ -233,8 +227,7 @@ def _build_trainer(
         processing_class=tokenizer,
         peft_config=peft_config,
     )
-    given = {name: factor for name in FACTORS if (factor := getattr(recipe, name)) is not None}
-    trainer.lr_factors = given or None
+    trainer.lr_factors = factors_of(recipe) or None
     trainer.keep_checkpoints = recipe.to_mapping()["save_total_limit"]
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
@@ -244,10 +237,9 @@ def _build_trainer(
     if not recipe.trainer.get("disable_tqdm"):
         trainer.add_callback(progress)
     layers = mixture_layers(trainer.wrapped)
-    if layers:
-        figures = RouterFigures(trainer.wrapped, layers)
-        trainer.add_callback(figures)
-        trainer.extra_figures = figures.collect
+    figures = RouterFigures(trainer.wrapped, layers)
+    trainer.add_callback(figures)
+    trainer.extra_figures = figures.collect
     return trainer, clock, progress
 
 

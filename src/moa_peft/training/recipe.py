@@ -11,8 +11,7 @@ from moa_peft.data.templates import Template
 from moa_peft.errors import UsageError
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
-
+    from moa_peft.mixture.peft_config import MoAConfig
 
 TRAINER_DEFAULTS: Mapping[str, Any] = {
     "num_train_epochs": 2,  # the paper's; so are the six below
@@ -293,12 +292,17 @@ def _merged(name: str, old: Any, new: Any) -> Any:
     return new
 
 
-def build_peft_config(recipe: Recipe) -> "PeftConfig":
+def factors_of(one: Any) -> dict[str, float]:
+    """The factors on learning rates that a recipe, or a method of a study, has."""
+    return {name: factor for name in FACTORS if (factor := getattr(one, name)) is not None}
+
+
+def build_peft_config(recipe: Recipe) -> "MoAConfig":
     """Make the config of the recipe's method with the recipe's changes; see `mixture_config`."""
     return mixture_config(recipe.method, recipe.mixture)
 
 
-def mixture_config(method: str, mixture: Mapping[str, Any]) -> "PeftConfig":
+def mixture_config(method: str, mixture: Mapping[str, Any]) -> "MoAConfig":
     """Make the config of a method with changes.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerState, TrainingArguments
 from trl.trainer import utils as trl_forward
 from trl.trainer.sft_trainer import SFTTrainer
@@ -101,12 +101,13 @@ class AdapterTrainer(SFTTrainer):
         return result
 
     def refuse_non_finite(self) -> None:
-        """Raise a UsageError if the last step has left a trained parameter with numbers that are not finite."""
-        bad = non_finite(self.wrapped)
+        """Raise a UsageError if the last step has left a trained parameter with numbers that are not finite; waits for the device."""
+        trained = [(name, one) for name, one in self.wrapped.named_parameters() if one.requires_grad]
+        finite = torch.stack([torch.isfinite(one.detach()).all() for _, one in trained]).tolist()
+        bad = [name for (name, _), good in zip(trained, finite, strict=True) if not good]
         if bad:
-            raise UsageError(
-                self._stopped(f"after step {self.state.global_step}, {bad} holds numbers that are not finite")
-            )
+            what = f"after step {self.state.global_step}, {bad[0]} holds numbers that are not finite"
+            raise UsageError(self._stopped(what))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.refuse_non_finite()
@@ -163,19 +164,3 @@ def answers_only_head(device: torch.device) -> Iterator[None]:
         yield
     finally:
         trl_forward._use_triton = scores_compactly  # pyright: ignore[reportPrivateImportUsage]  # as it was
-
-
-def non_finite(model: nn.Module) -> str | None:
-    """Find a trainable parameter that holds a number which is not finite.
-
-    Args:
-        model: The model; waits for its device.
-
-    Returns:
-        The parameter's name, or None.
-    """
-    trained: list[tuple[str, Tensor]] = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    if not trained:
-        return None
-    finite = torch.stack([torch.isfinite(values.detach()).all() for _, values in trained]).tolist()
-    return next((name for (name, _), good in zip(trained, finite, strict=True) if not good), None)

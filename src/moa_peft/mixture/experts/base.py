@@ -10,7 +10,7 @@ Sizes: B rows, T tokens of a row, D_in and D_out of a site, H query heads of siz
 prompt, N copies of an expert at its site.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Kind = TypeVar("Kind", bound=type[ExpertConfig])
 _KINDS: dict[str, type[ExpertConfig]] = {}
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The projections of a block, by the names they have in Llama."""
 
 
 class Bottleneck(NamedTuple):
@@ -246,3 +249,25 @@ def expert_from_mapping(values: Mapping[str, Any]) -> ExpertConfig:
         raise UsageError(unknown("expert", str(kind), _KINDS))
     fields = {key: value for key, value in values.items() if key != "kind"}
     return from_mapping(_KINDS[kind], fields, f"field of expert {kind!r}")
+
+
+def target_problems(targets: Sequence[str], allowed: Sequence[str]) -> list[str]:
+    """Say what is wrong with an expert's ``targets``, whatever the model.
+
+    Args:
+        targets: As the user gave them; a text instead of a list is a mistake.
+        allowed: Names for the advice; the model itself says which it has.
+
+    Returns:
+        A sentence for each problem.
+    """
+    if isinstance(targets, str):
+        return [f"targets is the text {targets!r}: give a list, as in [{targets!r}]"]
+    wrong: list[str] = []
+    if not targets:
+        wrong.append(f"targets is empty: give some of {', '.join(allowed)}")
+    beside = [one for one in targets if one in ("attention", "mlp") and one not in allowed]
+    wrong += [f"targets names {one!r}: give some of {', '.join(allowed)}" for one in beside]
+    if len(set(targets)) < len(targets):
+        wrong.append(f"targets names a projection twice: {', '.join(targets)}")
+    return wrong

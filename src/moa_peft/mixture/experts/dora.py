@@ -13,9 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moa_peft.errors import UsageError
 from moa_peft.mixture.config import ExpertConfig
-from moa_peft.mixture.experts.base import LinearExpert, register_expert
-from moa_peft.mixture.experts.lora import PROJECTIONS
-from moa_peft.mixture.experts.targets import target_problems
+from moa_peft.mixture.experts.base import PROJECTIONS, LinearExpert, register_expert, target_problems
 from moa_peft.mixture.precision import at_least_float32, without_autocast
 
 if TYPE_CHECKING:
@@ -55,10 +53,6 @@ class DoraExpert(ExpertConfig):
     def scale(self) -> float:
         """What the low-rank product is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-    def site_names(self) -> tuple[str, ...]:
-        """One expert at each target."""
-        return tuple(self.targets)
 
     def build(self, site: "LinearSite") -> "WeightDecomposedChange":
         """Make one DoRA.

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moa_peft.mixture.config import ExpertConfig
-from moa_peft.mixture.experts.base import LinearExpert, register_expert
-from moa_peft.mixture.experts.lora import PROJECTIONS
-from moa_peft.mixture.experts.targets import target_problems
+from moa_peft.mixture.experts.base import PROJECTIONS, LinearExpert, register_expert, target_problems
 
 if TYPE_CHECKING:
     from moa_peft.mixture.sites import LinearSite
@@ -34,10 +32,6 @@ class IA3Expert(ExpertConfig):
     def problems(self) -> list[str]:
         """What is wrong with the fields, a sentence each."""
         return target_problems(self.targets, PROJECTIONS)
-
-    def site_names(self) -> tuple[str, ...]:
-        """One expert at each target."""
-        return tuple(self.targets)
 
     def build(self, site: "LinearSite") -> "RescaledChange":
         """Make the factors of one projection."""

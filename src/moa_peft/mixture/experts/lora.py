@@ -10,13 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa_peft.mixture.config import CopiedExpertConfig
-from moa_peft.mixture.experts.base import Bottleneck, LinearExpert, register_expert
-from moa_peft.mixture.experts.targets import target_problems
+from moa_peft.mixture.experts.base import (
+    PROJECTIONS,
+    Bottleneck,
+    LinearExpert,
+    register_expert,
+    target_problems,
+)
 
 if TYPE_CHECKING:
     from moa_peft.mixture.sites import LinearSite
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @register_expert
@@ -61,10 +64,6 @@ class LoraExpert(CopiedExpertConfig):
     def scale(self) -> float:
         """What the low-rank product is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-    def site_names(self) -> tuple[str, ...]:
-        """One expert at each target."""
-        return tuple(self.targets)
 
     def build(self, site: "LinearSite") -> "LowRankChange":
         """Make one LoRA."""

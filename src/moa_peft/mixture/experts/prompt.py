@@ -59,6 +59,5 @@ class PromptChange(AttentionExpert):
     def prompt(self, site: "AttentionSite", dtype: torch.dtype) -> Prompt:
         """The frozen projections of the vectors."""
         keys, values = site.project(self.vectors.to(dtype))
-        return Prompt(
-            keys.to(dtype), values.to(dtype), self.head_scale
-        )  # under autocast a k-norm gives others
+        # under autocast a k-norm gives another dtype
+        return Prompt(keys.to(dtype), values.to(dtype), self.head_scale)

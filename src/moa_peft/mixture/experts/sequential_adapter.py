@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa_peft.mixture.config import ExpertConfig
-from moa_peft.mixture.experts.base import LinearExpert, register_expert
-from moa_peft.mixture.experts.targets import target_problems
+from moa_peft.mixture.experts.base import LinearExpert, register_expert, target_problems
 
 if TYPE_CHECKING:
     from moa_peft.mixture.sites import LinearSite
@@ -39,10 +38,6 @@ class SequentialAdapterExpert(ExpertConfig):
             if one not in PLACES
         ]
         return wrong if self.size >= 1 else [*wrong, f"size is {self.size}: it must be at least 1"]
-
-    def site_names(self) -> tuple[str, ...]:
-        """One expert after each target."""
-        return tuple(self.targets)
 
     def build(self, site: "LinearSite") -> "SequentialChange":
         """Make one sequential adapter."""

@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa_peft.mixture.config import ExpertConfig
-from moa_peft.mixture.experts.base import LinearExpert, register_expert
-from moa_peft.mixture.experts.lora import PROJECTIONS
-from moa_peft.mixture.experts.targets import target_problems
+from moa_peft.mixture.experts.base import PROJECTIONS, LinearExpert, register_expert, target_problems
 
 if TYPE_CHECKING:
     from moa_peft.mixture.sites import LinearSite
@@ -47,10 +45,6 @@ class VeraExpert(ExpertConfig):
         if not 0 <= self.seed < 2**31:
             wrong.append(f"seed is {self.seed}: it must lie in [0, 2 ** 31)")
         return wrong
-
-    def site_names(self) -> tuple[str, ...]:
-        """One expert at each target."""
-        return tuple(self.targets)
 
     def build(self, site: "LinearSite") -> "VectorChange":
         """Make the vectors of one projection."""
