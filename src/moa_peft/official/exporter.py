@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,12 +22,12 @@ from moa_peft.data.base_loading import empty_model
 from moa_peft.errors import UsageError, unknown
 from moa_peft.evaluation.loading import AdapterFolder, choose_base
 from moa_peft.json_lines import written_whole
-from moa_peft.mixture.adapter_file import check_values
+from moa_peft.mixture.adapter_file import check_fit, check_values
 from moa_peft.mixture.config import ExpertConfig, RouterConfig
 from moa_peft.mixture.peft_config import MoAConfig
 from moa_peft.official.adapter_folder import check_file
 from moa_peft.official.checkpoint import PICKLED
-from moa_peft.official.conversion import DEFAULT_ORDER, head_size, parameters_by_place
+from moa_peft.official.conversion import DEFAULT_ORDER, head_size
 from moa_peft.official.names import KIND_GATES, Layout, destinations, official_names
 from moa_peft.official.official_code import arguments, differences, method_of, named_experts, problems
 from moa_peft.training.output_folder import disk_errors_named
@@ -98,8 +98,14 @@ def export_official(
             f"out is {out}: the {chosen} layout, which fits this adapter's router, is another kind of file: give {own}"
         )
     model = _base(base, adapter, init_kwargs, chosen)
-    weights = read_mixture_weights(adapter)
-    _refuse_missing(adapter.name, weights, model, config)
+    weights: Weights = {}
+    for key, tensor in fitting_weights(adapter, model, config).items():
+        found = _KEY.fullmatch(key)
+        if found is None:
+            raise UsageError(
+                f"{adapter.name} holds {key!r}, which belongs to no mixture: only mixtures are exported"
+            )
+        weights[int(found[1]), found[2]] = tensor
     named = official_weights(config, weights, chosen, head_size(model.config))
     out.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(out) as draft, disk_errors_named(out.parent):
@@ -152,21 +158,21 @@ def read_weights(adapter: AdapterFolder) -> dict[str, Tensor]:
         raise UsageError(f"{file} is damaged or cut off: {error}") from error
 
 
-def read_mixture_weights(adapter: AdapterFolder) -> Weights:
-    """Read the weights of an adapter folder by block and by name in the block's mixture.
+def fitting_weights(adapter: AdapterFolder, model: Any, config: MoAConfig) -> dict[str, Tensor]:
+    """Read the weights of an adapter folder, and check that they are what its config makes on a base model.
+
+    Args:
+        adapter: From `read_adapter`.
+        model: The base model, on the meta device; it is changed.
+        config: The adapter's.
 
     Raises:
-        UsageError: If they cannot be read, or some belong to no mixture.
+        UsageError: If they cannot be read, are not finite, or are missing, unknown or of other sizes.
     """
-    file = adapter.path / SAFETENSORS_WEIGHTS_NAME
-    stored = read_weights(adapter)
-    check_values(stored, adapter.name)
-    weights: Weights = {}
-    for key, tensor in stored.items():
-        found = _KEY.fullmatch(key)
-        if found is None:
-            raise UsageError(f"{file} holds {key!r}, which belongs to no mixture: only mixtures are exported")
-        weights[int(found[1]), found[2]] = tensor
+    weights = read_weights(adapter)
+    check_values(weights, adapter.name)
+    hollow = get_peft_model(model, copy.deepcopy(config))
+    check_fit(get_peft_model_state_dict(hollow, save_embedding_layers=False), weights, adapter.name)
     return weights
 
 
@@ -177,7 +183,7 @@ def official_weights(
 
     Args:
         config: The mixture's config, of a kind that the official code has.
-        weights: From `read_mixture_weights`.
+        weights: The mixture's, by block and by name in the block's mixture.
         layout: Which official code's.
         size_of_heads: Size of a head of the base model.
 
@@ -286,16 +292,3 @@ def _base(
             f"{', '.join(FAMILIES[layout])}"
         )
     return model
-
-
-def _refuse_missing(name: str, weights: Weights, model: Any, config: MoAConfig) -> None:
-    """Check that the adapter holds every weight that its config makes on the base model."""
-    mixture = get_peft_model(model, copy.deepcopy(config))
-    assert isinstance(mixture, PeftModel)
-    missing = sorted(set(parameters_by_place(mixture)) - set(weights))
-    if missing:
-        block, parameter = missing[0]
-        raise UsageError(
-            f"{name} lacks {len(missing)} of its weights, as {parameter} of block {block}: it was not written whole, or "
-            "was trained on another base model (give that with --model)"
-        )

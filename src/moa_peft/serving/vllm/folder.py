@@ -1,13 +1,11 @@
 """What vLLM is given: an adapter that it can serve, its base model by reference, and the folder of `moa export`."""
 
-import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import get_peft_model, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import GenerationConfig
 
@@ -15,10 +13,9 @@ from moa_peft.data.base_loading import BaseSettings, base_config, empty_model, l
 from moa_peft.data.tokenization import paper_chat_template
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.loading import AdapterFolder, choose_base
-from moa_peft.mixture.adapter_file import check_fit, check_values
 from moa_peft.mixture.peft_config import MoAConfig
-from moa_peft.official.adapter_folder import adapter_folder
-from moa_peft.official.exporter import read_mixture_config, read_weights
+from moa_peft.official.adapter_folder import adapter_folder, check_folder
+from moa_peft.official.exporter import fitting_weights, read_mixture_config, read_weights
 from moa_peft.serving.vllm.command import ARCHITECTURE
 
 _ELSEWHERE = "serve it with transformers: moa serve --engine transformers, or moa chat"
@@ -127,11 +124,9 @@ def export_vllm(
     Raises:
         UsageError: If vLLM cannot serve the adapter, or it does not fit the base model.
     """
+    check_folder(out, overwrite=overwrite)
     config, base = served_config(adapter), served_base(adapter, model, init_kwargs)
-    weights = read_weights(adapter)
-    hollow = get_peft_model(empty_model(base), copy.deepcopy(config))
-    check_values(weights, adapter.name)
-    check_fit(get_peft_model_state_dict(hollow, save_embedding_layers=False), weights, adapter.name)
+    weights = fitting_weights(adapter, empty_model(base), config)
     tokenizer = load_tokenizer(base, adapter.tokenizer_path)
     if adapter.template == "paper":
         tokenizer.chat_template = paper_chat_template(tokenizer)
