@@ -1,9 +1,8 @@
 """Files out of packages: installed, cached or fetched, and each way in which that can fail."""
 
 import hashlib
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -134,54 +133,3 @@ def test_a_member_with_other_content_is_not_used(wheels: Wheels) -> None:
     ):
         package_files(package())
     assert not (cache_root() / "packages").exists()
-
-
-def test_a_terminal_sees_a_bar_that_grows_with_the_download(
-    wheels: Wheels, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "200")
-    wheels("moa-made-up", "1.0", {**MEMBERS, "made_up/big": bytes(3_000_000)})
-    package_files(package())
-    shown = capsys.readouterr().err
-    assert "fetching moa-made-up 1.0 (2 MB, once)" in shown
-    assert "2.0/2.0 MB" in shown
-
-
-class Listing(list[os.DirEntry[str]]):
-    """What `os.scandir` gives, read in full before anything vanishes."""
-
-    def __enter__(self) -> Iterator[os.DirEntry[str]]:
-        return iter(self)
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def __next__(self) -> os.DirEntry[str]:
-        if not self:
-            raise StopIteration
-        return self.pop(0)
-
-
-def test_looking_at_a_download_survives_files_and_folders_that_vanish(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The look once raised when pip removed its unpacking folder between two steps of the walk."""
-    for name in ("a", "b", "c"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "part").write_bytes(bytes(10))
-    (tmp_path / "gone").write_bytes(bytes(99))
-    listing = os.scandir
-
-    def vanish(place: str) -> Listing:
-        with listing(place) as entries:
-            found = Listing(entries)
-        if Path(place) == tmp_path:
-            (tmp_path / "b" / "part").unlink()
-            (tmp_path / "b").rmdir()
-            (tmp_path / "gone").unlink()
-        return found
-
-    with monkeypatch.context() as during:
-        during.setattr(os, "scandir", vanish)
-        assert packages._largest(tmp_path) == 10
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["a", "c"]

@@ -1,14 +1,13 @@
 """The base model's folder: the embedded default, made once from its package, or what the user names."""
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moa_peft.data.cache import cached_folder
 from moa_peft.data.packages import Package, package_files
-from moa_peft.data.progress import working
+from moa_peft.data.progress import say
 from moa_peft.errors import UsageError, expanded
 
 DEFAULT_MODEL = "smollm2"
@@ -66,8 +65,8 @@ def resolve_model(name: str, places: Sequence[Path] | None = None, file: str = "
 
 def _build_default(folder: Path) -> None:
     gguf = package_files(_PACKAGE)[_GGUF]
-    with working("converting SmolLM2-135M-Instruct to float32 (once, under a minute)"), _no_bars():
-        convert_gguf(gguf, folder)
+    say("converting SmolLM2-135M-Instruct to float32 (once, under a minute)")
+    convert_gguf(gguf, folder)
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
@@ -94,24 +93,3 @@ def mark_as_plain(model: Any) -> None:
         del model.config.quantization_config
     model.is_quantized = False
     model.hf_quantizer = None
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Keep the progress bars of transformers, and the one of its GGUF reader, out of the one that is shown."""
-    from functools import partial
-
-    from transformers import modeling_gguf_pytorch_utils as reader
-    from transformers.utils import logging
-
-    shown, own_bar = logging.is_progress_bar_enabled(), getattr(reader, "tqdm", None)
-    logging.disable_progress_bar()
-    if own_bar is not None:
-        reader.__dict__["tqdm"] = partial(own_bar, disable=True)
-    try:
-        yield
-    finally:
-        if own_bar is not None:
-            reader.__dict__["tqdm"] = own_bar
-        if shown:
-            logging.enable_progress_bar()

