@@ -42,11 +42,11 @@ GLOSSARY: Mapping[str, str] = {
     "norm": "Length of the change: the mean over the tokens of the Euclidean length of what the expert adds, gate included.",
     "effective_rank": "Effective rank: how many directions the change really uses, the exponential of the entropy of its "
     "singular values.",
-    "mean_cka": "Likeness (linear CKA): 1 where two changes are the same but for turning and scaling, 0 where they have "
+    "mean_cka": "Similarity (linear CKA): 1 where two changes are the same but for turning and scaling, 0 where they have "
     "nothing in common. From few tokens it comes out too high.",
     "cosine": "Mean cosine: how far two changes of the same output point the same way. Changes of different outputs have "
     "none.",
-    "captured": "Captured: the part of a change's energy that likeness and rank are taken of; 1 unless its directions are "
+    "captured": "Captured: the part of a change's energy that similarity and rank are taken of; 1 unless its directions are "
     "too many to keep.",
 }
 """What each figure means, for the page."""

@@ -162,7 +162,7 @@ function drawLayer() {
     by("positions", "mean gate by position in the prompt", DATA.positions, router.by_position);
   }
   if (group) bars(at("norms"), "Share of the change", group.names.map(expertName), group.norm_share, group.names.indexOf(state.expert), share);
-  drawMatrix("cka", "likeness of the changes, linear CKA", group?.names ?? [], group?.cka);
+  drawMatrix("cka", "similarity of the changes, linear CKA", group?.names ?? [], group?.cka);
   drawMatrix("cosine", "mean cosine of changes to one output", group?.names ?? [], group?.cosine);
   const names = [...new Set([...(router?.names ?? []), ...(group?.names ?? [])])];
   plainTable(at("numbers"), `layer ${state.layer}, ${viewName(state.view)}`, ["expert", ...Object.values(MEASURES).map((one) => one.name), "captured"],
@@ -179,7 +179,7 @@ function drawCurves() {
     ["Evenness of a token's gates", of("entropy", (layer) => routers.get(layer)?.entropy ?? null), DATA.notes.entropy],
     ["Active experts of a token", of("active experts", (layer) => routers.get(layer)?.active_experts ?? null), DATA.notes.active_experts],
     ["Threshold", of("threshold", (layer) => routers.get(layer)?.threshold?.mean ?? null), DATA.notes.threshold, layers.map((layer) => routers.get(layer)?.threshold?.deviation ?? 0)],
-    ["Likeness of two experts", of("mean CKA", (layer) => groups.get(layer)?.mean_cka ?? null), DATA.notes.mean_cka],
+    ["Similarity of two experts", of("mean CKA", (layer) => groups.get(layer)?.mean_cka ?? null), DATA.notes.mean_cka],
   ].filter(([, series]) => series.values.some(known));
   at("curves").replaceChildren(...all.map(([title, series, note, spread]) => curve(title, layers, [series], { spread, chosen: state.layer, choose, note })));
   plainTable(at("curve-table"), viewName(state.view), ["layer", ...all.map(([title]) => title)], layers.map((layer, place) => [layer, ...all.map(([, series]) => short(series.values[place], 3))]));
