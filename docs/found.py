@@ -22,6 +22,22 @@ LOSS, OTHER_LOSS, FORGETTING = "math_small", "codealpaca", "forgetting"
 COPIES = ("molora-6x2-s4", "hydralora-8x3", "topk-6x2", "adamole-6x2-s4")
 LARGE_COPIES = ("molora-8x8", "hydralora-8x8", "topk-8x8", "adamole-8x8")
 SAME_LAYERS = (("soft-moa-s4", "lora-s4"), ("soft-moa-all-s4", "lora-all-s4"))
+FINALISTS = {
+    FROZEN: "frozen model",
+    "lora-s4": "LoRA, the paper's layers",
+    "lora-all-s4": "LoRA, all linear layers",
+    "soft-moa": "Soft MoA, the paper's setting",
+    "soft-moa-s4": "Soft MoA, LoRA's scale",
+    "soft-moa-all-s4": "Soft MoA, all linear layers",
+    "soft-lora-all-s4": "LoRA with gates, all linear layers",
+    "sparse-moa-s4": "Sparse MoA",
+    "molora-6x2-s4": "MoLoRA",
+    "hydralora-8x3": "HydraLoRA",
+    "topk-6x2": "top-k of LoRA",
+    "adamole-6x2-s4": "AdaMoLE",
+}
+"""The finalists of LoRA's size, as the first page calls them."""
+ON_ALL_LAYERS = ("soft-moa-all-s4", "soft-lora-all-s4")
 QUESTIONS = (
     ("Is Soft MoA's loss below LoRA's on the same layers?", LOSS, SAME_LAYERS),
     ("Is that of the paper's own setting?", LOSS, (("soft-moa", "lora-s4"),)),
@@ -52,6 +68,24 @@ def larger(domain: str, baseline: str = "lora-s4") -> StudySummary:
     flags = {"out": out, "baseline": baseline}
     (config,) = studies_of(load_yaml(ROOT / "studies" / "cpu.yaml"), flags, domain)
     return read_summary(config)
+
+
+def finalists() -> str:
+    """One row a finalist of LoRA's size: losses, and the difference from LoRA on the same layers."""
+    methods = {one.label: one for one in larger("math-finals").methods}
+    rows = []
+    for label, name in FINALISTS.items():
+        one = methods[label]
+        other = "lora-all-s4" if label in ON_ALL_LAYERS else "lora-s4"
+        difference, detectable, told = NONE, NONE, NONE
+        if label not in (FROZEN, other):
+            _, difference, detectable, _, told = _comparison(LOSS, label, other)
+        size = NONE if label == FROZEN else count(one.rows[0].trainable_parameters)
+        rows.append(
+            (name, size, nats(one.losses[LOSS]), difference, detectable, told, nats(one.losses[OTHER_LOSS]))
+        )
+    head = ("method", "trained", "loss, mathematics", "over LoRA", "detectable", "claim", "loss, code")
+    return table(head, rows)
 
 
 def claims() -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import benchmarks, brief
 from command_reference import commands
 from families import counts, shapes, structures
-from found import accuracies, choices, claims, final_routers, losses, routers
+from found import accuracies, choices, claims, final_routers, finalists, losses, routers
 from inspected import inspected
 from method_reference import costs, method_table, methods, routing
 from served import served
@@ -244,7 +244,7 @@ GENERATED: Mapping[str, Any] = {
 
 def main() -> None:
     """Print one reference: ``python docs/reference.py methods`` prints the README's table of methods."""
-    known = {"methods": method_table, "costs": brief, "found": accuracies, "families": counts}
+    known = {"methods": method_table, "costs": brief, "found": finalists, "families": counts}
     if len(sys.argv) != 2 or sys.argv[1] not in known:
         sys.exit(f"usage: python docs/reference.py {'|'.join(known)}")
     print(known[sys.argv[1]]())
