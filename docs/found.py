@@ -73,6 +73,7 @@ def larger(domain: str, baseline: str = "lora-s4") -> StudySummary:
 def finalists() -> str:
     """One row a finalist of LoRA's size: losses, and the difference from LoRA on the same layers."""
     methods = {one.label: one for one in larger("math-finals").methods}
+    asked = [pair for _, measure, pairs in QUESTIONS if measure == LOSS for pair in pairs]
     rows = []
     for label, name in FINALISTS.items():
         one = methods[label]
@@ -80,6 +81,8 @@ def finalists() -> str:
         difference, detectable, told = NONE, NONE, NONE
         if label not in (FROZEN, other):
             _, difference, detectable, _, told = _comparison(LOSS, label, other)
+            if (label, other) not in asked:
+                told = "not asked"
         size = NONE if label == FROZEN else count(one.rows[0].trainable_parameters)
         rows.append(
             (name, size, nats(one.losses[LOSS]), difference, detectable, told, nats(one.losses[OTHER_LOSS]))
