@@ -80,7 +80,7 @@ def finalists() -> str:
         other = "lora-all-s4" if label in ON_ALL_LAYERS else "lora-s4"
         difference, detectable, told = NONE, NONE, NONE
         if label not in (FROZEN, other):
-            _, difference, detectable, _, told = _comparison(LOSS, label, other)
+            difference, detectable, told = _comparison(LOSS, label, other)
             if (label, other) not in asked:
                 told = "not asked"
         size = NONE if label == FROZEN else count(one.rows[0].trainable_parameters)
@@ -95,12 +95,16 @@ def claims() -> str:
     """One row a question of the larger study, a line in it for each comparison; nothing is claimed before all seeds are run."""
     rows = []
     for question, measure, pairs in QUESTIONS:
-        lines = [_comparison(measure, *pair) for pair in pairs]
-        rows.append((question, *("<br>".join(column) for column in zip(*lines, strict=True))))
-    return table(("question", "compared", "difference", "detectable", "seeds", "claim"), rows)
+        lines = []
+        for label, other in pairs:
+            difference, detectable, told = _comparison(measure, label, other)
+            figures = "" if difference == NONE else f" {difference} ({detectable}),"
+            lines.append(f"`{label}` less `{other}`:{figures} {told}")
+        rows.append((question, "<br>".join(lines)))
+    return table(("question", "difference ± standard error (detectable)"), rows)
 
 
-def _comparison(measure: str, label: str, other: str) -> tuple[str, ...]:
+def _comparison(measure: str, label: str, other: str) -> tuple[str, str, str]:
     summary = larger("math-finals", other)
     method = next((one for one in summary.methods if one.label == label), None)
     one = None
@@ -108,10 +112,10 @@ def _comparison(measure: str, label: str, other: str) -> tuple[str, ...]:
         one = method.forgetting_versus if measure == FORGETTING else method.losses_versus.get(measure)
     mean, error, _, _, detectable, seeds, claim = difference_cells(one, is_loss=measure != FORGETTING)
     if one is None or one.seeds < len(summary.config.seeds):
-        claim = "under way"
+        claim = f"under way, {seeds} seeds" if one else "under way"
     elif not one.is_found:
         claim = "not decided"
-    return f"`{label}` less `{other}`", f"{mean} ± {error}" if one else NONE, detectable, seeds, claim
+    return f"{mean} ± {error}" if one else NONE, detectable, claim
 
 
 def final_routers() -> str:
