@@ -12,6 +12,7 @@ from moa_peft.evaluation.scoring import (
     TokenQuestion,
     check_lengths,
     mean_loss,
+    one_begins_another,
     plan,
     score_batch,
     token_question,
@@ -34,7 +35,8 @@ def score_choices(
     """The scores of each question's choices."""
     found = score_all(model, questions, batch_size)
     return [
-        ChoiceScores.of(scores, with_end=one.is_nested) for one, scores in zip(questions, found, strict=True)
+        ChoiceScores.of(scores, with_end=one_begins_another(one.completions))
+        for one, scores in zip(questions, found, strict=True)
     ]
 
 

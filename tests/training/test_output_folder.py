@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 
 from moa_peft import json_lines
 from moa_peft.errors import UsageError
+from moa_peft.json_lines import append_rows
 from moa_peft.training import output_folder
 
 
@@ -96,7 +97,7 @@ def test_an_error_while_an_adapter_is_written_leaves_the_folder_as_it_was(tmp_pa
 
 def test_rows_of_results_are_appended_a_line_each(tmp_path: Path) -> None:
     for number in range(3):
-        output_folder.append_result(tmp_path, {"n": number, "text": "a\nb"})
+        append_rows(tmp_path / "results.jsonl", [{"n": number, "text": "a\nb"}])
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
     assert [json.loads(line)["n"] for line in lines] == [0, 1, 2]
 
@@ -104,16 +105,16 @@ def test_rows_of_results_are_appended_a_line_each(tmp_path: Path) -> None:
 def test_a_row_that_does_not_fit_on_the_disk_leaves_no_half_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output_folder.append_result(tmp_path, {"n": 0})
+    append_rows(tmp_path / "results.jsonl", [{"n": 0}])
     write_all = os.write
     monkeypatch.setattr(json_lines.os, "write", lambda handle, line: write_all(handle, line[:3]))
     with pytest.raises(OSError, match="No space left on device"):
-        output_folder.append_result(tmp_path, {"n": 1})
+        append_rows(tmp_path / "results.jsonl", [{"n": 1}])
     assert (tmp_path / "results.jsonl").read_text() == '{"n": 0}\n'
 
 
 def test_a_recipe_that_cannot_be_read_is_no_run_to_resume(tmp_path: Path) -> None:
-    output_folder.write_recipe(tmp_path, {"seed": 1})
+    (tmp_path / "moa_recipe.json").write_text(json.dumps({"seed": 1}))
     assert output_folder.read_recipe(tmp_path) == {"seed": 1}
     for text in ("{", "[]"):
         (tmp_path / "moa_recipe.json").write_text(text)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from moa_peft.cli.overrides import ChatTemplate, Dtype, ModelInitKwargs, parse_mapping
+from moa_peft.cli.overrides import Adapter, ChatTemplate, Dtype, Model, ModelInitKwargs, parse_mapping
 from moa_peft.errors import UsageError
 from moa_peft.serving.protocol import COLDEST
 
@@ -122,16 +122,8 @@ class Conversation:
 
 
 def chat(
-    adapter: Annotated[
-        str | None,
-        typer.Option(help="Adapter folder, or its name on the hub. Default: none, the bare model."),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help='Base model: folder, hub name or "smollm2". Default: the adapter\'s own, else smollm2.'
-        ),
-    ] = None,
+    adapter: Adapter = None,
+    model: Model = None,
     template: ChatTemplate = None,
     system: Annotated[str | None, typer.Option(help="What the model is told before the first turn.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,

@@ -126,7 +126,7 @@ def run_all(
 
         with ray_pool(cpus=ray_cpus) as (pool, at_once):
             say(f"  at once     {at_once}")
-            run_study(study, pool=pool, at_once=at_once, say=say, progress=False, retry_failed=retry_failed)
+            run_study(study, pool=pool, say=say, progress=False, retry_failed=retry_failed)
     except KeyboardInterrupt:
         say("\ninterrupted: the same call goes on from here")
         raise

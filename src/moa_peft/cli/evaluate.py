@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from moa_peft.cli.overrides import Dtype, ModelInitKwargs, options_from_file, parse_mapping, refuse_given
+from moa_peft.cli.overrides import (
+    Adapter,
+    Dtype,
+    Model,
+    ModelInitKwargs,
+    options_from_file,
+    parse_mapping,
+    refuse_given,
+)
 from moa_peft.cli.table import print_table
 
 if TYPE_CHECKING:
@@ -16,16 +24,8 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    adapter: Annotated[
-        str | None,
-        typer.Option(help="Adapter folder, or its name on the hub. Default: none, the bare model."),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help='Base model: folder, hub name or "smollm2". Default: the adapter\'s own, else smollm2.'
-        ),
-    ] = None,
+    adapter: Adapter = None,
+    model: Model = None,
     tasks: Annotated[
         str | None,
         typer.Option(

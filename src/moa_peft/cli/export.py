@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from moa_peft.cli.overrides import Dtype, ModelInitKwargs, parse_mapping, refuse_given
+from moa_peft.cli.overrides import Dtype, Model, ModelInitKwargs, parse_mapping, refuse_given
 from moa_peft.cli.table import print_table
 from moa_peft.errors import UsageError, unknown
 
@@ -50,10 +50,7 @@ def export(
         typer.Option(help="lora: rows for the losses. Default: a fifth of --data, left out of the means."),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="lora: only so many rows, from the start.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help='Base model: folder, hub name or "smollm2". Default: the adapter\'s own.'),
-    ] = None,
+    model: Model = None,
     template: Annotated[
         str | None,
         typer.Option(help="lora: paper or chat. Default: the one the adapter was trained with, else paper."),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from moa_peft.cli.overrides import Dtype, ModelInitKwargs, parse_mapping
+from moa_peft.cli.overrides import Dtype, Model, ModelInitKwargs, parse_mapping
 from moa_peft.errors import UsageError, unknown
 
 if TYPE_CHECKING:
@@ -42,10 +42,7 @@ def inspect(
             help="paper, chat or none (the prompts alone). Default: what the adapter was trained with, else paper."
         ),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help='Base model: folder, hub name or "smollm2". Default: the adapter\'s own.'),
-    ] = None,
+    model: Model = None,
     batch_size: Annotated[
         int, typer.Option(help="Most prompts in a forward pass; no number depends on it.")
     ] = 8,

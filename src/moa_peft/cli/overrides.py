@@ -230,6 +230,19 @@ ChatTemplate = Annotated[
 ]
 """The option of the verbs that hold conversations."""
 
+Adapter = Annotated[
+    str | None, typer.Option(help="Adapter folder, or its name on the hub. Default: none, the bare model.")
+]
+"""The option of the verbs that work without an adapter too."""
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help='Base model: folder, hub name or "smollm2". Default: the adapter\'s own; without an adapter smollm2.'
+    ),
+]
+"""The option of every verb that loads a base model."""
+
 ModelInitKwargs = Annotated[
     str | None,
     typer.Option(
@@ -239,7 +252,7 @@ ModelInitKwargs = Annotated[
         "They go before what the adapter was trained with; null leaves one out.",
     ),
 ]
-"""The option of every verb that loads a base model; `parse_mapping` reads it."""
+"""Likewise, of how it is loaded; `parse_mapping` reads it."""
 
 Dtype = Annotated[
     str | None,

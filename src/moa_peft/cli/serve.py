@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moa_peft.cli.overrides import ChatTemplate, Dtype, ModelInitKwargs, parse_mapping
+from moa_peft.cli.overrides import ChatTemplate, Dtype, Model, ModelInitKwargs, parse_mapping
 from moa_peft.errors import UsageError, unknown
 
 ENGINES = ("auto", "vllm", "transformers")
@@ -31,10 +31,7 @@ def serve(
         str | None,
         typer.Option(help='Arguments for vLLM, in one text: "--max-model-len 2048 --api-key secret".'),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help='Base model: folder, hub name or "smollm2". Default: each adapter\'s own.'),
-    ] = None,
+    model: Model = None,
     template: ChatTemplate = None,
     dtype: Dtype = None,
     model_init_kwargs: ModelInitKwargs = None,
@@ -124,7 +121,7 @@ def _go_on_as_vllm(names: dict[str, str], host: str, port: int, more: list[str],
     """Become vLLM's server of an only run; where vLLM cannot serve it and need not, say why.
 
     Raises:
-        UsageError: If it cannot and must.
+        UsageError: If ``must`` and vLLM cannot serve the run.
     """
     import torch
 

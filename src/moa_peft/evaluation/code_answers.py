@@ -148,8 +148,8 @@ def _longest(text: str, head: str = "") -> str | None:
         found = _parsed(head + part)
         if isinstance(found, ast.Module):
             return part
-        # what holds the line that cannot be read cannot be read either
-        end = min(end, found - head.count("\n") if found else end) - 1
+        wrong_line = found - head.count("\n") if found else end
+        end = min(end, wrong_line) - 1  # what holds that line cannot be read either
         if end < 1:
             break
     return None

@@ -137,17 +137,17 @@ def run_program(code: str, check: CodeCheck | None = None, limits: Limits | None
     check, limits = check or CodeCheck(), limits or Limits()
     given = (check.entry_point, check.head, check.tests, f"{check.head}{code}\n")
     with ExitStack() as stack:
-        keep = stack.enter_context
+        enter = stack.enter_context
         link, complaint, report = (
-            [keep(one) for one in socket.socketpair(type=kind)]
+            [enter(one) for one in socket.socketpair(type=kind)]
             for kind in (socket.SOCK_STREAM, socket.SOCK_STREAM, socket.SOCK_SEQPACKET)
         )
-        order = keep(tempfile.TemporaryFile())  # noqa: SIM115  # the stack closes it
+        order = enter(tempfile.TemporaryFile())  # noqa: SIM115  # the stack closes it
         order.write("\0".join(given).encode(errors="replace"))  # a program with a NUL is no Python, and fails
         order.seek(0)
         nothing, errors = subprocess.DEVNULL, complaint[1]
-        program = keep(_started("program", limits, link[0], stdin=nothing, stdout=nothing, stderr=errors))
-        tests = keep(_started("tests", limits, link[1], stdin=order, stdout=report[1], stderr=errors))
+        program = enter(_started("program", limits, link[0], stdin=nothing, stdout=nothing, stderr=errors))
+        tests = enter(_started("tests", limits, link[1], stdin=order, stdout=report[1], stderr=errors))
         for one in (*link, report[1], errors):
             one.close()
         deadline = time.monotonic() + limits.wall_seconds

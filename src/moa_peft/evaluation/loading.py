@@ -129,15 +129,16 @@ def read_adapter(name: str) -> AdapterFolder:
     for what, value in told.items():
         if value is not None and not isinstance(value, str):
             raise UsageError(f"adapter folder {name}: its {what} is {value!r}: it must be text")
+    init_kwargs = {"revision": revision, **(told_init_kwargs(recipe) if recipe else {})}
+    if init_kwargs.get("trust_remote_code") is False:
+        del init_kwargs["trust_remote_code"]  # the default
     return AdapterFolder(
         name=name.rstrip("/") or name,
         path=path,
         base_model=base,
         base_places=() if base is None else _places(base, found, path),
         init_kwargs={
-            key: value
-            for key, value in ({"revision": revision} | (told_init_kwargs(recipe) if recipe else {})).items()
-            if value is not None and key not in _OF_THE_CALL and (key, value) != ("trust_remote_code", False)
+            key: value for key, value in init_kwargs.items() if value is not None and key not in _OF_THE_CALL
         },
         template=recipe.get("template"),
         method=recipe.get("method"),
@@ -149,7 +150,7 @@ def _places(base: str, found: str | None, adapter: Path) -> tuple[Path, ...]:
     """Folders that a base model's name may stand for: where training found it if that fits, from here, from the adapter."""
     named, recorded = expanded(base), Path(found or "")
     tail = tuple(one for one in named.parts if one not in (".", ".."))
-    fits = recorded.is_absolute() and recorded.parts[len(recorded.parts) - len(tail) :] == tail
+    fits = recorded.is_absolute() and (not tail or recorded.parts[-len(tail) :] == tail)
     return tuple(dict.fromkeys((*([recorded] if fits else []), named, adapter / named)))
 
 

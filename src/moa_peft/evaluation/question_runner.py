@@ -20,6 +20,7 @@ from moa_peft.evaluation.scoring import (
     TokenQuestion,
     check_lengths,
     mean_loss,
+    one_begins_another,
     plan,
     score_batch,
     token_question,
@@ -113,11 +114,9 @@ class LikelihoodExaminer(_ScoringExaminer):
                 mean_loss(scores[texts.index(render_completion(question.row))]), place
             )
         if question.completions:
-            asked = TokenQuestion(
-                prompt=self._tokens[place].prompt,
-                completions=self._tokens[place].completions[: len(question.completions)],
-            )
-            choices = ChoiceScores.of(scores[: len(question.completions)], with_end=asked.is_nested)
+            number = len(question.completions)
+            with_end = one_begins_another(self._tokens[place].completions[:number])
+            choices = ChoiceScores.of(scores[:number], with_end=with_end)
             best = {"sum": choices.best(), "per_token": choices.best(per_token=True)}
             record |= {
                 "choices": list(question.form.choices),

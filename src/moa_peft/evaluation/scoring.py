@@ -48,12 +48,6 @@ class TokenQuestion:
         return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
     @property
-    def is_nested(self) -> bool:
-        """Whether one completion begins another, as "answer1" does "answer10": without its end it could not lose."""
-        bare = [one[:-1] for one in self.completions]
-        return any(one != other and other[: len(one)] == one for one in bare for other in bare)
-
-    @property
     def num_tokens(self) -> int:
         """Length of the prompt with its longest completion."""
         return len(self.prompt) + max(len(one) for one in self.completions)
@@ -63,6 +57,12 @@ class TokenQuestion:
         """Positions whose logits are needed."""
         shared = self.num_shared
         return shared + 1 + sum(len(one) - shared - 1 for one in self.completions)
+
+
+def one_begins_another(completions: Sequence[tuple[int, ...]]) -> bool:
+    """Whether one completion begins another, as "answer1" does "answer10": without its end token it could not lose."""
+    bare = [one[:-1] for one in completions]
+    return any(one != other and other[: len(one)] == one for one in bare for other in bare)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

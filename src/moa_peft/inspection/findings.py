@@ -1,6 +1,6 @@
 """What stands out in the statistics of an adapter, in two sentences of plain words."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 
 from moa_peft.inspection.results import GroupStatistics, RouterStatistics
@@ -63,16 +63,7 @@ def _difference(routers: Sequence[RouterStatistics], groups: Sequence[GroupStati
         )
     if thresholds and all(rate == 1 for one in routers for rate in one.active_rate):
         return "The threshold switches no expert off, for any token."
-    weighed = {(one.layer, one.router) for one in routers}
-    pairs = [
-        (cka, group.layer, *(expert_name(group.router, changes.names[place]) for place in (a, b)))
-        for group in groups
-        if not weighed or (group.layer, group.router) in weighed  # what a router chooses between
-        for changes in [group.changes]
-        for a, b in combinations(range(len(changes.names)), 2)
-        for cka in [changes.cka[a][b]]
-        if cka is not None
-    ]
+    pairs = list(_compared(routers, groups))
     if not pairs:
         return "There are no two experts to compare, or they add nothing yet."
     cka, layer, one, other = max(pairs)
@@ -86,6 +77,20 @@ def _difference(routers: Sequence[RouterStatistics], groups: Sequence[GroupStati
         f"No two experts do the same: the mean CKA of a pair is {mean:.2f}, the most alike are {one} and {other} in "
         f"layer {layer} ({cka:.2f})."
     )
+
+
+def _compared(
+    routers: Sequence[RouterStatistics], groups: Sequence[GroupStatistics]
+) -> Iterator[tuple[float, int, str, str]]:
+    """CKA, layer and names of every two experts that a router chooses between; of all where nothing is routed."""
+    routed = {(one.layer, one.router) for one in routers}
+    for group in groups:
+        if routed and (group.layer, group.router) not in routed:
+            continue
+        names = [expert_name(group.router, one) for one in group.changes.names]
+        for a, b in combinations(range(len(names)), 2):
+            if (cka := group.changes.cka[a][b]) is not None:
+                yield cka, group.layer, names[a], names[b]
 
 
 def _places(routers: Sequence[RouterStatistics], holds: Callable[[float, int], bool]) -> dict[str, list[int]]:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -139,22 +139,32 @@ def _completed(
     settings = dataclasses.replace(settings, **defaults)
     flags = _flags(settings, found.weights, parameters, sorted(ranks))
     wrong = [
-        f"give {flag}, {need}" for flag, given, fits, need, _ in flags if need and fits and given is None
+        f"give {one.name}, {one.needed}" for one in flags if one.needed and one.applies and one.given is None
     ]
     wrong += [
-        f"{flag} is given: leave it out, {why}"
-        for flag, given, fits, _, why in flags
-        if not (fits or given is None)
+        f"{one.name} is given: leave it out, {one.needless}"
+        for one in flags
+        if one.given is not None and not one.applies
     ]
     if wrong:
         raise UsageError("; ".join(wrong))
     return settings, defaults
 
 
+class _Flag(NamedTuple):
+    name: str
+    given: float | None
+    applies: bool
+    """Whether the checkpoint takes it."""
+    needed: str
+    """What to say where it is needed and not given; empty where it never is."""
+    needless: str
+    """Why it is not taken."""
+
+
 def _flags(
     settings: OfficialSettings, names: Collection[str], parameters: Collection[str], ranks: Sequence[int]
-) -> list[tuple[str, float | None, bool, str, str]]:
-    """Each flag, what it gives, whether the checkpoint takes it, what to say where it is needed, and where it is not."""
+) -> list[_Flag]:
     has_top_k = any(".router.topkroute_linear." in name for name in names)
     has_learned, of_kinds = _LEARNED in parameters, has_kind_gates(names)
     has_router = not of_kinds and any(one.startswith("router.logits.") for one in parameters)
@@ -167,22 +177,22 @@ def _flags(
         f"official value is {usual}; see lora_alpha of the training's arguments)"
     )
     return [
-        ("--alpha", settings.alpha, bool(ranks), alpha, "the checkpoint has no LoRA"),
-        (
+        _Flag("--alpha", settings.alpha, bool(ranks), alpha, "the checkpoint has no LoRA"),
+        _Flag(
             "--top-k", settings.keep, has_top_k,
             "the experts that each top-k router keeps (the usual official value is --top-k 2)",
             "the checkpoint has no top-k router",
         ),
-        (
+        _Flag(
             "--max-threshold", settings.max_threshold, has_learned,
             "the upper bound of the learned threshold (the usual official value is --max-threshold 0.5)",
             "the checkpoint has no learned threshold",
         ),
-        (
+        _Flag(
             "--constant-threshold", settings.constant_threshold, has_router and not has_learned, "",
             "the checkpoint has a learned threshold" if has_learned else no_router,
         ),
-        ("--instance-level", settings.instance_level or None, has_router, "", no_router),
+        _Flag("--instance-level", settings.instance_level or None, has_router, "", no_router),
     ]  # fmt: skip
 
 

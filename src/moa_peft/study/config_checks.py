@@ -76,15 +76,17 @@ def _form_problems(study: Any) -> list[str]:
 
 
 def _number_problems(study: Any) -> list[str]:
-    limits = dict.fromkeys(_LIMITS, 1)
-    least = {**limits, "draw_seed": 0, "max_length": 2, "batch_size": 1, "router_prompts": 0}
-    problems = [
-        problem
-        for name, low in least.items()
-        for value in [getattr(study, name)]
-        if not (value is None and name in limits)
-        for problem in whole_number_problems(name, value, low)
-    ]
+    least = dict.fromkeys(_LIMITS, 1) | {
+        "draw_seed": 0,
+        "max_length": 2,
+        "batch_size": 1,
+        "router_prompts": 0,
+    }
+    problems: list[str] = []
+    for name, low in least.items():
+        value = getattr(study, name)
+        if value is not None or name not in _LIMITS:
+            problems += whole_number_problems(name, value, low)
     rates = study.learning_rates
     lists: tuple[tuple[str, Any, Callable[[Any], bool], str, str], ...] = (
         ("seeds", study.seeds, _is_seed, f"whole numbers from 0, below {MOST + 1:,}", "seed"),

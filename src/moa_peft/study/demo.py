@@ -14,8 +14,8 @@ from moa_peft.evaluation.options import EvaluationOptions
 from moa_peft.evaluation.results import paired_difference
 from moa_peft.evaluation.run import TaskResult, evaluate
 from moa_peft.evaluation.tasks import Task, load_tasks
+from moa_peft.json_lines import RESULTS_FILE, append_rows
 from moa_peft.provenance import RECIPE_FILE, provenance
-from moa_peft.training.output_folder import append_result
 from moa_peft.training.prepare import Plan, TrainingOutcome
 from moa_peft.training.recipe import Recipe
 from moa_peft.training.run import train
@@ -127,7 +127,7 @@ def run_demo(
         seconds=round(time.perf_counter() - start, 1),
     )
     row = {"kind": "demo", "method": method, **dataclasses.asdict(result), **provenance()}
-    append_result(target, row | {"frozen": row["frozen"]["row"], "tuned": row["tuned"]["row"]})
+    append_rows(target / RESULTS_FILE, [row | {"frozen": row["frozen"]["row"], "tuned": row["tuned"]["row"]}])
     return result
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import shutil
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +27,8 @@ from moa_peft.quiet import quiet_libraries
 from moa_peft.study.config import FROZEN, Method, StudyConfig
 from moa_peft.study.data import RowSet, StudyData, questions_md5, scoring_options, source_of
 from moa_peft.study.folder import TRAINING_FILE
-from moa_peft.study.rows import RunRow, Scores
+from moa_peft.study.rows import RunRow, Scores, StepTime
 from moa_peft.study.schedule import Job, recipe_of
-from moa_peft.study.training_cost import StepLog, step_time
 from moa_peft.training.checkpoints import find_checkpoints, unmark
 from moa_peft.training.output_folder import write_text
 from moa_peft.training.prepare import prepare
@@ -38,8 +38,6 @@ from moa_peft.training.run import run as train
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-STEPS_FILE = "steps.jsonl"
 
 _TRAINED = ("rows_dropped", "trainable_parameters", "total_parameters", "steps", "final_loss", "train_s")
 
@@ -146,15 +144,26 @@ def train_once(order: Order) -> dict[str, Any]:
         if not begun:
             shutil.rmtree(folder, ignore_errors=True)  # cut off before its first step
         preparation = prepare(dataclasses.replace(recipe, resume=begun))
-        preparation.trainer.add_callback(StepLog(preparation.clock, folder / STEPS_FILE))
         memory = PeakMemory(cuda=torch.cuda.is_available())
         outcome = train(preparation)
         trained = {name: getattr(outcome, name) for name in _TRAINED}
-        write_text(done, json.dumps({**trained, "peak_mem_mib": memory.mib()}) + "\n")
+        step_ms = step_time(preparation.clock.seconds)
+        cost = {"peak_mem_mib": memory.mib(), "step_ms": step_ms and dataclasses.asdict(step_ms)}
+        write_text(done, json.dumps({**trained, **cost}) + "\n")
     for checkpoint in (*find_checkpoints(folder).complete, *find_checkpoints(folder).incomplete):
         unmark(checkpoint)
         shutil.rmtree(checkpoint)
-    return {**json.loads(done.read_text(encoding="utf-8")), "step_ms": step_time(folder / STEPS_FILE)}
+    found = json.loads(done.read_text(encoding="utf-8"))
+    return {**found, "step_ms": StepTime(**found["step_ms"]) if found.get("step_ms") else None}
+
+
+def step_time(seconds: Sequence[float]) -> StepTime | None:
+    """Quartiles of the steps of one process but its first, which warms up; None for fewer than two."""
+    times = [1000 * one for one in seconds[1:]]
+    if len(times) < 2:
+        return None
+    lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
+    return StepTime(lower=lower, median=median, upper=upper, steps=len(times))
 
 
 def run_recipe(order: Order) -> Recipe:

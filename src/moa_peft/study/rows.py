@@ -61,7 +61,7 @@ class StepTime:
     upper: float
     """Third quartile, milliseconds."""
     steps: int
-    """Steps that were timed; the first of each process, which warms up, is not."""
+    """Steps that were timed; the first, which warms up, is not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +117,7 @@ class RunRow:
     final_loss: float | None
     """The training loss last logged, nats a token of the answers."""
     step_ms: StepTime | None
-    """Time of an optimiser step."""
+    """Time of an optimiser step, of the process that trained last."""
     peak_mem_mib: float | None
     """Most memory held while training, 2**20 bytes: on a GPU what torch allocated, else the whole process; of the
     process that trained last. None where the system does not tell."""
@@ -168,8 +168,8 @@ class RunRow:
 def read_results(folder: Path) -> list[RunRow]:
     """Read the rows in a study's folder, one for each run and stage, in the order of their first rows.
 
-    A later row of a run takes the place of an earlier one, and keeps its tests where they are of the same weights; one
-    that failed after a good one leaves it all it had, and its failure.
+    A later row of a run takes the place of an earlier one, and keeps its tests where they are of the same weights; a
+    rerun that failed keeps the earlier row's figures and adds its failure.
 
     Raises:
         UsageError: If the file holds something else.

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,19 +37,12 @@ Pool = Callable[[Sequence[Order]], Iterator[tuple[Order, RunRow]]]
 
 
 class StudyProgress:
-    """Progress of a study: counts its runs and estimates the time left from those done so far.
+    """Progress of a study: counts its runs and estimates the time left, as if each took as long as those done so far."""
 
-    Args:
-        planned: From `planned`.
-        at_once: How many are done at the same time.
-    """
-
-    def __init__(self, planned: Mapping[str, int], *, at_once: int = 1) -> None:
-        self._left, self._at_once = dict(planned), at_once
-        self._total = sum(planned.values())
+    def __init__(self, total: int) -> None:
+        self._total = total
         self._begun = self._done = 0
         self._start = time.perf_counter()
-        self._seconds: dict[str, list[float]] = {"train": [], "score": []}
 
     def begins(self, job: Job) -> str:
         """The line for a run that begins."""
@@ -57,23 +50,17 @@ class StudyProgress:
         what = "learning rate tried" if job.stage == "tuning" else f"{len(job.tests)} tests"
         return f"[{self._begun}/{max(self._total, self._begun)}] {job.run.name} ({what}), {self._times()}"
 
-    def done(self, row: RunRow, *, needs_training: bool) -> str:
-        """The line for a run that has ended, which was to be trained or only to be scored."""
+    def done(self, row: RunRow) -> str:
+        """The line for a run that has ended."""
         self._done += 1
-        kind = "train" if needs_training else "score"
-        if row.failure is None:
-            trained = (row.train_s or 0.0) if needs_training else 0.0
-            self._seconds[kind].append(trained + (row.evaluate_s or 0.0))
-        self._left[kind] = max(0, self._left.get(kind, 0) - 1)
         return f"    {run_text(row)}; {self._done} of {max(self._total, self._done)} done, {self._times()}"
 
     def _times(self) -> str:
-        elapsed = f"{duration(time.perf_counter() - self._start)} elapsed"
-        known = {kind: statistics.fmean(times) for kind, times in self._seconds.items() if times}
-        if any(count and kind not in known for kind, count in self._left.items()):
-            return elapsed  # nothing like what is left has been done yet
-        rest = sum(count * known[kind] for kind, count in self._left.items() if count)
-        return f"{elapsed}, about {duration(rest / self._at_once)} left"
+        elapsed = time.perf_counter() - self._start
+        text = f"{duration(elapsed)} elapsed"
+        if not self._done:
+            return text
+        return f"{text}, about {duration(elapsed / self._done * max(0, self._total - self._done))} left"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,7 +141,6 @@ def run_study(
     study: Study,
     *,
     pool: Pool | None = None,
-    at_once: int = 1,
     say: Callable[[str], None] = lambda _: None,
     progress: bool = True,
     retry_failed: bool = False,
@@ -164,7 +150,6 @@ def run_study(
     Args:
         study: From `open_study`.
         pool: Does the runs; None for one after the other in this process.
-        at_once: How many of them the pool does at once.
         say: Told what a person wants to know.
         progress: Show bars on standard error.
         retry_failed: Do runs again that failed.
@@ -181,15 +166,15 @@ def run_study(
         rows = read_results(study.folder)
         study.check_folder(rows)  # another call may have worked here since the study was opened
         write_study(study.folder, study.config, study.shared, study.tests)
-        study_progress = StudyProgress(planned(study, rows, retry_failed=retry_failed), at_once=at_once)
+        study_progress = StudyProgress(sum(planned(study, rows, retry_failed=retry_failed).values()))
         stages: tuple[Stage, ...] = ("tuning", "final")
         for stage in stages:
             jobs, before = study.jobs(stage, rows, retry_failed=retry_failed), []
             while jobs != before:  # again: rates that were added, and tests of weights that were trained anew
                 orders = study.orders(jobs, rows, progress=progress)
-                for order, row in (pool or one_by_one(say, study_progress))(orders):
+                for _, row in (pool or one_by_one(say, study_progress))(orders):
                     append_rows(study.folder / RESULTS_FILE, [dataclasses.asdict(row)])
-                    say(study_progress.done(row, needs_training=needs_training(study.config, order.job)))
+                    say(study_progress.done(row))
                 rows = read_results(study.folder)
                 jobs, before = study.jobs(stage, rows), jobs
         return rows

@@ -140,7 +140,7 @@ def _accuracy(summary: StudySummary) -> Section | None:
         for row in method.rows
         if name in row.tests
     }
-    counts = ", ".join(f"{name} {count:,}" for name, count in questions.items())
+    counts = ", ".join(f"{name} {number:,}" for name, number in questions.items())
     texts = (ACCURACY_NOTE, f"Questions: {counts}." if counts else "No test is done yet.")
     head = ["method", "trained", "seeds", *summary.tests, "mean"]
     return _tabled("Accuracy", texts, head, rows) or Section(title="Accuracy", texts=texts)

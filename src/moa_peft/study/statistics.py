@@ -10,7 +10,7 @@ from typing import Any
 from moa_peft.study.config import FROZEN, StudyConfig
 from moa_peft.study.data import VALIDATION
 from moa_peft.study.estimates import Difference, Estimate, Values, difference, estimate, mean_value
-from moa_peft.study.rows import RunRow, Stage
+from moa_peft.study.rows import RunRow, Scores, Stage
 from moa_peft.study.schedule import (
     Run,
     choose_rates,
@@ -232,19 +232,10 @@ def _method(
     can_compare = is_whole and pairs and all(set(forgetting) <= answers(other).keys() for _, other in pairs)
     by_test, versus_by_test = _by_test(answers, rows, pairs, tests)
     by_loss, losses_versus = _by_test(losses, rows, pairs, tests)
-    whole = len(by_test) == len(tests)
-    mean = estimate([mean_value(_part(answers(row), tests)) for row in rows]) if whole else None
-    if label == FROZEN:  # one run: its error is that of the questions
-        scores = rows[0].tests
-        by_test = {
-            name: Estimate(mean=one.mean, error=scores[name].standard_error) for name, one in by_test.items()
-        }
-        by_loss = {
-            name: Estimate(mean=one.mean, error=scores[name].answer_loss_standard_error)
-            for name, one in by_loss.items()
-        }
-        errors = [one.error or 0.0 for one in by_test.values()]
-        mean = None if mean is None else Estimate(mean=mean.mean, error=math.hypot(*errors) / len(errors))
+    has_all = len(by_test) == len(tests)
+    mean = estimate([mean_value(_part(answers(row), tests)) for row in rows]) if has_all else None
+    if label == FROZEN:
+        by_test, by_loss, mean = _with_question_errors(rows[0].tests, by_test, by_loss, mean)
     return MethodSummary(
         label=label,
         rows=tuple(rows),
@@ -258,6 +249,26 @@ def _method(
         forgetting_mean=_difference(answers, before, forgetting) if is_whole else None,
         forgetting_versus=_difference(answers, pairs, forgetting) if can_compare else None,
     )
+
+
+def _with_question_errors(
+    scores: Mapping[str, Scores],
+    by_test: Mapping[str, Estimate],
+    by_loss: Mapping[str, Estimate],
+    mean: Estimate | None,
+) -> tuple[dict[str, Estimate], dict[str, Estimate], Estimate | None]:
+    """The frozen model's estimates with the errors of the questions: it has one run, so none over seeds."""
+    tests = {
+        name: dataclasses.replace(one, error=scores[name].standard_error) for name, one in by_test.items()
+    }
+    losses = {
+        name: dataclasses.replace(one, error=scores[name].answer_loss_standard_error)
+        for name, one in by_loss.items()
+    }
+    if mean is not None:
+        errors = [one.error or 0.0 for one in tests.values()]
+        mean = dataclasses.replace(mean, error=math.hypot(*errors) / len(errors))
+    return tests, losses, mean
 
 
 Read = Callable[[RunRow], Values]

@@ -198,12 +198,12 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         "validation".
     """
     new = json.loads(json.dumps(new))  # as the old one was written: keys as text, tuples as lists
-    old = {"validation_md5": new.get("validation_md5"), **old}  # earlier runs did not record it
-    before, init_kwargs = (one.get("model_init_kwargs") or {} for one in (old, new))
-    found = {
-        key: before[key] for key in ("dtype",) if key in before
-    }  # a run writes down the dtype that it found
-    old, new = old | {"model_init_kwargs": before}, new | {"model_init_kwargs": found | init_kwargs}
+    loaded_before, loaded_now = (one.get("model_init_kwargs") or {} for one in (old, new))
+    if "dtype" in loaded_before:  # a run writes down the dtype that it found
+        loaded_now = {"dtype": loaded_before["dtype"], **loaded_now}
+    # earlier runs did not record the MD5 of validation rows
+    old = {"validation_md5": new.get("validation_md5"), **old, "model_init_kwargs": loaded_before}
+    new = {**new, "model_init_kwargs": loaded_now}
     free = FREE_ON_RESUME - (_CHOOSE_THE_BEST if new.get("load_best_model_at_end") else frozenset())
     differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key) and key not in free]
     return [key.removesuffix("_md5") for key in differing]

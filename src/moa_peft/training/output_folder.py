@@ -6,14 +6,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from moa_peft.errors import UsageError
 from moa_peft.folder_lock import LOCK_FILE
-from moa_peft.json_lines import RESULTS_FILE, append_rows, written_whole
+from moa_peft.json_lines import written_whole
 from moa_peft.provenance import RECIPE_FILE
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -50,11 +50,6 @@ def write_text(file: Path, text: str) -> None:
         draft.write_text(text, encoding="utf-8")
 
 
-def write_recipe(output_dir: Path, recipe: Mapping[str, Any]) -> None:
-    """Write the resolved recipe into the run's folder; `moa train --config` reads it again."""
-    write_text(output_dir / RECIPE_FILE, json.dumps(recipe, indent=2) + "\n")
-
-
 def read_recipe(output_dir: Path) -> dict[str, Any]:
     """Read the recipe of the run in a folder.
 
@@ -70,12 +65,6 @@ def read_recipe(output_dir: Path) -> dict[str, Any]:
             f"{output_dir} holds no readable {RECIPE_FILE}, so there is no run to resume: leave --resume out"
         )
     return recipe
-
-
-def append_result(output_dir: Path, row: Mapping[str, Any]) -> None:
-    """Append one row to the run's results; see `moa_peft.json_lines.append_rows`."""
-    file = output_dir / RESULTS_FILE
-    append_rows(file, [row])
 
 
 @contextmanager
@@ -99,7 +88,7 @@ def replacing(output_dir: Path) -> Iterator[Path]:
             old = output_dir / file.name
             if (
                 old.is_dir()
-            ):  # a tokenizer's further chat templates; nothing replaces a folder that holds files
+            ):  # a tokenizer's further chat templates: a folder cannot be replaced while it holds files
                 shutil.rmtree(old)
             file.replace(old)
     finally:

@@ -190,7 +190,7 @@ def _prepare(recipe: Recipe, folder: Path) -> Preparation:
 
 
 def _with_intervals(recipe: Recipe, trainer: AdapterTrainer, steps: int) -> Recipe:
-    """Let a short run log, and write checkpoints so that it can be gone on with, unless the recipe says when."""
+    """Log and save a short run more often than the defaults do, so that it can be followed and resumed; the recipe goes first."""
     least = {"logging_steps": _LEAST_LOGS, "save_steps": _LEAST_CHECKPOINTS}
     if trainer.args.load_best_model_at_end:
         del least["save_steps"]

@@ -1,5 +1,6 @@
 """The training run: from a recipe to an adapter, its card, its checkpoints and a row of results."""
 
+import json
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from moa_peft.data.base_loading import auto_class, base_config, model_fingerprint
 from moa_peft.errors import UsageError, library_errors
-from moa_peft.provenance import provenance
+from moa_peft.json_lines import RESULTS_FILE, append_rows
+from moa_peft.provenance import RECIPE_FILE, provenance
 from moa_peft.quiet import quiet_libraries
 from moa_peft.training.checkpoints import forget_later_checkpoints, step_of
 from moa_peft.training.model_card import write_card
-from moa_peft.training.output_folder import append_result, disk_errors_named, replacing, write_recipe
+from moa_peft.training.output_folder import disk_errors_named, replacing, write_text
 from moa_peft.training.prepare import Plan, Preparation, RunSizes, TrainingOutcome, prepare
 from moa_peft.training.recipe import Recipe
 from moa_peft.training.trainer_settings import REFUSED_BY_TRAINER
@@ -66,7 +68,7 @@ def _run(preparation: Preparation) -> TrainingOutcome:
     written = preparation.recipe.to_mapping() | {"resume": False}
     main = trainer.is_world_process_zero()
     if main:
-        write_recipe(folder, written)
+        write_text(folder / RECIPE_FILE, json.dumps(written, indent=2) + "\n")
         forget_later_checkpoints(folder, plan.resume_from)
     start = time.perf_counter()
     with quiet_libraries():
@@ -89,7 +91,7 @@ def _run(preparation: Preparation) -> TrainingOutcome:
                 (draft / "training_args.bin").unlink(missing_ok=True)
                 write_card(draft, row, written, auto_class(base_config(preparation.base)).__name__)
     if main:
-        append_result(folder, row)
+        append_rows(folder / RESULTS_FILE, [row])
     return outcome
 
 
