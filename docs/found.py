@@ -80,7 +80,7 @@ def finalists() -> str:
         other = "lora-all-s4" if label in ON_ALL_LAYERS else "lora-s4"
         difference, detectable, told = NONE, NONE, NONE
         if label not in (FROZEN, other):
-            difference, detectable, told = _comparison(LOSS, label, other)
+            difference, detectable, _, told = _comparison(LOSS, label, other)
             if (label, other) not in asked:
                 told = "not asked"
         size = NONE if label == FROZEN else count(one.rows[0].trainable_parameters)
@@ -97,14 +97,15 @@ def claims() -> str:
     for question, measure, pairs in QUESTIONS:
         lines = []
         for label, other in pairs:
-            difference, detectable, told = _comparison(measure, label, other)
-            figures = "" if difference == NONE else f" {difference} ({detectable}),"
+            difference, detectable, p, told = _comparison(measure, label, other)
+            figures = "" if difference == NONE else f" {difference} ({detectable}; {p}),"
             lines.append(f"`{label}` less `{other}`:{figures} {told}")
         rows.append((question, "<br>".join(lines)))
-    return table(("question", "difference ± standard error (detectable)"), rows)
+    return table(("question", "difference ± standard error (detectable; p)"), rows)
 
 
-def _comparison(measure: str, label: str, other: str) -> tuple[str, str, str]:
+def _comparison(measure: str, label: str, other: str) -> tuple[str, str, str, str]:
+    """The difference with its error, the detectable one, the p of one comparison, and what is claimed."""
     summary = larger("math-finals", other)
     method = next((one for one in summary.methods if one.label == label), None)
     one = None
@@ -115,7 +116,8 @@ def _comparison(measure: str, label: str, other: str) -> tuple[str, str, str]:
         claim = f"under way, {seeds} seeds" if one else "under way"
     elif not one.is_found:
         claim = "not decided"
-    return f"{mean} ± {error}" if one else NONE, detectable, claim
+    p = NONE if one is None or one.p is None else f"{one.p:.1g}"
+    return f"{mean} ± {error}" if one else NONE, detectable, p, claim
 
 
 def final_routers() -> str:

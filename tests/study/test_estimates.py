@@ -48,12 +48,14 @@ def test_the_parts_of_a_paired_difference_are_those_of_its_definition() -> None:
     parts = (statistics.variance(a) / 16, 3), (statistics.variance(b) / 8, 1), (seeds, 1)
     freedom = (questions + seeds) ** 2 / sum(one**2 / free for one, free in parts)
     assert found.detectable == pytest.approx((t.ppf(0.975, freedom) + t.ppf(0.8, freedom)) * found.error)
+    assert found.p == pytest.approx(2 * t.sf(found.mean / found.error, freedom))
     assert found.seeds == 2
 
 
 def test_a_single_seed_finds_nothing() -> None:
     found = difference([(right(a="1111"), right(a="0000"))])
-    assert (found.mean, found.error, found.detectable, found.is_found) == (1.0, None, None, False)
+    assert (found.mean, found.error, found.p, found.detectable) == (1.0, None, None, None)
+    assert not found.is_found
 
 
 def test_without_scipy_a_difference_has_its_error_and_nothing_is_claimed(

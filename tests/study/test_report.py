@@ -83,7 +83,7 @@ def test_the_tables_hold_the_means_their_errors_and_the_paired_differences(repor
     assert "10 of 9 runs" not in text
     assert "9 of 9 runs are done" in text
     assert "- weights of the base model: abc\n" in text
-    assert "No run failed." in text
+    assert "No run is left failed." in text
 
 
 def test_every_rate_that_was_tried_and_every_seed_is_shown(reported: Any) -> None:
@@ -174,7 +174,7 @@ def test_tests_with_losses_alone_are_drawn_against_parameters_and_forgetting(rep
 
     def drawn(error: float) -> dict[str, str]:
         forgotten = Difference(
-            mean=-0.02, by_questions=error, by_seeds=0.0, error=error, detectable=0.1, seeds=2
+            mean=-0.02, by_questions=error, by_seeds=0.0, error=error, p=0.5, detectable=0.1, seeds=2
         )
         methods = [
             dataclasses.replace(

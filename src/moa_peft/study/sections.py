@@ -33,9 +33,10 @@ ERROR_NOTES = (
         "sum of their squares."
     ),
     (
-        "The minimum detectable difference is the least one that a study of this size finds in 80 of 100 cases, at a level "
-        "of 5 % for each comparison, two-sided, by Student's t with Satterthwaite's degrees of freedom. Nothing is claimed "
-        "of a difference below it: not that it is there, and not that the methods are equal."
+        "The minimum detectable difference is t(0.975) + t(0.8) standard errors, by Student's t with Satterthwaite's "
+        "degrees of freedom: a two-sided test at 5 % finds a true one of this size in about 80 of 100 studies, in fewer "
+        "with few seeds. Nothing is claimed of a difference below it: not that it is there, and not that the methods are "
+        "equal. As the difference that was measured has to reach it, a true one of just this size is claimed in about half of studies."
     ),
 )
 LOSS_NOTE = (
@@ -74,7 +75,7 @@ def report_sections(summary: StudySummary, pictures: list[Picture]) -> list[Sect
         _seeds(summary),
         Section(
             title="Failures",
-            texts=() if summary.failures else ("No run failed.",),
+            texts=() if summary.failures else ("No run is left failed.",),
             items=[f"{run_name(row)}: {row.failure}" for row in summary.failures],
         ),
         _origin(summary),
