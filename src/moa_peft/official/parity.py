@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from moa_peft.errors import UsageError
+from moa_peft.errors import UsageError, first_line
 from moa_peft.mixture.balance_scaling import set_loss_scale
 from moa_peft.mixture.block_hooks import GateRecord, mixture_layers
 from moa_peft.official.conversion import load_weights, parameters_by_place, placed_weights, read_config
@@ -25,6 +25,16 @@ ROUNDING_LIMIT = 2e-3
 """Largest error that rounding can excuse, in the terms of `LIMIT`."""
 VANISHING = torch.finfo(torch.float32).eps
 """Share of the file's largest gradient below which an error in a gradient is nothing: its terms may have cancelled."""
+
+_OF_A_MALFORMED_FILE = (
+    LookupError,
+    ArithmeticError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    StrictDataclassError,
+)
 
 Values = dict[tuple[str, str], Tensor]
 """What is compared, by quantity and name: "gradient" has one for each weight, the others are called ""."""
@@ -63,14 +73,15 @@ def compare(path: Path) -> Comparison:
     Raises:
         UsageError: If the file is missing or no sound reference file, or its model or method cannot be built here.
     """
-    reference = read_reference(path)
     threads = torch.get_num_threads()
     # sums in one order, so that the same file gives the same errors on every machine
     torch.set_num_threads(1)
     try:
-        return _compare(reference)
+        return _compare(read_reference(path))
     except UsageError as error:
         raise UsageError(f"{path} cannot be compared: {error}") from error
+    except _OF_A_MALFORMED_FILE as error:
+        raise UsageError(f"{path} cannot be compared: {type(error).__name__}: {first_line(error)}") from error
     finally:
         torch.set_num_threads(threads)
 
@@ -79,17 +90,11 @@ def base_model(reference: Reference) -> PreTrainedModel:
     """Build the frozen model of a reference file, in float32.
 
     Raises:
-        UsageError: If its config makes no model, or its weights are not those of that model.
+        UsageError: If its weights are not those of the model that its config makes.
     """
-    try:
-        config = AutoConfig.for_model(reference.architecture, **reference.config)
-        with torch.device("meta"):  # nothing is allocated before the sizes are known to be right
-            shapes = {name: one.shape for name, one in _from_config(config).state_dict().items()}
-    except (TypeError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(
-            f"its metadata 'config' makes no model of {reference.architecture}: {reason}"
-        ) from error
+    config = AutoConfig.for_model(reference.architecture, **reference.config)
+    with torch.device("meta"):  # nothing is allocated before the sizes are known to be right
+        shapes = {name: one.shape for name, one in _from_config(config).state_dict().items()}
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     wrong = [f"'base.{name}' is missing" for name in shapes.keys() - reference.base.keys() - tied]
     wrong += [f"'base.{name}' is no weight of the model" for name in reference.base.keys() - shapes.keys()]
