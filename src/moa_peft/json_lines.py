@@ -1,4 +1,4 @@
-"""Files of JSON lines that survive a kill: rows are appended whole, and a line that was cut off is noticed.
+"""Files of JSON that survive a kill: rows are appended whole, and a line that was cut off is noticed.
 
 Several processes may write to one file: each has it to itself while it changes it.
 """
@@ -32,6 +32,15 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         UsageError: If another line is not a JSON object.
     """
     return _whole_lines(file)[0]
+
+
+def read_object(file: Path) -> dict[str, Any] | None:
+    """Read a file that holds one JSON object; None where it holds none that can be read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

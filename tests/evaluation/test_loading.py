@@ -100,11 +100,11 @@ def test_an_adapter_from_the_hub_is_read_where_the_hub_puts_it(
     assert read_adapter("some/one").path == adapter
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[]", "holds no JSON object")])
-def test_a_damaged_config_is_named(adapter: Path, text: str, message: str) -> None:
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_config_is_named(adapter: Path, text: str) -> None:
     (adapter / "adapter_config.json").write_text(text)
     with pytest.raises(
-        UsageError, match=rf"adapter_config.json {message}: the adapter was not written whole"
+        UsageError, match=r"adapter_config\.json holds no JSON object .* was not written whole"
     ):
         read_adapter(str(adapter))
 
@@ -334,7 +334,7 @@ def test_a_config_that_is_nested_too_deeply_or_of_no_kind_is_named(adapter: Path
     with pytest.raises(UsageError, match=r"its peft_type is \['MOA'\]: it must be text"):
         read_adapter(str(adapter))
     (adapter / "adapter_config.json").write_text("[" * 100_000)
-    with pytest.raises(UsageError, match=r"adapter_config\.json is not JSON"):
+    with pytest.raises(UsageError, match=r"adapter_config\.json holds no JSON object"):
         read_adapter(str(adapter))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from moa_peft.data.progress import say
 from moa_peft.errors import UsageError
+from moa_peft.json_lines import read_object
 
 MANIFEST = "moa_manifest.json"
 """Name of the file that is written last into a cached folder: what it was made from, sizes and SHA-256 of its files."""
@@ -159,11 +160,8 @@ def folder_problem(folder: Path, source: Mapping[str, Any]) -> str | None:
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Read the manifest of a cached folder; None if there is none that can be read."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) and {"source", "files"} <= manifest.keys() else None
+    manifest = read_object(folder / MANIFEST) or {}
+    return manifest if {"source", "files"} <= manifest.keys() else None
 
 
 def _write_manifest(folder: Path, source: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from moa_peft.data.base_loading import (
 from moa_peft.data.base_model import DEFAULT_MODEL
 from moa_peft.data.templates import Template
 from moa_peft.errors import UsageError, expanded, first_line, unknown
+from moa_peft.json_lines import read_object
 from moa_peft.mixture.adapter_file import check_values, split_frozen
 from moa_peft.provenance import RECIPE_FILE
 
@@ -373,14 +374,9 @@ def _from_hub(name: str) -> Path:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    content = read_object(file)
+    if content is None:
         raise UsageError(
-            f"{file} is not JSON: the adapter was not written whole; train or copy it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise UsageError(
-            f"{file} holds no JSON object: the adapter was not written whole; train or copy it again"
+            f"{file} holds no JSON object that can be read: the adapter was not written whole; train or copy it again"
         )
     return content

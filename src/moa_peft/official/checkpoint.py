@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moa_peft.errors import UsageError, first_line
+from moa_peft.json_lines import read_object
 from moa_peft.official.names import Layout, idle_routers
 
 Value = TypeVar("Value")
@@ -108,7 +109,7 @@ def checkpoint_files(path: Path) -> list[Path]:
         raise UsageError(
             f"checkpoint {path} does not exist: give an official adapter.pth, or the fork's folder"
         )
-    if _is_peft_mixture(path / "adapter_config.json"):
+    if (read_object(path / "adapter_config.json") or {}).get("peft_type") == "MOA":
         raise UsageError(
             f"{path} is an adapter of this package already: use it as it is, with moa evaluate --adapter {path}"
         )
@@ -128,13 +129,6 @@ def checkpoint_files(path: Path) -> list[Path]:
         return shards or pickled
     seen = ", ".join(one.name for one in pickled) or "no .pth and no .safetensors file"
     raise UsageError(f"{path} holds {seen}: name the checkpoint's file itself")
-
-
-def _is_peft_mixture(file: Path) -> bool:
-    try:
-        return json.loads(file.read_text(encoding="utf-8")).get("peft_type") == "MOA"
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return False
 
 
 def _shards_of(index: Path) -> set[str]:

@@ -1,7 +1,6 @@
 """The folder of a run: its files are complete or absent at any moment."""
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ from typing import Any
 
 from moa_peft.errors import UsageError
 from moa_peft.folder_lock import LOCK_FILE
-from moa_peft.json_lines import written_whole
+from moa_peft.json_lines import read_object, written_whole
 from moa_peft.provenance import RECIPE_FILE
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -56,11 +55,8 @@ def read_recipe(output_dir: Path) -> dict[str, Any]:
     Raises:
         UsageError: If the folder holds none.
     """
-    try:
-        recipe = json.loads((output_dir / RECIPE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        recipe = None
-    if not isinstance(recipe, dict):
+    recipe = read_object(output_dir / RECIPE_FILE)
+    if recipe is None:
         raise UsageError(
             f"{output_dir} holds no readable {RECIPE_FILE}, so there is no run to resume: leave --resume out"
         )
