@@ -109,6 +109,14 @@ def test_rows_of_added_tokens_come_from_the_file_and_all_others_from_the_base(
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+def test_another_size_of_the_vocabulary_is_named_with_what_to_call(tmp_path: Path, base: Path) -> None:
+    rows = len(byte_tokenizer()) + 2
+    save_with_added_tokens(tmp_path / "a", base, seed=1, saved=None)
+    with pytest.raises(UsageError, match=rf"holds {rows} rows of .*call resize_token_embeddings\({rows}\)"):
+        loaded(base, tmp_path / "a")
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
 def test_a_second_adapter_leaves_the_first_ones_trained_modules_alone(tmp_path: Path, base: Path) -> None:
     """PEFT wrote the copies under the name "default" as well, and put them back under that name."""
     for seed in (1, 2):

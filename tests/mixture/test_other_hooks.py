@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from moa_peft import MoAConfig, mixture_layers
+from moa_peft import MoAConfig, PromptExpert, RunError, mixture_layers
 from moa_peft.bench.subjects import one_by_one
 from moa_peft.mixture.block_hooks import MoALayer
 from tiny import awaken, base_model, cached, mixture_model, tokens
@@ -150,6 +150,52 @@ def test_an_adapter_trains_a_copy_of_a_layer_that_another_has_an_expert_on() -> 
     twin = mixture_model("llama", "soft-moa")
     with torch.no_grad():
         assert torch.equal(model.eval()(tokens()).logits, twin(tokens()).logits)
+
+
+@pytest.mark.parametrize("path", ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"])
+@pytest.mark.parametrize("method", ["lora", "molora", "soft-moa"])
+def test_a_layer_that_is_replaced_after_wrapping_is_refused_by_name(method: str, path: str) -> None:
+    """fp8 training of accelerate, and torchao's QAT, put other layers in: its experts were silent, and the loss fell all the same."""
+    model = mixture_model("llama", method)
+    block = model.get_base_model().model.layers[1]
+    old = block.get_submodule(path)
+    new = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)
+    new.load_state_dict(old.state_dict())
+    block.set_submodule(path, new)
+    with torch.no_grad(), model.disable_adapter():
+        model(tokens())
+    with pytest.raises(RunError, match=rf"layers\.1\.{path} was replaced after the adapter was put on"):
+        model(tokens())
+
+
+def test_an_mlp_that_runs_in_tiles_of_the_sequence_is_refused() -> None:
+    model = mixture_model("llama", "lora")
+    mlp = model.get_base_model().model.layers[0].mlp
+    whole = mlp.forward
+    mlp.forward = lambda x: torch.cat([whole(part) for part in x.split(4, dim=1)], dim=1)
+    with pytest.raises(RunError, match=r"mlp\.down_proj was given .* must not run it in parts"):
+        model(tokens())
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_keys_of_a_prompt_are_the_frozen_ones_whichever_adapter_was_added_first() -> None:
+    """LoRA's layer around k_proj gave its own keys, so the order of adding them changed the logits."""
+
+    def logits(order: str) -> Tensor:
+        model = base_model("llama")
+        for name in order:
+            torch.manual_seed(5)
+            lora = LoraConfig(r=4, target_modules=["k_proj", "v_proj"], init_lora_weights=False)
+            model.add_adapter(lora if name == "l" else MoAConfig(experts=[PromptExpert()]), name)
+        torch.manual_seed(6)
+        for name, one in model.named_parameters():
+            if "moa_mixture" in name:
+                one.data = torch.randn_like(one)
+        model.set_adapter(["l", "m"])
+        with torch.no_grad():
+            return model.eval()(tokens()).logits
+
+    torch.testing.assert_close(logits("lm"), logits("ml"), rtol=1e-5, atol=1e-5)
 
 
 def test_a_copied_model_has_hooks_of_its_own() -> None:

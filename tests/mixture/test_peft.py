@@ -233,6 +233,22 @@ def test_adapters_are_float32_on_a_bfloat16_base_unless_told_otherwise() -> None
         assert logits(model).isfinite().all()
 
 
+def test_adapters_are_never_of_a_dtype_that_only_stores() -> None:
+    """On a base in float8 they were float8 too, and a file of them could not be loaded again."""
+    base = base_model("llama")
+    for block in base.model.layers:
+        block.self_attn.q_proj.weight.data = block.self_attn.q_proj.weight.data.to(torch.float8_e4m3fn)
+    model = get_peft_model(base, MoAConfig.preset("lora"), autocast_adapter_dtype=False)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_unmerging_does_nothing_for_nothing_was_merged() -> None:
+    model = mixture_model("llama", "soft-moa")
+    before = logits(model)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), before)
+
+
 def test_the_official_dead_threshold_is_declared_untrained() -> None:
     dead = ThresholdConfig(maximum=0.5, gradient="none")
     model = get_peft_model(

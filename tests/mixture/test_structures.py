@@ -50,6 +50,18 @@ def test_a_mixture_holds_in_every_structure(name: str, tmp_path: Path) -> None:
     check_mixture(name, config_of(name), tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["soft-moa", "molora"])
+def test_a_mixture_holds_where_the_number_of_heads_is_the_blocks_own(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The larger Gemma 4 have fewer key heads where attention is full: their config has no single number to read."""
+    model_type, settings = TEXT["gemma4_text"]
+    own = {"attention_k_eq_v": True, "num_key_value_heads": 2, "num_global_key_value_heads": 1}
+    monkeypatch.setitem(TEXT, "gemma4_text, global heads", (model_type, settings | own))
+    check_mixture("gemma4_text, global heads", MoAConfig.preset(method), tmp_path)
+
+
 @pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_moe", "lfm2", "falcon, new", "deepseek_v3"])
 def test_a_mixture_learns_in_every_kind_of_block(name: str) -> None:
     model, ids = get_peft_model(text_model(name), config_of(name)), tokens(2, 9)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from moa_peft.errors import UsageError
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What adapters are trained and saved in."""
 KEY_PREFIX = "base_model.model."
 """What PEFT puts before the names of an adapter's weights."""
 _WRAPPERS = ("base_layer", "original_module")
@@ -30,8 +31,8 @@ def check_values(weights: Mapping[str, Tensor], what: str) -> None:
         UsageError: If one holds NaN or infinity, or is of a dtype that adapters are not trained in.
     """
     for name, one in weights.items():
-        if one.dtype not in _DTYPES:
-            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        if one.dtype not in DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise UsageError(
                 f"{what} holds {name} in {one.dtype}: adapters are of {known}; train or copy it again"
             )
@@ -74,6 +75,11 @@ def split_frozen(
         if has_others and "original_module" in name:
             continue  # the adapter has its own copy of this module
         before = frozen[_bare(name)]
+        if before.shape[1:] == one.shape[1:] and before.shape != one.shape:
+            raise UsageError(
+                f"{what} holds {one.shape[0]} rows of {name}, the base model has {before.shape[0]}: the vocabulary was resized "
+                f"for its training, so call resize_token_embeddings({one.shape[0]}) on the base model first"
+            )
         has_more = not has_others and num_rows < before.shape[0] == model.config.get_text_config().vocab_size
         if not (has_more and before.shape == one.shape and _same(before[:num_rows], one[:num_rows])):
             raise UsageError(

@@ -494,6 +494,9 @@ def _no_prompt(model: nn.Module, attention: nn.Module, text: Any) -> str:
 
 def _heads(attention: nn.Module, text: Any) -> tuple[int, int]:
     """Heads of the queries, and of keys and values."""
+    layers, index = getattr(text, "per_layer_config", None), getattr(attention, "layer_idx", None)
+    if layers is not None and index is not None:
+        text = layers[index]  # Gemma 4: the number is not the same in every block
 
     def first(*names: str) -> int | None:
         sources = [(attention, name) for name in names] + [(text, name) for name in names]

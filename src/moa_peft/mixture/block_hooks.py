@@ -75,6 +75,7 @@ class _State:
 
     def __init__(self) -> None:
         self.in_call = False  # the block is called, not recomputed
+        self.routed = False
         self.call: CallTokens | None = None  # until its tokens are routed
         self.block_input: Tensor | None = None  # likewise
         self.passes: tuple[MixturePass, ...] = ()
@@ -83,7 +84,7 @@ class _State:
 
     def end(self) -> None:
         """Forget the pass."""
-        self.in_call, self.call, self.block_input, self.passes = False, None, None, ()
+        self.in_call, self.routed, self.call, self.block_input, self.passes = False, False, None, None, ()
 
 
 class MoALayer(nn.Module, BaseTunerLayer):
@@ -175,6 +176,9 @@ class MoALayer(nn.Module, BaseTunerLayer):
         """Refuse: see `MoAModel`."""
         raise UsageError(MERGE_REFUSAL)
 
+    def unmerge(self) -> None:
+        """Do nothing: nothing is ever merged."""
+
     def get_base_layer(self) -> nn.Module:
         """The layer whose device and dtype the experts take: the one that q, k and v come out of."""
         return self.block.projection_input
@@ -248,8 +252,28 @@ class MoALayer(nn.Module, BaseTunerLayer):
         return args, {**kwargs, ARGUMENT: self.watch.current}
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002
-        """End a call of the block."""
-        self._state.end()
+        """End a call of the block.
+
+        Raises:
+            RunError: If it came to its end and an expert was left out; without an output it was cut short by an error.
+        """
+        state = self._state
+        is_whole = not state.in_call or (state.routed and not state.passes)
+        state.end()
+        if output is not None and not is_whole and self._active():
+            self._refuse_replaced()
+            raise RunError(f"{self.block.path} has ended, and a layer in it that experts add to has not run")
+
+    def _refuse_replaced(self) -> None:
+        """Refuse a block in which another module stands where one with a hook was: its experts would add nothing."""
+        hooked = {self.block.projection_input_path: self.block.projection_input}
+        hooked |= {one.path: one.module for one in self.block.sites.values()}
+        for path, module in hooked.items():
+            if module is not self.block.module.get_submodule(path.removeprefix(f"{self.block.path}.")):
+                raise RunError(
+                    f"{path} was replaced after the adapter was put on, as fp8 training and quantisation do, so that the adapter "
+                    "would add nothing there: convert the base model first, and put the adapter on it then"
+                )
 
     def _note_block_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
         self._state.block_input = args[0]
@@ -270,6 +294,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
         tell = self._tell if self._is_observed(self.observer) else None
         mixed = self.watch.mixed
         begin = MixturePass if mixed is None else mixed.passes(args[0])
+        state.routed = True
         state.passes = tuple(
             [
                 begin(name, self.moa_mixture[name], f"{self.block.path}.{name}", state.call, tell)  # type: ignore[arg-type]  # ModuleDict is untyped
@@ -289,6 +314,11 @@ class MoALayer(nn.Module, BaseTunerLayer):
         x, frozen = args[0], own
         if x.dim() != 3 or own.dim() != 3:  # a mixture of experts may have put all rows into one
             x, frozen = (one.view(*self._state.tokens, -1) for one in (x, own))
+        elif self._state.passes and x.shape[:2] != self._state.tokens:
+            raise RunError(
+                f"{path} was given {list(x.shape[:2])} rows and tokens of the block's {list(self._state.tokens)}: its gates are "
+                "of whole rows, so the model must not run it in parts (tiled MLP)"
+            )
         total = frozen
         for one in self._take(path):
             total = one.add_changes(path, x, frozen, total)
@@ -314,6 +344,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
             if state.modules_left == 0:
                 state.passes = ()
         elif any(path in self.mixtures()[name].modules_changed for name in self._active()):
+            self._refuse_replaced()
             raise RunError(
                 f"{path} ran before the router of its block: this model does not run its attention first; "
                 "name its parts in MoAConfig(architecture=ArchitectureConfig(...))"

@@ -14,7 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from moa_peft.errors import UsageError, unknown
-from moa_peft.mixture.adapter_file import check_fit, check_values, is_saved_whole, split_frozen
+from moa_peft.mixture.adapter_file import DTYPES, check_fit, check_values, is_saved_whole, split_frozen
 from moa_peft.mixture.architecture import find_blocks
 from moa_peft.mixture.block_hooks import (
     CHILD,
@@ -208,7 +208,7 @@ class MoAModel(BaseTuner):
             return
         for _, layer in mixture_layers(self.model):
             _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
-            if adapter_name in layer.moa_mixture and dtype is not None and dtype.is_floating_point:
+            if adapter_name in layer.moa_mixture and dtype in DTYPES:  # float8 stores, and does not train
                 layer.moa_mixture[adapter_name].to(dtype)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002

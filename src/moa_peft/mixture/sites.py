@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 MIXER_INPUT, MLP_INPUT = "mixer", "mlp"
@@ -124,8 +125,13 @@ class LatentAttentionSite(AttentionSite):
         return torch.cat([keys, shared.unsqueeze(1).expand(-1, self.num_heads, -1)], dim=-1), values
 
 
+def frozen_layer(module: nn.Module) -> Any:
+    """The model's own layer, where another adapter of PEFT stands around it."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
 def _frozen(site: LinearSite, vectors: Tensor) -> Tensor:
-    projected = site.module.forward(vectors)
+    projected = frozen_layer(site.module).forward(vectors)
     return projected if site.slot is None else site.slot.take(projected)
 
 

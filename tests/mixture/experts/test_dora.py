@@ -103,6 +103,17 @@ def test_a_quantised_base_is_read_through_its_own_dequantisation() -> None:
     torch.testing.assert_close((base + expert.change(x, base, gate)).double(), truth, rtol=1e-5, atol=1e-5)
 
 
+def test_a_base_that_is_quantised_in_place_is_read_as_what_it_has_become() -> None:
+    module = layer("linear", 6, 4)
+    expert = DoraExpert(targets=("q_proj",), rank=2).build(site(module, 6, 4))
+    quantised = Scaled8Bit(module)
+    del module.weight
+    module.__class__ = Scaled8Bit
+    module.scale, module.W_q = quantised.scale, quantised.W_q
+    x, gate = inputs(2, 3, 6), gates(2, 3)
+    assert expert.change(x, module(x), gate).abs().max() < 0.1
+
+
 def eight_bit_floats() -> nn.Module:
     module = nn.Linear(4, 4).requires_grad_(False)
     module.weight.data = module.weight.data.to(torch.float8_e4m3fn)

@@ -80,7 +80,6 @@ class WeightDecomposedChange(LinearExpert):
         self.scale = config.scale
         self.slot = site.slot
         self.frozen = (site.module,)  # in a tuple it is no part of this module
-        self.packed = is_packed(site.module)
         self.A = nn.Parameter(torch.empty(config.rank, site.in_features))
         self.B = nn.Parameter(torch.zeros(site.out_features, config.rank))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
@@ -112,7 +111,7 @@ class WeightDecomposedChange(LinearExpert):
     def _rows(self) -> Tensor:
         """The frozen weight of this projection: [D_out, D_in]."""
         module = self.frozen[0]
-        weight: Tensor = dequantised(module) if self.packed else module.weight  # type: ignore[assignment]  # typed as Tensor | Module
+        weight: Tensor = dequantised(module) if is_packed(module) else module.weight  # type: ignore[assignment]  # typed as Tensor | Module
         columns = weight if isinstance(module, Conv1D) else weight.T  # [D_in, outputs of the module]
         return (columns if self.slot is None else self.slot.take(columns)).T
 

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moa_peft.mixture.config import ExpertConfig
 from moa_peft.mixture.experts.base import PROJECTIONS, LinearExpert, register_expert, target_problems
+from moa_peft.mixture.sites import frozen_layer
 
 if TYPE_CHECKING:
     from moa_peft.mixture.sites import LinearSite
@@ -71,6 +72,7 @@ def frozen_product(module: nn.Module, x: Tensor) -> Tensor:
     Returns:
         Float, [B, T, D_out].
     """
+    module = frozen_layer(module)
     weight = getattr(module, "weight", None)
     if weight is None or weight.is_meta or type(module) not in (nn.Linear, Conv1D):
         output = module.forward(x)  # a quantised or offloaded layer knows where its weight is
