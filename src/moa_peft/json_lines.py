@@ -20,7 +20,7 @@ RESULTS_FILE = "results.jsonl"
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Read JSON lines; a last line that a kill cut off is left out.
+    """Read JSON lines; a last line that a kill cut off is left out, one that lacks no more than its end is not.
 
     Args:
         file: The file; need not exist.
@@ -52,13 +52,17 @@ def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
     Raises:
         OSError: If the disk is full; the rows of the file are then as they were.
-        UsageError: As `read_rows`, if the last line is cut off.
+        UsageError: As `read_rows`, if the last line does not end.
     """
     text = "".join(json.dumps(one, ensure_ascii=False, allow_nan=False) + "\n" for one in rows).encode()
     file.parent.mkdir(parents=True, exist_ok=True)
     with _alone(file, os.O_RDWR | os.O_APPEND | os.O_CREAT) as handle:
-        if _is_torn(handle):
-            os.ftruncate(handle, _whole_lines(file)[1])
+        if _lacks_its_end(handle):
+            size = _whole_lines(file)[1]
+            if size == os.fstat(handle).st_size:
+                text = b"\n" + text
+            else:
+                os.ftruncate(handle, size)
         written = os.write(handle, text)
         if written != len(text):
             os.ftruncate(handle, os.fstat(handle).st_size - written)
@@ -66,7 +70,7 @@ def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         os.fsync(handle)
 
 
-def _is_torn(handle: int) -> bool:
+def _lacks_its_end(handle: int) -> bool:
     if not os.fstat(handle).st_size:
         return False
     os.lseek(handle, -1, os.SEEK_END)
@@ -107,18 +111,18 @@ def _alone(file: Path, flags: int) -> Iterator[int]:
 
 
 def _whole_lines(file: Path) -> tuple[list[dict[str, Any]], int]:
-    """The rows of a file's whole lines, and how many bytes these take."""
+    """The rows of a file's whole lines, and how many bytes these take; a row is whole as soon as it can be read."""
     rows: list[dict[str, Any]] = []
     size = 0
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line) if line.endswith(b"\n") else None
+            row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict):
             rows.append(row)
-        elif number < len(lines):
+        elif number < len(lines) or line.endswith(b"\n") or not line.startswith(b"{"):
             raise UsageError(f"{file}, line {number}: not a JSON object: delete the file, or mend the line")
         else:
             break

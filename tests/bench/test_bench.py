@@ -79,9 +79,15 @@ def test_a_compiled_model_is_what_is_timed_and_compared(monkeypatch: pytest.Monk
     assert error < 1e-5
 
 
-def test_only_a_training_step_is_compiled() -> None:
-    with pytest.raises(UsageError, match="compile is on: it is for train, not for decode"):
-        BenchOptions(kind="decode", methods=(), compiled=True)
+@pytest.mark.parametrize("option", ["compiled", "checkpointing"])
+def test_what_is_of_a_training_step_is_refused_for_others(option: str) -> None:
+    with pytest.raises(UsageError, match=f"{option[:7]}.* is on: it is not for decode"):
+        BenchOptions(kind="decode", methods=(), **{option: True})
+
+
+def test_a_shape_is_only_cut_to_fewer_blocks() -> None:
+    with pytest.raises(UsageError, match=r"layers is 99: smollm2-135m has \d+"):
+        BenchOptions(kind="train", methods=(), model="smollm2-135m", layers=99).base()
 
 
 def test_an_error_in_how_experts_are_joined_shows_and_is_an_objection(
@@ -253,7 +259,7 @@ def test_tokens_a_second_are_those_read_in_training_and_those_decoded() -> None:
         ({"dtype": "float8"}, "unknown dtype 'float8'"),
         ({"device": "tpu"}, "unknown device 'tpu'"),
         ({"pairs": 0, "layers": 0}, "layers is 0: give at least 1; pairs is 0: give at least 1"),
-        ({"kind": "scaling"}, "num_experts is empty: give numbers of copies"),
+        ({"kind": "scaling"}, r"num_experts is \[\]: give numbers of copies"),
         (
             {
                 "kind": "scaling",

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -60,6 +61,21 @@ def test_answers_without_choices_are_said_to_need_generation(tmp_path: Path, bas
         "sums: its rows have no choices to compare, so there is a loss but no accuracy; --mode generation"
         in told
     )
+
+
+def test_rows_without_answers_have_neither_accuracy_nor_loss_and_that_is_said(
+    tmp_path: Path, base: Path
+) -> None:
+    rows = write_rows(
+        tmp_path / "none.json", [dataclasses.replace(one, output="", answer="") for one in number_rows(2)]
+    )
+    told = call("--model", base, "--tasks", rows, "--mode", "likelihood", "--out", tmp_path / "out").stderr
+    assert "none: its rows have no choices to compare, so there is no accuracy" in told
+
+
+def test_no_name_of_a_task_is_not_the_demo(base: Path) -> None:
+    with pytest.raises(UsageError, match="tasks is empty"):
+        call("--model", base, "--tasks", "")
 
 
 def test_json_is_one_object_on_standard_output_and_nothing_else(

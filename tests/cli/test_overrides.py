@@ -44,6 +44,17 @@ def test_a_value_is_what_yaml_1_2_says_it_is(text: str, value: Any) -> None:
     assert type(parse_value("--x", text)) is type(value)
 
 
+def test_a_colon_without_a_space_is_not_a_key_without_a_value(tmp_path: Path) -> None:
+    """`--model-init-kwargs {dtype:bfloat16}` was float32."""
+    message = "the key 'dtype:bfloat16' has no value: write a space after the colon"
+    with pytest.raises(UsageError, match=message):
+        parse_value("--x", "{dtype:bfloat16}")
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model_init_kwargs: {dtype:bfloat16}\n")
+    with pytest.raises(UsageError, match=message):
+        load_yaml(file)
+
+
 def test_flags_become_a_nested_mapping() -> None:
     flags = [
         "--a.b",

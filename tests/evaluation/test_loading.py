@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.loading import AdapterFolder, choose_base, choose_template, load, read_adapter
+from moa_peft.evaluation.options import default_out
 from tiny_lm import byte_tokenizer, save_adapter, save_base, tiny_llama, with_mixture
 
 
@@ -54,6 +55,16 @@ def test_the_recipe_goes_before_the_config_of_peft(tmp_path: Path, base: Path) -
     assert choose_template(None, found, "paper") == "chat"
     assert choose_template("paper", found, "chat") == "paper"
     assert choose_template(None, None, "paper") == "paper"
+
+
+def test_a_checkpoint_is_evaluated_as_its_run_is(tmp_path: Path, base: Path) -> None:
+    """It took the paper's template where the run had the chat's; and resuming the run deletes old checkpoints with what is in them."""
+    save_adapter(tmp_path / "run" / "checkpoint-4", base)
+    write_recipe = (tmp_path / "run" / "moa_recipe.json").write_text
+    write_recipe(json.dumps({"model": str(base), "template": "chat", "method": "lora", "seed": 4}))
+    found = read_adapter(str(tmp_path / "run" / "checkpoint-4"))
+    assert (found.template, found.method, found.seed) == ("chat", "lora", 4)
+    assert default_out(None, found) == tmp_path / "run" / "evaluation"
 
 
 def test_the_bare_model_and_its_dtype(base: Path) -> None:

@@ -153,7 +153,7 @@ def test_an_imported_checkpoint_is_recognised_computes_the_official_logits_and_e
     ):
         assert part in told
     torch.testing.assert_close(one.logits(adapter), one.tensors["logits"], atol=1e-4, rtol=0)
-    out = tmp_path / "back"
+    out = tmp_path / ("back.pth" if one.is_native else "back.safetensors")
     call("export", adapter, "--format", "official", "--out", out)
     back = torch.load(out, weights_only=True) if one.is_native else load_file(out)
     assert back.keys() == one.weights.keys()
@@ -507,8 +507,8 @@ def test_unipeft_whose_blocks_carry_different_kinds_is_imported_and_exported(
     torch.save(weights, one.checkpoint)
     report = json.loads(call("import", one.checkpoint, "--out", adapter, *words, "--json").stdout)
     torch.testing.assert_close(one.logits(adapter), one.logits(tmp_path / "silent"), atol=1e-5, rtol=0)
-    call("export", adapter, "--format", "official", "--out", tmp_path / "back")
-    back = torch.load(tmp_path / "back", weights_only=True)
+    call("export", adapter, "--format", "official", "--out", tmp_path / "back.pth")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
     idle = {name for name in weights if name not in back or not torch.equal(back[name], weights[name])}
     assert len(idle) == report["num_idle_weights"]
     assert all(re.match(r"layers\.0\.\w+_gate\.", name) for name in idle)
@@ -665,11 +665,12 @@ def test_a_family_that_the_official_code_does_not_know_is_refused(tmp_path: Path
 
 def test_a_file_whose_name_says_another_kind_is_refused(tmp_path: Path) -> None:
     adapter = save_mixture(tmp_path, MoAConfig.preset("soft-moa"))
-    with pytest.raises(
-        UsageError, match=r"the fork layout, .* is another kind of file: give .*x\.safetensors"
-    ):
-        call("export", adapter, "--format", "official", "--out", tmp_path / "x.pth")
-    assert not (tmp_path / "x.pth").exists()
+    for name in ("x.pth", "x"):
+        with pytest.raises(
+            UsageError, match=r"the fork layout, .* is a \.safetensors file: give .*x\.safetensors"
+        ):
+            call("export", adapter, "--format", "official", "--out", tmp_path / name)
+        assert not (tmp_path / name).exists()
 
 
 def test_an_adapter_with_weights_that_its_config_does_not_make_is_not_exported(tmp_path: Path) -> None:
@@ -701,7 +702,7 @@ def test_the_layout_goes_by_what_the_router_reads(tmp_path: Path) -> None:
         call("export", adapter, "--format", "official", "--out", tmp_path / "x", "--layout", "frok")
     with pytest.raises(UsageError, match="--batch-size"):
         call("export", adapter, "--format", "official", "--out", tmp_path / "x", "--batch-size", "2")
-    told = call("export", adapter, "--format", "official", "--out", tmp_path / "x").stdout
+    told = call("export", adapter, "--format", "official", "--out", tmp_path / "x.safetensors").stdout
     assert "soft-moa, fork layout" in told
     assert "lora_rank 8, lora_alpha 8" in told
     assert "warning" not in told

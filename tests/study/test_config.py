@@ -58,6 +58,7 @@ def test_folders_may_be_those_of_a_user(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ({"most_rates": 0}, "most_rates is 0: give a whole number of at least 1"),
         ({"tuning_limit": 9, "train_limit": 8}, "tuning_limit is 9: give at most train_limit, 8"),
         ({"finalists": ["loar"]}, "unknown finalist 'loar': did you mean 'lora'"),
+        ({"finalists": "lora, loar"}, "unknown finalist 'loar': did you mean 'lora'"),
         ({"finalists": [1]}, r"finalists is \[1\]: give names"),
         ({"mode": "likely"}, "unknown mode 'likely': did you mean 'likelihood'"),
         (

@@ -96,6 +96,14 @@ def test_a_row_on_both_sides_is_refused_whatever_its_case_and_punctuation(
         load_data(config_of())
 
 
+def test_one_file_for_training_and_validation_is_told_what_to_give(
+    config_of: Configs, tmp_path: Path
+) -> None:
+    rows = write_rows(tmp_path / "mine.json", named("mine", 40))
+    with pytest.raises(UsageError, match="validation rows are the training rows: give --validation FILE"):
+        load_data(dataclasses.replace(config_of(), data=str(rows), validation=None))
+
+
 def test_sums_that_differ_in_their_sign_alone_are_two_questions(config_of: Configs, tmp_path: Path) -> None:
     sum_of, difference = (changed(named("x", 1)[0], instruction=f"What is 3 {sign} 2?") for sign in "+-")
     for name, row in (("mix/train", sum_of), ("first/test", difference)):

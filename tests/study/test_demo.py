@@ -15,7 +15,9 @@ from moa_peft.cli.demo import demo, report
 from moa_peft.cli.overrides import load_yaml
 from moa_peft.data.cache import cache_root
 from moa_peft.data.row import Row
-from moa_peft.study.demo import Example, choose_examples, demo_recipe, free_folder, run_demo
+from moa_peft.errors import UsageError
+from moa_peft.json_lines import append_rows
+from moa_peft.study.demo import Example, choose_examples, choose_run, demo_recipe, run_demo
 from moa_peft.training.prepare import Plan
 from moa_peft.training.recipe import Recipe
 from moa_peft.training.trainer_settings import trainer_fields
@@ -28,16 +30,33 @@ needs_packages = pytest.mark.skipif(
 
 
 def test_a_demo_that_was_cut_off_goes_on_and_a_finished_one_is_left_alone(tmp_path: Path) -> None:
-    folder = tmp_path / "demo"
-    assert free_folder(folder) == folder
-    assert demo_recipe("soft-moa", 40, folder).resume is False
+    folder, second = tmp_path / "demo", str(tmp_path / "demo-2")
+
+    def chosen(steps: int = 40, method: str = "soft-moa") -> tuple[str, bool | str]:
+        recipe = choose_run(folder, method, steps)
+        return recipe.output_dir, recipe.resume
+
+    assert chosen() == (str(folder), False)
     folder.mkdir()
-    (folder / "moa_recipe.json").write_text("{}")
-    assert free_folder(folder) == folder
-    assert demo_recipe("soft-moa", 40, folder).resume is True
+    begun = demo_recipe("soft-moa", 40, folder).to_mapping() | {"data_md5": "a"}
+    (folder / "moa_recipe.json").write_text(json.dumps(begun))
     (folder / "adapter_model.safetensors").touch()
-    assert free_folder(folder) == tmp_path / "demo-2"
-    assert demo_recipe("soft-moa", 40, tmp_path / "demo-2").resume is False
+    assert chosen() == (str(folder), True), "trained, but not compared yet"
+    assert chosen(steps=41) == chosen(method="lora") == (second, False)
+    append_rows(folder / "results.jsonl", [{"kind": "demo"}])
+    assert chosen() == (second, False)
+
+
+def test_a_demo_that_cannot_be_run_is_refused_before_the_frozen_model_is_evaluated(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").touch()
+    for folder, method, message in (
+        ("new", "soft-mao", "unknown method 'soft-mao'"),
+        ("mine", "soft-moa", "holds something else than a run of the demo: give another --out"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run_demo(tmp_path / folder, method, 1, lambda _: None, lambda _: None)
+    assert [one.name for one in tmp_path.iterdir()] == ["mine"]
 
 
 def test_the_recipe_file_of_the_demo_trains_what_the_demo_trains() -> None:
@@ -69,7 +88,7 @@ def test_the_examples_are_those_whose_answer_changed_first_for_better_or_worse()
 def result(gain: float) -> Any:
     """What `report` reads of the demo's result."""
     training = SimpleNamespace(
-        output_dir="runs/x", trainable_parameters=5, total_parameters=500, step_s=1.25, train_s=40.4
+        output_dir="runs/my x", trainable_parameters=5, total_parameters=500, step_s=1.25, train_s=40.4
     )
     example = Example(sentence="dull .", label="negative", frozen="positive", tuned="negative")
     return SimpleNamespace(
@@ -89,7 +108,7 @@ def test_the_report_says_accuracy_gain_error_examples_and_time() -> None:
         "200 held-out", " 70.0 % right", " 84.0 % right", "+14.0 points, standard error 3.0", "(1.00 % of the model)",
         "  dull .\n      frozen: positive, tuned: negative, right: negative\n",
         "110 s: frozen 30 s, training 40 s, 1.25 s a step, tuned 31 s",
-        "  bin/moa inspect --adapter runs/x --data demo",
+        "  bin/moa inspect --adapter 'runs/my x' --data demo",
     ):  # fmt: skip
         assert one in told
     assert "Not above" not in told
@@ -126,4 +145,4 @@ def test_the_demo_lowers_the_answer_loss_of_the_real_model_and_leaves_what_it_sa
     assert rows[1]["examples"] == [dataclasses.asdict(one) for one in found.examples]
     assert "SST-2" in report(found, "moa")
     assert sum(one.numel() for one in load_file(folder / "adapter_model.safetensors").values()) == 3_147_720
-    assert free_folder(folder) == tmp_path / "demo-2"
+    assert choose_run(folder, "soft-moa", 5).output_dir == str(tmp_path / "demo-2")

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 
 from moa_peft import json_lines
 from moa_peft.errors import UsageError
-from moa_peft.json_lines import append_rows
+from moa_peft.json_lines import append_rows, read_rows
 from moa_peft.training import output_folder
 
 
@@ -111,6 +111,28 @@ def test_a_row_that_does_not_fit_on_the_disk_leaves_no_half_line(
     with pytest.raises(OSError, match="No space left on device"):
         append_rows(tmp_path / "results.jsonl", [{"n": 1}])
     assert (tmp_path / "results.jsonl").read_text() == '{"n": 0}\n'
+
+
+def test_a_row_without_its_line_end_is_whole_and_the_next_begins_a_line(tmp_path: Path) -> None:
+    """An editor leaves the last line end out; the row was taken for one that a kill had cut off, and deleted."""
+    file = tmp_path / "results.jsonl"
+    file.write_text('{"n": 0}\n{"n": 1}')
+    assert [row["n"] for row in read_rows(file)] == [0, 1]
+    append_rows(file, [{"n": 2}])
+    assert file.read_text() == '{"n": 0}\n{"n": 1}\n{"n": 2}\n'
+    file.write_text('{"n": 0}\n{"n": 1')
+    append_rows(file, [{"n": 2}])
+    assert file.read_text() == '{"n": 0}\n{"n": 2}\n'
+
+
+@pytest.mark.parametrize("content", ["a text of mine", '[{"instruction": "a"}]', '{"n": 0}\nmine'])
+def test_a_file_of_something_else_is_refused_and_stays(tmp_path: Path, content: str) -> None:
+    """`moa bench --out train.json` emptied the file."""
+    file = tmp_path / "mine"
+    file.write_text(content)
+    with pytest.raises(UsageError, match=r"line \d: not a JSON object"):
+        append_rows(file, [{"n": 1}])
+    assert file.read_text() == content
 
 
 def test_a_recipe_that_cannot_be_read_is_no_run_to_resume(tmp_path: Path) -> None:

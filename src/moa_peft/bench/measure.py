@@ -91,7 +91,9 @@ class BenchOptions:
             if value is not None and value < 1
         ]
         if self.kind == "scaling" and (not self.num_experts or min(self.num_experts) < 1):
-            problems.append("num_experts is empty: give numbers of copies, as in --num-experts 8,64")
+            problems.append(
+                f"num_experts is {list(self.num_experts)}: give numbers of copies, as in --num-experts 8,64"
+            )
         if self.kind == "scaling":
             scaled = [one for one in known if subjects.has_copies(one)]
             problems += [
@@ -99,8 +101,12 @@ class BenchOptions:
                 for one in self.methods
                 if one in known and one not in scaled
             ]
-        if self.compiled and self.kind != "train":
-            problems.append(f"compile is on: it is for train, not for {self.kind}; leave it out")
+        for name, is_on in (
+            ("compile", self.compiled and self.kind != "train"),
+            ("checkpointing", self.checkpointing and self.kind == "decode"),
+        ):
+            if is_on:
+                problems.append(f"{name} is on: it is not for {self.kind}; leave it out")
         if problems:
             raise UsageError("; ".join(problems))
 

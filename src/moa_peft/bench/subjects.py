@@ -52,7 +52,11 @@ def base_model(name: str, *, layers: int | None, dtype: torch.dtype, device: str
         UsageError: If there is no such model.
     """
     if name in SHAPES:
-        shape = {**SHAPES[name], **({} if layers is None else {"num_hidden_layers": layers})}
+        shape = dict(SHAPES[name])
+        if layers is not None:
+            if layers > shape["num_hidden_layers"]:
+                raise UsageError(f"layers is {layers}: {name} has {shape['num_hidden_layers']}")
+            shape["num_hidden_layers"] = layers
         config = AutoConfig.for_model("llama", **shape)
         torch.manual_seed(0)
         with torch.device(device):

@@ -5,6 +5,7 @@ May import: study, serving, inspection, official, bench, evaluation, training, d
 
 import errno
 import functools
+import io
 import os
 import sys
 import tempfile
@@ -104,6 +105,9 @@ def main() -> None:
     # Quiet before transformers is imported; a user who wants the noise sets the variable to 0.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ± shows a question mark
     register_verbs()
     try:
         check_arguments(sys.argv)

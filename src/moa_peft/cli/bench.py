@@ -85,7 +85,7 @@ def bench(
     for own, one in (("decode", {"new-tokens": new_tokens}), ("scaling", {"num-experts": num_experts})):
         if kind != own:
             refuse_given(one, f"is for {own}, not for {kind}: leave it out")
-    given = methods or (SCALED_METHODS if kind == "scaling" else DEFAULT_METHODS)
+    given = (SCALED_METHODS if kind == "scaling" else DEFAULT_METHODS) if methods is None else methods
     chosen = [one.strip() for one in given.split(",") if one.strip()]
     if methods == "all":
         chosen = [one for one in method_names() if (has_copies(one) if kind == "scaling" else one != FROZEN)]

@@ -199,7 +199,9 @@ def talk(conversation: Conversation) -> None:
 
 def _read_line(at_terminal: bool) -> str | None:
     try:
-        return input("> " if at_terminal else "").strip()
+        return input("> " if at_terminal else "").strip(
+            "\ufeff \t\r\n"
+        )  # some editors begin a file with U+FEFF
     except EOFError:
         return None
     except UnicodeDecodeError as error:

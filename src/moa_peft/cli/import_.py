@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -111,5 +112,6 @@ def print_report(report: "ImportReport") -> None:
     if report.num_idle_weights:
         print(f"left out    {report.num_idle_weights:,} weights of routers in blocks without an expert")
     print(f"written     {report.adapter}")
-    print(f"next        moa evaluate --adapter {report.adapter} --tasks demo")
-    print(f"            moa chat --adapter {report.adapter}")
+    adapter = quote(str(report.adapter))
+    print(f"next        moa evaluate --adapter {adapter} --tasks demo")
+    print(f"            moa chat --adapter {adapter}")

@@ -75,7 +75,7 @@ def _load(text: str) -> Any:
     """Read YAML, its aliases bounded: a few lines of them can stand for more values than fit into the memory.
 
     Raises:
-        yaml.YAMLError: If it is no YAML, or stands for too much. Also one of `_UNREADABLE`.
+        yaml.YAMLError: If it is no YAML, stands for too much, or lacks a space after a colon. Also one of `_UNREADABLE`.
     """
     value = yaml.load(text, Loader=_Loader)  # a SafeLoader
     left, count = [value], 0
@@ -86,6 +86,10 @@ def _load(text: str) -> Any:
             problem = f"more than {_MOST_VALUES:,} values, or one that holds itself: write it without aliases"
             raise yaml.MarkedYAMLError(problem=problem)
         left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+        for key in one if isinstance(one, dict) else ():
+            if one[key] is None and isinstance(key, str) and ":" in key:  # YAML's reading of {a:b}
+                problem = f"the key {key!r} has no value: write a space after the colon"
+                raise yaml.MarkedYAMLError(problem=problem)
     return value
 
 

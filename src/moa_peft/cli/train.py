@@ -5,6 +5,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -132,8 +133,9 @@ def outcome_text(outcome: "TrainingOutcome", data: str) -> str:
             f"  results                 {folder}/results.jsonl",
             f"  recipe                  {folder}/moa_recipe.json",
             "next:",
-            f"  moa evaluate --adapter {folder}" + ("" if data == "demo" else " --tasks FILE_OF_TEST_ROWS"),
-            f"  moa chat --adapter {folder}",
+            f"  moa evaluate --adapter {quote(folder)}"
+            + ("" if data == "demo" else " --tasks FILE_OF_TEST_ROWS"),
+            f"  moa chat --adapter {quote(folder)}",
         ]
     )
 

@@ -122,7 +122,8 @@ def read_adapter(name: str) -> AdapterFolder:
             hint = f"a checkpoint in it does: --adapter {checkpoints[-1].parent}"
         raise UsageError(f"adapter folder {name} holds no adapter_config.json: {hint}")
     config = _read_json(config_file)
-    recipe = _read_json(path / RECIPE_FILE) if (path / RECIPE_FILE).is_file() else {}
+    recipe_file = (run_of(path) or path) / RECIPE_FILE
+    recipe = _read_json(recipe_file) if recipe_file.is_file() else {}
     found, revision = config.get("base_model_name_or_path"), config.get("revision")
     base = recipe.get("model") or found
     told = {"base model": base, "template": recipe.get("template"), "method": recipe.get("method")}
@@ -145,6 +146,12 @@ def read_adapter(name: str) -> AdapterFolder:
         method=recipe.get("method"),
         seed=recipe.get("seed"),
     )
+
+
+def run_of(adapter: Path) -> Path | None:
+    """The folder of the run that an adapter's folder is a checkpoint of; None if it is none."""
+    run = adapter.absolute().parent
+    return run if adapter.name.startswith("checkpoint-") and (run / RECIPE_FILE).is_file() else None
 
 
 def _places(base: str, found: str | None, adapter: Path) -> tuple[Path, ...]:

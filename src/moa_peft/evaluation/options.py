@@ -138,6 +138,8 @@ class EvaluationOptions:
 def default_out(model: str | None, adapter: "AdapterFolder | None") -> Path:
     """Where results go unless a folder is named."""
     if adapter is not None and expanded(adapter.name).is_dir():
-        return adapter.path / "evaluation"
+        from moa_peft.evaluation.loading import run_of
+
+        return (run_of(adapter.path) or adapter.path) / "evaluation"  # resuming deletes old checkpoints
     name = adapter.name if adapter is not None else model or DEFAULT_MODEL
     return Path("moa_evaluation") / file_name(name).strip("_.")

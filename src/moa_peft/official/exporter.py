@@ -35,8 +35,8 @@ from moa_peft.training.output_folder import disk_errors_named
 FAMILIES: Mapping[Layout, tuple[str, ...]] = {"native": ("llama",), "fork": ("llama", "qwen3")}
 """The families of models that each official code knows."""
 
-_OTHER_KINDS: Mapping[Layout, tuple[str, ...]] = {"native": (".safetensors",), "fork": PICKLED}
-"""How the name of a layout's file must not end: an import reads a file as what its name says."""
+_ENDINGS: Mapping[Layout, tuple[str, ...]] = {"native": PICKLED, "fork": (".safetensors",)}
+"""How the name of a layout's file may end: an import reads a file as what its name says."""
 
 _KEY = re.compile(r"(?:.*\.)?(\d+)\.moa\.moa_mixture\.(\w+\..+)")
 _ROUTED = (
@@ -92,10 +92,10 @@ def export_official(
     chosen = _layout(layout, config.parts().router)
     if wrong := list(problems(config, chosen)):
         raise UsageError(f"the official code has no such adapter: {'; '.join(wrong)}")
-    if out.suffix in _OTHER_KINDS[chosen]:
+    if out.suffix not in _ENDINGS[chosen]:
         own = out.with_suffix(".pth" if chosen == "native" else ".safetensors")
         raise UsageError(
-            f"out is {out}: the {chosen} layout, which fits this adapter's router, is another kind of file: give {own}"
+            f"out is {out}: the {chosen} layout, which fits this adapter's router, is a {own.suffix} file: give {own}"
         )
     model = _base(base, adapter, init_kwargs, chosen)
     weights: Weights = {}

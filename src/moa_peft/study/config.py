@@ -138,6 +138,8 @@ class StudyConfig:
             for one in entries
         )
         given = _without_empty(settings, ("trainer", "data_md5"))
+        if isinstance(given.get("finalists"), str):
+            given["finalists"] = [one.strip() for one in given["finalists"].split(",") if one.strip()]
         folders = {
             name: str(expanded(given[name]))
             for name in ("out", "data_root")

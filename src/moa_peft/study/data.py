@@ -217,6 +217,10 @@ def check_apart(train: Task, validation: Task, tests: Sequence[Task]) -> None:
                 what = f"{len(shared)} rows of the test {test.name} are {name} rows too"
                 wrong.append(f"{what}, such as {_begin(shared[0])}")
     shared = [row for key, row in seen[validation.name].items() if key in seen[train.name]]
+    if shared and train.file_md5 is not None and train.file_md5 == validation.file_md5:
+        raise UsageError(
+            "the validation rows are the training rows: give --validation FILE, or as --data a folder with a validation split"
+        )
     if shared:
         wrong.append(f"{len(shared)} validation rows are training rows too, such as {_begin(shared[0])}")
     if wrong:

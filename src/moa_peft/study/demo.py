@@ -6,18 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-
 from moa_peft.data.demo import sentence_of
+from moa_peft.errors import UsageError
 from moa_peft.evaluation.loading import load, read_adapter
 from moa_peft.evaluation.options import EvaluationOptions
 from moa_peft.evaluation.results import paired_difference
 from moa_peft.evaluation.run import TaskResult, evaluate
 from moa_peft.evaluation.tasks import Task, load_tasks
-from moa_peft.json_lines import RESULTS_FILE, append_rows
+from moa_peft.json_lines import RESULTS_FILE, append_rows, read_rows
 from moa_peft.provenance import RECIPE_FILE, provenance
+from moa_peft.training.checkpoints import changed_keys
+from moa_peft.training.output_folder import read_recipe
 from moa_peft.training.prepare import Plan, TrainingOutcome
-from moa_peft.training.recipe import Recipe
+from moa_peft.training.recipe import Recipe, build_peft_config
 from moa_peft.training.run import train
 
 
@@ -49,7 +50,7 @@ class DemoResult:
 
 
 def demo_recipe(method: str, steps: int, output_dir: Path) -> Recipe:
-    """The demo's training run, `recipes/demo.yaml` in the repository."""
+    """The demo's training run, `recipes/demo.yaml` in the repository; one that was begun there is resumed."""
     return Recipe(
         data="demo",
         method=method,
@@ -68,13 +69,27 @@ def demo_recipe(method: str, steps: int, output_dir: Path) -> Recipe:
     )
 
 
-def free_folder(folder: Path) -> Path:
-    """The folder itself, or the first of folder-2, folder-3, ... that holds no finished run."""
+def choose_run(folder: Path, method: str, steps: int) -> Recipe:
+    """The demo's run in the folder, or in the first of folder-2, folder-3, ... that has none, or this one cut off.
+
+    Raises:
+        UsageError: If there is no such method, or something else is in the folder.
+    """
     number, chosen = 1, folder
-    while (chosen / SAFETENSORS_WEIGHTS_NAME).exists():
+    while True:
+        recipe = demo_recipe(method, steps, chosen)
+        build_peft_config(recipe)
+        if not recipe.resume:
+            if chosen.exists() and (chosen.is_file() or any(chosen.iterdir())):
+                raise UsageError(f"{chosen} holds something else than a run of the demo: give another --out")
+            return recipe
+        old = read_recipe(chosen)
+        rows = {key: old.get(key) for key in ("data_md5", "validation_md5")}
+        is_done = any(one.get("kind") == "demo" for one in read_rows(chosen / RESULTS_FILE))
+        if not is_done and not changed_keys(old, recipe.to_mapping() | rows):
+            return recipe
         number += 1
         chosen = folder.with_name(f"{folder.name}-{number}")
-    return chosen
 
 
 def run_demo(
@@ -88,8 +103,8 @@ def run_demo(
     """Evaluate the frozen model, fine-tune it, evaluate it again, and append the comparison to `results.jsonl`.
 
     Args:
-        folder: Where the run goes; a finished run there is left alone and the next free name is taken. What the frozen
-            model gives is kept beside it and not computed twice.
+        folder: Where the run goes; a finished run there, or one of other settings, is left alone and the next free name is
+            taken. What the frozen model gives is kept beside it and not computed twice.
         method: The method of the family.
         steps: Optimiser steps.
         tell: Called with a line before each part.
@@ -100,10 +115,12 @@ def run_demo(
         The comparison.
 
     Raises:
-        UsageError: If the base model or the data cannot be had, or the disk does not take the results.
+        UsageError: If there is no such method, the folder holds something else, the base model or the data cannot be had, or the
+            disk does not take the results.
     """
     start = time.perf_counter()
-    target = free_folder(folder)
+    recipe = choose_run(folder, method, steps)
+    target = Path(recipe.output_dir)
     [task] = load_tasks("demo", limit=questions)
     tell(f"1/3  the frozen model on {len(task.questions)} held-out sentences")
     base = load()
@@ -111,7 +128,7 @@ def run_demo(
     frozen = evaluate(base.model, base.tokenizer, task, EvaluationOptions(out=out))
     del base
     tell(f"2/3  {steps} steps of {method} on the training sentences")
-    training = train(demo_recipe(method, steps, target), on_plan)
+    training = train(recipe, on_plan)
     tell("3/3  the tuned model on the same held-out sentences")
     best = load(adapter=read_adapter(str(target)))
     tuned = evaluate(best.model, best.tokenizer, task, EvaluationOptions(out=target / "evaluation"))
