@@ -199,9 +199,8 @@ def talk(conversation: Conversation) -> None:
 
 def _read_line(at_terminal: bool) -> str | None:
     try:
-        return input("> " if at_terminal else "").strip(
-            "\ufeff \t\r\n"
-        )  # some editors begin a file with U+FEFF
+        line = input("> " if at_terminal else "")
+        return line.removeprefix("\ufeff").strip()  # some editors begin a file with it
     except EOFError:
         return None
     except UnicodeDecodeError as error:

@@ -132,7 +132,8 @@ def is_packed(module: nn.Module) -> bool:
         UsageError: If it cannot be read at all.
     """
     weight = getattr(module, "weight", None)
-    if type(weight) is nn.Parameter and weight.dtype in READABLE:
+    # FSDP1 puts plain tensors in the place of parameters
+    if isinstance(weight, Tensor) and type(weight) in (nn.Parameter, Tensor) and weight.dtype in READABLE:
         return False
     try:
         dtype = dequantised(module).dtype
