@@ -33,7 +33,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
-ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("vllm_worker.py")
 NEW_TOKENS = 24
 PROMPTS = (
@@ -126,8 +125,8 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(method: str) -> Path:
         if method == "moa demo":
             command = [Path(sys.executable).with_name("moa"), "demo", "--steps", "24", "--questions", "2"]
-            subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-            return ROOT / "runs" / "demo"
+            subprocess.run(command, cwd=folder, check=True, capture_output=True)
+            return folder / "runs" / "demo"
         if not (folder / method).exists():
             torch.manual_seed(0)
             model = get_peft_model(load_base(base), MoAConfig.preset(method))

@@ -38,6 +38,8 @@ def test_a_demo_that_was_cut_off_goes_on_and_a_finished_one_is_left_alone(tmp_pa
 
     assert chosen() == (str(folder), False)
     folder.mkdir()
+    (folder / ".lock").touch()
+    assert chosen() == (str(folder), False), "killed before its first step"
     begun = demo_recipe("soft-moa", 40, folder).to_mapping() | {"data_md5": "a"}
     (folder / "moa_recipe.json").write_text(json.dumps(begun))
     (folder / "adapter_model.safetensors").touch()

@@ -13,6 +13,7 @@ from moa_peft.evaluation.options import EvaluationOptions
 from moa_peft.evaluation.results import paired_difference
 from moa_peft.evaluation.run import TaskResult, evaluate
 from moa_peft.evaluation.tasks import Task, load_tasks
+from moa_peft.folder_lock import LOCK_FILE
 from moa_peft.json_lines import RESULTS_FILE, append_rows, read_rows
 from moa_peft.provenance import RECIPE_FILE, provenance
 from moa_peft.training.checkpoints import changed_keys
@@ -80,7 +81,7 @@ def choose_run(folder: Path, method: str, steps: int) -> Recipe:
         recipe = demo_recipe(method, steps, chosen)
         build_peft_config(recipe)
         if not recipe.resume:
-            if chosen.exists() and (chosen.is_file() or any(chosen.iterdir())):
+            if chosen.is_file() or any(one.name != LOCK_FILE for one in chosen.glob("*")):
                 raise UsageError(f"{chosen} holds something else than a run of the demo: give another --out")
             return recipe
         old = read_recipe(chosen)
