@@ -43,7 +43,10 @@ def test_a_report_of_losses_alone_says_what_a_claim_is() -> None:
     assert "Nothing is claimed of a difference below it" in part
 
 
-@pytest.mark.parametrize(("study", "domain"), [("cpu-small", None), ("cpu", "math"), ("cpu", "math-finals")])
+@pytest.mark.parametrize(
+    ("study", "domain"),
+    [("cpu-small", None), ("cpu", "math"), ("cpu", "math-finals"), ("cpu", "math-ideas")],
+)
 def test_the_report_comes_out_of_the_rows_byte_for_byte(
     study: str, domain: str | None, tmp_path: Path
 ) -> None:
