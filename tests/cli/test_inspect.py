@@ -215,6 +215,17 @@ def test_prompts_that_cannot_be_read_are_refused_and_nothing_is_written(
     assert not list(tmp_path.glob("*.html*"))
 
 
+def test_a_json_file_of_something_else_is_left_alone(tmp_path: Path, adapter: Path) -> None:
+    prompts, out = write(tmp_path / "p.txt", b"Hello."), tmp_path / "r.html"
+    other = adapter / "adapter_config.json"
+    before = other.read_bytes()
+    with pytest.raises(UsageError, match=r"adapter_config\.json exists and is no inspection"):
+        call("--adapter", adapter, "--prompts", prompts, "--out", out, "--json", other)
+    assert other.read_bytes() == before
+    for _ in range(2):  # one of its own is replaced
+        call("--adapter", adapter, "--prompts", prompts, "--out", out, "--json", tmp_path / "r.json")
+
+
 @pytest.mark.parametrize(
     ("words", "match"),
     [

@@ -44,7 +44,7 @@ def group(layer: int, cka: float | None, name: str = "") -> GroupStatistics:
         ),
         (
             [router(0), router(4, torch.tensor([[0.3, 1.0], [0.8, 0.99]]))],
-            "Always on, whatever the token: b in layer 4 (mean gate above 0.95).",
+            "Always on, whatever the token: b in layer 4 (mean gate at least 0.95).",
         ),
         (
             [
@@ -56,6 +56,10 @@ def group(layer: int, cka: float | None, name: str = "") -> GroupStatistics:
         (
             [router(0), router(1, torch.tensor([[0.1, 0.9], [0.2, 0.4]]), granularity="instance")],
             "Every expert is used: the mean gates lie between 0.15 (a in layer 1) and 0.65 (b in layer 1); the gate of a in layer 0 varies most, by 0.30 (standard deviation over the tokens).",
+        ),
+        (
+            [router(0, torch.tensor([[0.4, 0.6]]), granularity="instance")],
+            "One prompt does not say how gates vary: give more prompts.",
         ),
         (
             [router(0, torch.tensor([[0.0, 1.0], [0.0, 0.3]]), router="lora_q_proj")],

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moa_peft import LoraExpert, MoAConfig, ParallelAdapterExpert, RouterConfig, mixture_layers
 from moa_peft.data.row import Row
+from moa_peft.data.templates import Template
 from moa_peft.errors import RunError, UsageError
 from moa_peft.inspection.agreement import AgreementSums
 from moa_peft.inspection.figures import _figures
@@ -81,6 +82,15 @@ def test_an_adapter_that_is_not_the_active_one_is_inspected_and_the_active_one_i
     found = inspect_model(model, written(), {"other": {}})
     assert len(found.findings["other"].routers) == len(mixture_layers(model))
     assert model.active_adapter == "default"
+
+
+def test_a_change_that_is_not_finite_is_told() -> None:
+    model = mixture_model("llama", "soft-moa").half()
+    for name, one in model.named_parameters():
+        if ".1.moa." in name and name.endswith("lora_down_proj.B"):
+            one.data.fill_(6e4)
+    with pytest.raises(RunError, match="the change of lora_down_proj in block 1 is not finite"):
+        inspect_model(model, written())
 
 
 def test_gates_that_are_not_finite_are_told() -> None:
@@ -158,6 +168,27 @@ def test_only_as_many_gates_are_kept_as_there_is_room_for() -> None:
 def test_gates_are_written_as_two_letters_each() -> None:
     assert encode_gates(torch.tensor([[0.0, 1.0, 1 / 4095]])) == "AA//AB"
     assert encode_gates(torch.tensor([[-3.0], [2.0]])) == "AA//"
+
+
+@pytest.mark.parametrize("template", ["paper", "chat"])
+@pytest.mark.parametrize("question", ["task", "a", " Instruct "])
+def test_a_question_is_found_where_it_stands_and_not_in_the_words_of_the_template(
+    template: Template, question: str
+) -> None:
+    prompt = as_prompt(
+        Row(instruction=question, input="a", output="", answer=""), template, byte_tokenizer(chat=True)
+    )
+    (start, end), (second, last) = prompt.own
+    assert prompt.text[start:end] == question
+    assert prompt.text[second:last] == "a"
+    before = {"paper": "### Instruction:\n", "chat": "<user>"}[template]
+    assert prompt.text[:start].endswith(before)
+    assert second > end
+
+
+def test_tokens_of_one_character_are_of_its_class() -> None:
+    (text,) = tokenise([Prompt(text="漢字7", own=((0, 3),))], byte_tokenizer())
+    assert [CLASSES[one] for one in text.classes] == ["word"] * 6 + ["number"]
 
 
 def test_the_pieces_are_the_text_and_the_words_around_a_question_are_template() -> None:

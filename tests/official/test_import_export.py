@@ -82,12 +82,9 @@ class Golden:
         """The whole model in two shards, base weights beside the adapter's, as the fork saves it."""
         self.checkpoint.mkdir()
         whole = sorted((self.weights | under("base.", self.tensors)).items())
-        index: dict[str, str] = {}
         for number, part in enumerate((whole[::2], whole[1::2]), start=1):
             name = f"model-{number:05d}-of-00002.safetensors"
             save_file(dict(part), self.checkpoint / name)
-            index |= dict.fromkeys(dict(part), name)
-        (self.checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
     @property
     def flags(self) -> list[str]:
@@ -346,9 +343,22 @@ def cut_off(weights: dict[str, Tensor]) -> Callable[[Path], Path]:
     return cut
 
 
+def flipped(weights: dict[str, Tensor]) -> Callable[[Path], Path]:
+    """One bit of a weight changed on the way, which torch's reader does not see."""
+
+    def flip(folder: Path) -> Path:
+        file = saved(weights)(folder)
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        return file
+
+    return flip
+
+
 def damages(weights: dict[str, Tensor]) -> dict[str, Callable[[Path], Path]]:
     """Checkpoints that cannot be imported, by what is wrong with them."""
-    index = {"weight_map": {"x": "gone.safetensors"}}
+    bias = "layers.0.p_adapter.up_proj.bias"
     return {
         "unknown name": saved(weights | {"layers.0.attention.lora_Q.mixer.weight": torch.zeros(1)}),
         "bias tuning": saved(weights | {"layers.0.attention.wq.bias": torch.zeros(1)}),
@@ -373,9 +383,12 @@ def damages(weights: dict[str, Tensor]) -> dict[str, Callable[[Path], Path]]:
         "holds itself": saved(cyclic(weights)),
         "cut off": cut_off(weights),
         "damaged shard": written("bad.safetensors", b"\x10\x00"),
-        "shard": lambda folder: (
-            written("model.safetensors.index.json", json.dumps(index).encode())(folder).parent
-        ),
+        "flipped bit": flipped(weights),
+        "float8": saved(weights | {bias: weights[bias].to(torch.float8_e4m3fn)}),
+        "sparse": saved(weights | {bias: weights[bias].to_sparse()}),
+        "twice": saved(weights | {f"module.{bias}": weights[bias]}),
+        "shard": lambda folder: written("model-00001-of-00002.safetensors", b"")(folder).parent,
+        "one shard": written("model-00001-of-00002.safetensors", b""),
         "adapter": lambda folder: written("adapter_config.json", b'{"peft_type": "MOA"}')(folder).parent,
         "empty folder": lambda folder: folder,
         "kind of file": written("x.txt", b"x"),
@@ -398,7 +411,7 @@ def without_key(weights: dict[str, Tensor], key: str) -> dict[str, Tensor]:
     ("kind", "message"),
     [
         ("unknown name", r"cannot place the weight 'layers\.0\.attention\.lora_Q\.mixer\.weight'"),
-        ("not finite", r"'layers\.0\.p_adapter\.up_proj\.bias' holds numbers that are not finite"),
+        ("not finite", r"numbers that are not finite, in layers\.0\.p_adapter\.up_proj\.bias"),
         ("bias tuning", r"cannot place the weight 'layers\.0\.attention\.wq\.bias'"),
         ("lacking", r"lacks weights for \[\(1, 'experts\.lora_q_proj\.A'\)\]"),
         ("too deep", "has weights of block 7, the base model .* has blocks 0 to 1"),
@@ -418,7 +431,12 @@ def without_key(weights: dict[str, Tensor], key: str) -> dict[str, Tensor]:
         ("holds itself", "holds 'model', which is no weight"),
         ("damaged shard", r"bad\.safetensors is damaged or cut off"),
         ("base only", "holds no adapter: all of its 1 weights are those of a base model"),
-        ("shard", r"lacks gone\.safetensors, which model\.safetensors\.index\.json names"),
+        ("flipped bit", r"bad\.pth is damaged or cut off"),
+        ("float8", r"up_proj\.bias in torch\.float8_e4m3fn: adapters are of float32"),
+        ("sparse", r"up_proj\.bias without numbers of its own, or sparse"),
+        ("twice", r"holds 'layers\.0\.p_adapter\.up_proj\.bias' twice, once as 'module\."),
+        ("shard", r"lacks model-00002-of-00002\.safetensors: copy every shard"),
+        ("one shard", "is one of several shards: give their folder"),
         ("empty folder", r"holds no \.pth and no \.safetensors file"),
         ("adapter", "is an adapter of this package already"),
         ("kind of file", "is of an unknown kind"),

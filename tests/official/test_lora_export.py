@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 from moa_peft import LoraExpert, MoAConfig, ParallelAdapterExpert, PromptExpert, RouterConfig, UsageError
@@ -23,8 +23,9 @@ from moa_peft.mixture.block_hooks import GateRecord, mixture_layers
 from moa_peft.official.gate_means import gate_means
 from moa_peft.official.lora_export import plain_lora, write_lora
 from oracles import answer_losses
+from structures import TEXT
 from tiny import FAMILIES, awaken, base_model, tokens
-from tiny_lm import number_rows, save_base, write_rows
+from tiny_lm import byte_tokenizer, number_rows, save_base, write_rows
 
 SOFTMAX = RouterConfig(kind="linear", gate="softmax", bias=False)
 CONFIGS = {
@@ -319,6 +320,38 @@ def test_what_no_plain_lora_can_hold_is_refused(
     data = write_rows(tmp_path / "train.json", number_rows(4))
     with pytest.raises(UsageError, match=message):
         call("export", adapter, "--format", "lora", "--data", data, "--out", tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+
+
+@pytest.mark.parametrize("format_", ["lora", "official", "vllm"])
+def test_an_export_is_not_written_into_the_folder_of_its_adapter(
+    tmp_path: Path, base: Path, format_: str
+) -> None:
+    """With --overwrite the mixture was replaced by what was made of it."""
+    adapter = save_mixture(tmp_path / "adapter", base, MoAConfig.preset("soft-moa"))
+    before = {one.name: one.read_bytes() for one in adapter.iterdir()}
+    data = ["--data", write_rows(tmp_path / "train.json", number_rows(4))] if format_ == "lora" else []
+    out = adapter / "adapter_model.safetensors" if format_ == "official" else adapter
+    with pytest.raises(UsageError, match="lies in the folder of the adapter itself"):
+        call("export", adapter, "--format", format_, *data, "--out", out, "--overwrite")
+    assert {one.name: one.read_bytes() for one in adapter.iterdir()} == before
+
+
+def test_weights_that_peft_would_leave_out_are_no_export(tmp_path: Path) -> None:
+    """For some mixtures of experts PEFT takes down_proj for the routed experts, and left the dense layers' out without a word."""
+    model_type, settings = TEXT["qwen3_moe"]
+    tokenizer, base = byte_tokenizer(), tmp_path / "base"
+    config = AutoConfig.for_model(
+        model_type, **{**settings, "vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    experts = [LoraExpert(targets=["q_proj", "down_proj"])]
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), MoAConfig(experts=experts))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    data = write_rows(tmp_path / "train.json", number_rows(4))
+    with pytest.raises(UsageError, match="PEFT has no plain LoRA like this on .*: 2 of its weights are not in"):
+        call("export", tmp_path / "adapter", "--format", "lora", "--data", data, "--out", tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
 
 

@@ -20,7 +20,7 @@ def synchronise(model: nn.Module) -> None:
 
 def random_tokens(model: nn.Module, batch_size: int, length: int) -> Tensor:
     """The same random token ids for every method, [B, T]."""
-    vocabulary: int = model.config.vocab_size  # type: ignore[assignment, union-attr]  # every language model's
+    vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]  # every language model's
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, vocabulary, (batch_size, length), generator=generator)
     return ids.to(next(model.parameters()).device)

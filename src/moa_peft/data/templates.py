@@ -42,7 +42,7 @@ def render_prompt(row: Row, template: Template, tokenizer: "PreTrainedTokenizerB
         no such thing, it stands before the instruction, a blank line between them.
 
     Raises:
-        UsageError: If the template is unknown, or is "chat" and the tokenizer has no chat template.
+        UsageError: If the template is unknown, or as `render_chat`.
     """
     if template == "paper":
         form = PAPER_WITH_INPUT if row.input else PAPER
@@ -50,10 +50,7 @@ def render_prompt(row: Row, template: Template, tokenizer: "PreTrainedTokenizerB
         return form.format(instruction=told, input=row.input)
     if template != "chat":
         raise UsageError(unknown("template", template, get_args(Template)))
-    if tokenizer is None or not tokenizer.chat_template:
-        raise UsageError(
-            "template 'chat': the tokenizer of this model has no chat template: use template 'paper'"
-        )
+    assert tokenizer is not None, "chat prompts are written by a tokenizer"
     question = f"{row.instruction}\n\n{row.input}" if row.input else row.instruction
     system = [{"role": "system", "content": row.system}] if row.system else []
     return render_chat([*system, {"role": "user", "content": question}], tokenizer)
@@ -66,16 +63,21 @@ def render_chat(
 
     Args:
         turns: Each with a role and its content.
-        tokenizer: One with a chat template.
+        tokenizer: The base model's.
         reply_follows: Whether the text goes on to where the assistant's next turn begins.
 
     Returns:
         The text, which holds its special tokens already.
 
     Raises:
-        UsageError: If the template refuses the conversation, is broken or does not end.
+        UsageError: If there is no template, or it refuses the conversation, is broken or does not end.
     """
     from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise UsageError(
+            "template 'chat': the tokenizer of this model has no chat template: use template 'paper'"
+        )
 
     try:
         with time_limit(_LONGEST_S, "the tokenizer's chat template"):

@@ -75,6 +75,8 @@ def _curves(curves: Sequence[tuple[str, Sequence[tuple[int, float | None]]]]) ->
         axes.plot([layer for layer, _ in curve], values, marker="o", markersize=3)
         axes.set_title(what, loc="left", fontsize="medium")
         axes.set_ylim(bottom=0)
+        axes.margins(y=0.1)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     figure.axes[-1].set_xlabel("layer")
     return figure
 

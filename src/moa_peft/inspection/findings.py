@@ -7,7 +7,7 @@ from moa_peft.inspection.results import GroupStatistics, RouterStatistics
 from moa_peft.training.router_health import DEAD, expert_name, is_dead
 
 ALWAYS = 0.95
-"""A mean gate above this is that of an expert which is always on."""
+"""A mean gate of at least this is that of an expert which is always on."""
 STILL = 0.02
 """Gates with a standard deviation below this hardly depend on the token."""
 ALIKE = 0.9
@@ -32,7 +32,9 @@ def _use(routers: Sequence[RouterStatistics]) -> str:
         return f"Never used: {_listed(dead)} (mean gate below {DEAD})."
     always = _places(routers, lambda mean, _: mean >= ALWAYS)
     if always:
-        return f"Always on, whatever the {thing[:-1]}: {_listed(always)} (mean gate above {ALWAYS})."
+        return f"Always on, whatever the {thing[:-1]}: {_listed(always)} (mean gate at least {ALWAYS})."
+    if all(one.tokens < 2 for one in routers):
+        return f"One {thing[:-1]} does not say how gates vary: give more prompts."
     named = [
         (mean, deviation, f"{expert_name(one.router, name)} in layer {one.layer}")
         for one in routers
@@ -111,7 +113,7 @@ def _listed(layers: Mapping[str, Sequence[int]], most: int = 3) -> str:
         for name, found in ranked[:most]
     ]
     rest = len(ranked) - most
-    return ", ".join(words) + (f" and {rest} more experts" if rest > 0 else "")
+    return ", ".join(words) + (f" and {rest} more expert{'s' if rest > 1 else ''}" if rest > 0 else "")
 
 
 def ranges(numbers: Sequence[int]) -> str:

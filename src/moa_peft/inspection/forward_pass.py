@@ -74,7 +74,7 @@ def observe(model: Any, observer: Observer, texts: Sequence[TokenText]) -> Obser
     """Run a model over one batch of texts and return the gates and changes of its mixtures.
 
     Raises:
-        RunError: If a gate is not finite.
+        RunError: If a gate or a change is not finite.
     """
     call = padded_call(model, [one.ids for one in texts], prompts=[len(one.ids) for one in texts])
     real = call["attention_mask"].bool()
@@ -84,10 +84,16 @@ def observe(model: Any, observer: Observer, texts: Sequence[TokenText]) -> Obser
     batch = Batch(mask=real, positions=call["position_ids"][real], classes=classes)
     with torch.inference_mode(), evaluating(model), observer.observing(batch) as observed:
         model(**call, use_cache=False)
-    for where, gates in observed.gates.items():
-        if not gates.isfinite().all():
+    numbers = [(where, "a gate", gates) for where, gates in observed.gates.items()]
+    numbers += [
+        (where, f"the change of {name}", change.length)
+        for where, changes in observed.changes.items()
+        for name, change in changes.items()
+    ]
+    for where, what, values in numbers:
+        if not values.isfinite().all():
             raise RunError(
-                f"a gate in block {where.layer} is not finite: load the model with another --dtype, such as float32, or look "
+                f"{what} in block {where.layer} is not finite: load the model with another --dtype, such as float32, or look "
                 "at how the adapter was trained"
             )
     return observed

@@ -21,6 +21,7 @@ from moa_peft.inspection.inspection import Inspection
 from moa_peft.inspection.observer import Where
 from moa_peft.inspection.results import Finding
 from moa_peft.inspection.token_view import LEVELS, ShownPrompt, encode_gates
+from moa_peft.json_lines import read_object
 from moa_peft.provenance import provenance
 from moa_peft.training.output_folder import write_text
 
@@ -231,8 +232,10 @@ def check_outputs(out: Path, json_file: Path | None, png: Path | None) -> None:
                 f"{flag} is {file}: give a file whose name ends in {suffix}, as in report{suffix}"
             )
         _check_folder(flag, file.parent)
+    if json_file is not None and json_file.exists() and "token_classes" not in (read_object(json_file) or {}):
+        raise UsageError(f"--json {json_file} exists and is no inspection: choose another file")
     if png is not None:
-        if png.suffix or png.is_file():
+        if png.is_file() or (png.suffix and not png.is_dir()):
             raise UsageError(f"--png is {png}: give a folder, as in figures")
         if not is_installed("matplotlib"):
             raise UsageError(f"--png needs matplotlib: {install_hint('report')}, or leave it out")

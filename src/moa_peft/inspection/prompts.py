@@ -1,5 +1,6 @@
 """Prompts to look at: read from a file or from rows, and cut into the pieces that tokens stand for."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,10 @@ from moa_peft.inspection.gate_statistics import token_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_MARKS = ("\ue000", "\ue001")
+"""Characters of no text, which stand for a question and its input while their places are looked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,11 +68,16 @@ def as_prompt(row: Row, template: Template | None, tokenizer: "PreTrainedTokeniz
         text = f"{row.instruction}\n\n{row.input}" if row.input else row.instruction
         return Prompt(text=text, own=((0, len(text)),))
     text = render_prompt(row, template, tokenizer)
+    marked = dataclasses.replace(row, instruction=_MARKS[0], input=_MARKS[1] if row.input else "")
+    places = render_prompt(marked, template, tokenizer)
     own: list[tuple[int, int]] = []
-    for part in (row.instruction, row.input):
-        start = text.find(part, own[-1][1] if own else 0) if part else -1
-        if start >= 0:
+    longer = 0  # than the marks before
+    for mark, whole in zip(_MARKS, (row.instruction, row.input), strict=True):
+        start = places.find(mark) + longer
+        part = next((one for one in (whole, whole.strip()) if one and text.startswith(one, start)), "")
+        if part and mark in places:
             own.append((start, start + len(part)))
+            longer += len(part) - len(mark)
     return Prompt(text=text, own=tuple(own), holds_special=template == "chat")
 
 
@@ -114,5 +124,6 @@ def _tokenise(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> TokenText
         if not piece and stop == start:
             piece = str(tokenizer.convert_ids_to_tokens(token))
         pieces.append(piece)
-        classes.append(token_class(piece, special=is_special, template=outside))
+        # one of a character's several tokens has no piece of its own
+        classes.append(token_class(piece or prompt.text[start:stop], special=is_special, template=outside))
     return TokenText(ids=ids, pieces=tuple(pieces), classes=tuple(classes))

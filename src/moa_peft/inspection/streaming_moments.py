@@ -111,7 +111,7 @@ class GrowingBasis:
     """An orthonormal basis of the vectors seen so far; it gains the directions that a batch brings.
 
     A direction is left out when its part of the energy (the sum of squared lengths so far) lies below
-    ``(16 eps)^2``, eps that of the vectors' dtype: it is then rounding of the vectors themselves.
+    ``eps^2``, eps that of the vectors' dtype: it is then rounding of the vectors themselves.
 
     Args:
         size: D.
@@ -141,7 +141,7 @@ class GrowingBasis:
             Float64, [T, K]; K may be larger than at the last call, the directions before keep their places.
         """
         eps = torch.finfo(x.dtype).eps
-        noise = max((16 * eps) ** 2, 1e-13)  # float64 tells no smaller part of a difference of sums
+        noise = max(eps**2, 1e-13)  # float64 tells no smaller part of a difference of sums
         x = x.to(torch.float64)
         self._energy += float(x.square().sum())
         inside = x @ self.vectors  # [T, K]

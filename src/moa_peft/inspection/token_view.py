@@ -41,7 +41,7 @@ class ShownTokens:
 
     def __init__(self, texts: Sequence[TokenText], gates_a_token: int, values: int = VALUES) -> None:
         self._texts = texts
-        room = values // max(gates_a_token, 1)
+        room = values // gates_a_token if gates_a_token else 0  # without gates there is nothing to show
         self._tokens: dict[int, int] = {}
         for place, text in enumerate(texts):
             if room <= 0:

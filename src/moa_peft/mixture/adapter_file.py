@@ -28,9 +28,13 @@ def check_values(weights: Mapping[str, Tensor], what: str) -> None:
         what: The adapter, for the error.
 
     Raises:
-        UsageError: If one holds NaN or infinity, or is of a dtype that adapters are not trained in.
+        UsageError: If one holds NaN or infinity, is of a dtype that adapters are not trained in, or has no plain storage.
     """
     for name, one in weights.items():
+        if one.is_meta or one.layout != torch.strided:
+            raise UsageError(
+                f"{what} holds {name} without numbers of its own, or sparse: train or copy it again"
+            )
         if one.dtype not in DTYPES:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise UsageError(

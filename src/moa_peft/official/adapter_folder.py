@@ -33,6 +33,18 @@ def check_folder(out: Path, *, overwrite: bool) -> None:
         )
 
 
+def check_apart(out: Path, adapter: Path) -> None:
+    """Check that what is made of an adapter is not written into that adapter's own folder, where it would replace a part of it.
+
+    Raises:
+        UsageError: If it is.
+    """
+    if out.resolve().is_relative_to(adapter.resolve()):
+        raise UsageError(
+            f"--out {out} lies in the folder of the adapter itself, {adapter}: choose another place"
+        )
+
+
 @contextmanager
 def adapter_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """Give a temporary folder that becomes ``out`` when its files are written; in an old one the adapter is replaced.

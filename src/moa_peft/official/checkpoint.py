@@ -3,7 +3,6 @@
 The native code leaves ``adapter.pth``; the transformers fork leaves safetensors, often shards of the whole model.
 """
 
-import json
 import pickle
 import re
 import zipfile
@@ -22,6 +21,7 @@ from moa_peft.official.names import Layout, idle_routers
 
 Value = TypeVar("Value")
 
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 PICKLED = (".pth", ".pt", ".bin")
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 _PREFIXES = ("module.", "_orig_mod.", "base_model.model.")
@@ -104,6 +104,8 @@ def checkpoint_files(path: Path) -> list[Path]:
             raise UsageError(
                 f"checkpoint {path} is of an unknown kind: give an adapter.pth or a .safetensors file"
             )
+        if _SHARD.fullmatch(path.name):
+            raise UsageError(f"{path} is one of several shards: give their folder, {path.parent}")
         return [path]
     if not path.is_dir():
         raise UsageError(
@@ -116,12 +118,7 @@ def checkpoint_files(path: Path) -> list[Path]:
     if (path / "adapter.pth").is_file():
         return [path / "adapter.pth"]
     shards = sorted(path.glob("*.safetensors"))
-    for index in sorted(path.glob("*.safetensors.index.json")):
-        lacking = _shards_of(index) - {one.name for one in shards}
-        if lacking:
-            raise UsageError(
-                f"{path} lacks {', '.join(sorted(lacking))}, which {index.name} names: copy them as well"
-            )
+    _check_shards(path, [one.name for one in shards])
     pickled = sorted(
         one for one in path.iterdir() if one.suffix in PICKLED and one.name != "training_args.bin"
     )
@@ -131,18 +128,21 @@ def checkpoint_files(path: Path) -> list[Path]:
     raise UsageError(f"{path} holds {seen}: name the checkpoint's file itself")
 
 
-def _shards_of(index: Path) -> set[str]:
-    try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise UsageError(f"{index} is not an index of shards: copy the checkpoint again") from error
+def _check_shards(folder: Path, names: Collection[str]) -> None:
+    """Refuse a folder that lacks shards, by the names that transformers gives them."""
+    for name in names:
+        if shard := _SHARD.fullmatch(name):
+            start, total = shard[1], int(shard[2])
+            wanted = [f"{start}-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+            if lacking := [one for one in wanted if one not in names]:
+                raise UsageError(f"{folder} lacks {', '.join(lacking)}: copy every shard of the checkpoint")
 
 
 def _read_pickled(file: Path, path: Path) -> dict[str, Tensor]:
     """Read a file of `torch.save`, tensors alone: nothing in it is executed."""
     with file.open("rb") as opened:
         is_archive = opened.read(2) == b"PK"
-    if is_archive and not zipfile.is_zipfile(file):
+    if is_archive and (not zipfile.is_zipfile(file) or zipfile.ZipFile(file).testzip() is not None):
         raise UsageError(f"{file} is damaged or cut off: copy it again")
     try:
         content: Any = torch.load(file, map_location="cpu", weights_only=True)
@@ -152,7 +152,7 @@ def _read_pickled(file: Path, path: Path) -> dict[str, Tensor]:
             "from, as in torch.save(checkpoint['model'], 'adapter.pth')"
         ) from error
     except Exception as error:  # whatever torch's reader makes of bytes that are not its own
-        raise UsageError(f"{file} is damaged or cut off: {first_line(error)}") from error
+        raise UsageError(f"{file} is damaged or cut off, or no file of torch.save: copy it again") from error
     for _ in _WRAPPERS:  # not for ever: a mapping may hold itself
         inner = [
             key for key in _WRAPPERS if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
@@ -187,7 +187,14 @@ def _bare(named: Mapping[str, Value]) -> dict[str, Value]:
             name = name.removeprefix(prefix)
         return name
 
-    return {bare(name): one for name, one in named.items()}
+    found: dict[str, Value] = {}
+    for name, one in named.items():
+        if bare(name) in found:
+            raise UsageError(
+                f"the checkpoint holds {bare(name)!r} twice, once as {name!r}: save one of the two"
+            )
+        found[bare(name)] = one
+    return found
 
 
 def _normalised(weights: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]]:

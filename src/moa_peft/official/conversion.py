@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from moa_peft.errors import UsageError
+from moa_peft.mixture.adapter_file import check_values
 from moa_peft.mixture.block_hooks import mixture_layers
 from moa_peft.mixture.config import ExpertConfig, RouterConfig, ThresholdConfig
 from moa_peft.mixture.experts import LoraExpert, ParallelAdapterExpert, PromptExpert
@@ -103,10 +104,7 @@ def placed_weights(weights: Mapping[str, Tensor], head_size: int) -> dict[str, D
                 f"the weight {name!r} is {kind} {list(one.shape)}: it has to be floats of {dimensions} dimensions, none "
                 "of them 0; the checkpoint is damaged, or quantised, which is not supported"
             )
-        if not one.isfinite().all():
-            raise UsageError(
-                f"the weight {name!r} holds numbers that are not finite: its training went wrong"
-            )
+    check_values(weights, "the checkpoint")
     return placed
 
 

@@ -25,7 +25,7 @@ from moa_peft.json_lines import written_whole
 from moa_peft.mixture.adapter_file import check_fit, check_values
 from moa_peft.mixture.config import ExpertConfig, RouterConfig
 from moa_peft.mixture.peft_config import MoAConfig
-from moa_peft.official.adapter_folder import check_file
+from moa_peft.official.adapter_folder import check_apart, check_file
 from moa_peft.official.checkpoint import PICKLED
 from moa_peft.official.conversion import DEFAULT_ORDER, head_size
 from moa_peft.official.names import KIND_GATES, Layout, destinations, official_names
@@ -88,6 +88,7 @@ def export_official(
         UsageError: If the official code has no name for a part of the adapter, which the message names.
     """
     check_file(out, overwrite=overwrite)
+    check_apart(out, adapter.path)
     config = read_mixture_config(adapter)
     chosen = _layout(layout, config.parts().router)
     if wrong := list(problems(config, chosen)):

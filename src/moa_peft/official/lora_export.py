@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType
+from peft import LoraConfig, TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -24,11 +24,11 @@ from moa_peft.data.row import Row
 from moa_peft.data.templates import Template, render_completion
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.batching import rows_at_once
-from moa_peft.evaluation.loading import AdapterFolder, load
+from moa_peft.evaluation.loading import AdapterFolder, add_adapter, load, read_adapter
 from moa_peft.evaluation.scoring import TokenQuestion, check_lengths, plan, score_batch, token_question
 from moa_peft.mixture.experts.lora import LowRankChange
 from moa_peft.mixture.sites import LinearSite
-from moa_peft.official.adapter_folder import adapter_folder, check_folder
+from moa_peft.official.adapter_folder import adapter_folder, check_apart, check_folder
 from moa_peft.official.exporter import read_mixture_config
 from moa_peft.official.gate_means import (
     ExpertFigures,
@@ -114,6 +114,7 @@ def export_lora(
             be used.
     """
     check_folder(out, overwrite=overwrite)
+    check_apart(out, adapter.path)
     _check_adapter(adapter)
     rows = _rows(data, held_out, limit)
     loaded = load(model, adapter, dtype=dtype, init_kwargs=init_kwargs)
@@ -132,7 +133,10 @@ def export_lora(
     base = loaded.model.unload()
     with adapter_folder(out, overwrite=overwrite) as draft:
         made, parameters = write_lora(draft, base, lora, revision=loaded.base_settings.get("revision"))
-        again = PeftModel.from_pretrained(base, str(draft)).eval()
+        try:  # where PEFT gives a target another meaning, as for routed experts, it would leave weights out
+            again = add_adapter(base, read_adapter(str(draft))).eval()
+        except UsageError as error:
+            raise UsageError(f"PEFT has no plain LoRA like this on {loaded.base_model}: {error}") from error
         export = _answer_loss(again, tested, batch_size, "export")
     tokens = sum(len(one.completions[0]) for one in tested)
     return LoraReport(

@@ -14,7 +14,7 @@ from moa_peft.data.tokenization import paper_chat_template
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.loading import AdapterFolder, choose_base
 from moa_peft.mixture.peft_config import MoAConfig
-from moa_peft.official.adapter_folder import adapter_folder, check_folder
+from moa_peft.official.adapter_folder import adapter_folder, check_apart, check_folder
 from moa_peft.official.exporter import fitting_weights, read_mixture_config, read_weights
 from moa_peft.serving.vllm.command import ARCHITECTURE
 
@@ -125,6 +125,7 @@ def export_vllm(
         UsageError: If vLLM cannot serve the adapter, or it does not fit the base model.
     """
     check_folder(out, overwrite=overwrite)
+    check_apart(out, adapter.path)
     config, base = served_config(adapter), served_base(adapter, model, init_kwargs)
     weights = fitting_weights(adapter, empty_model(base), config)
     tokenizer = load_tokenizer(base, adapter.tokenizer_path)
