@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from moa_peft.errors import UsageError
-from moa_peft.evaluation.answer_extraction import expression_value
+from moa_peft.evaluation.answer_extraction import (
+    expression_value,
+    stated_choice,
+    stated_letter,
+    stated_number,
+    stated_text,
+)
 from moa_peft.evaluation.answer_forms import AnswerForm, parse_number, same_answer
 from moa_peft.evaluation.extraction_rules import official, stated
 
@@ -314,3 +320,42 @@ def test_a_long_reply_is_read_at_once(text: str, form: AnswerForm) -> None:
 def test_of_a_reply_its_first_characters_are_read_and_the_last_answer_in_them_counts() -> None:
     assert stated("The answer is 3. Then the answer is 4." + " " * 70_000 + "The answer is 5.", NUMBER) == "4"
     assert stated("The answer is" + " well" * 150 + " 5. No.", NUMBER) == "5"
+
+
+@pytest.mark.parametrize(
+    ("reply", "number"),
+    [
+        ("The answer is:\n\n18\n\nCheck: 18 / 2 = 9", "18"),
+        ("**Answer:**\n18\n\nExplanation: she sold 16.", "18"),
+        ("The answer is:\n\\[\n18\n\\]\nwhere each costs 2 dollars", "18"),
+        ("Answer: Janet sells 16 - 3 - 4 = 9 eggs a day. So she makes 9 * 2 = 18 dollars", "18"),
+        ("Solution: 5 + 3 = 8. Then 8 * 2 = 16.", "16"),
+        ("Answer: 18. Each of the 9 costs 2.", "18"),
+        ("\\boxed{36 \\text{ cm}^2}", "36"),
+        ("The area is $36\\text{ cm}^{2}$", "36"),
+        ("\\boxed{1{,}000}", "1,000"),
+        ("\\boxed{10,\\!000}", "10,000"),
+        ("The answer is \u20135.", "-5"),
+        ("pages 3\u20135", "5"),
+        ("<think>It may be 7.</think>\n\nThe answer is 8.", "8"),
+        ("<think>The answer is 7, or", None),
+    ],
+)
+def test_the_number_is_that_of_the_answer_and_not_of_its_working(reply: str, number: str | None) -> None:
+    assert stated_number(reply, AnswerForm(kind="number")) == number
+
+
+def test_what_a_reply_thinks_first_is_no_answer() -> None:
+    letters = AnswerForm(kind="letter", choices=("A", "B", "C"))
+    assert stated_letter("<think>The answer is A or C?</think>\n\nB", letters) == "B"
+    words = AnswerForm(kind="choice", choices=("answer1", "answer2"))
+    assert stated_choice("<think>the answer is answer1? Hmm</think>\n\nanswer2", words) == "answer2"
+    assert stated_choice("<think>the answer is answer1", words) is None
+    assert stated_text("<think>\nhm\n</think>\nParis", AnswerForm(kind="text")) == "Paris"
+
+
+@pytest.mark.parametrize(
+    "reply", ["\\boxed{\\text{B}}", "\\boxed{\\textbf{(B)}}", "The answer is \\mathrm{B}."]
+)
+def test_a_letter_is_read_in_latex(reply: str) -> None:
+    assert stated_letter(reply, AnswerForm(kind="letter", choices=("A", "B"))) == "B"

@@ -70,6 +70,7 @@ def test_a_question_of_mbpp_shows_its_tests_and_sets_them_up_after_the_answer() 
     ("record", "message"),
     [
         (HUMANEVAL | {"test": 3}, "row 7: test is 3: it must be text"),
+        (HUMANEVAL | {"test": "def check(:"}, "row 7: test is not Python"),
         (MBPP | {"test_list": []}, "row 7: test_list must be a list of tests"),
         (MBPP | {"code": "def f(:"}, "row 7: code or test_list is not Python"),
         (MBPP | {"code": "x = 1"}, "row 7: no test uses what the code defines: nothing"),

@@ -2,8 +2,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from moa_peft.evaluation.result_key import fingerprint, identify
-from tiny_lm import tiny_llama, with_mixture
+from moa_peft.data.row import Row
+from moa_peft.evaluation.options import EvaluationOptions
+from moa_peft.evaluation.questions import Task, as_question
+from moa_peft.evaluation.result_key import evaluation_key, fingerprint, identify
+from tiny_lm import byte_tokenizer, tiny_llama, with_mixture
 
 
 def test_the_base_is_the_same_with_an_adapter_and_without() -> None:
@@ -59,3 +62,33 @@ def test_a_fingerprint_sees_every_entry_of_a_large_tensor_its_name_dtype_and_sha
     both = [("a", tensor), ("b", changed)]
     assert fingerprint(both) == fingerprint(both[::-1])
     assert fingerprint([("a", changed)]) == fingerprint([("a", changed.t().contiguous().t())])
+
+
+def test_saved_buffers_are_part_of_the_base() -> None:
+    """Some quantised layers keep their weights there, and one model's stored result was given for another."""
+    model, other = tiny_llama(), tiny_llama()
+    for one, value in ((model, 1.0), (other, 2.0)):
+        one.lm_head.register_buffer("scales", torch.full((3,), value))
+        one.lm_head.register_buffer("not_saved", torch.full((3,), value), persistent=False)
+    assert identify(model).base_fingerprint != identify(other).base_fingerprint
+    other.lm_head.scales.fill_(1.0)
+    assert identify(model).base_fingerprint == identify(other).base_fingerprint
+
+
+def test_the_whole_tokenizer_decides_and_not_its_tokens_of_the_first_rows() -> None:
+    task = Task(
+        name="t",
+        source="s",
+        split="test",
+        questions=tuple(
+            as_question(Row(instruction=text, input="", output="x", answer="x"))
+            for text in [*"ab" * 9, "new"]
+        ),
+    )
+    model, identity = tiny_llama(), identify(tiny_llama())
+    keys: set[str] = set()
+    for more in ([], ["new"]):
+        tokenizer = byte_tokenizer()
+        tokenizer.add_tokens(more)
+        keys.add(evaluation_key(model, tokenizer, task, EvaluationOptions(), identity))
+    assert len(keys) == 2

@@ -18,7 +18,6 @@ from moa_peft.evaluation.scoring import (
     TokenQuestion,
     check_lengths,
     score_batch,
-    select_rows,
     token_question,
 )
 from oracles import answer_losses, score_choices
@@ -135,11 +134,6 @@ def test_the_output_layer_reads_whole_tensors_on_a_cpu() -> None:
     generate_batch(model, [[1, 2], [3, 4, 5]], max_new_tokens=2, ends=())
     assert len(whole) > 3
     assert all(whole)
-
-
-def test_a_cache_that_cannot_keep_rows_is_named() -> None:
-    with pytest.raises(UsageError, match=r"a dict, cannot keep some of its rows, .* batch_size 1"):
-        select_rows({}, torch.tensor([0]))
 
 
 def test_a_row_that_is_too_long_is_named() -> None:

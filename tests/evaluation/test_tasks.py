@@ -45,6 +45,19 @@ def test_choices_may_be_of_several_words(stated: str, choices: tuple[str, ...]) 
     assert as_question(row(f"Where?\n\nAnswer format: {stated}", "Paris")).form.choices == choices
 
 
+@pytest.mark.parametrize("answer", ["yes", "no"])
+def test_the_choices_do_not_depend_on_the_answer_and_end_with_their_sentence(answer: str) -> None:
+    asked = as_question(row("Q?\n\nAnswer format: yes/no. Think first.", answer))
+    assert asked.form.choices == ("yes", "no")
+
+
+def test_an_answer_that_is_none_of_the_choices_in_words_is_an_error() -> None:
+    with pytest.raises(
+        UsageError, match="the answer is 'Positive', its answer format allows positive, negative"
+    ):
+        as_question(row("Q?\n\nAnswer format: positive / negative", "Positive"))
+
+
 @pytest.mark.parametrize(
     "stated", ["a number in km/h", "a short text and/or a number", "the date, yyyy/mm/dd"]
 )

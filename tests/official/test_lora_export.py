@@ -350,7 +350,9 @@ def test_weights_that_peft_would_leave_out_are_no_export(tmp_path: Path) -> None
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), MoAConfig(experts=experts))
     model.save_pretrained(str(tmp_path / "adapter"))
     data = write_rows(tmp_path / "train.json", number_rows(4))
-    with pytest.raises(UsageError, match="PEFT has no plain LoRA like this on .*: 2 of its weights are not in"):
+    with pytest.raises(
+        UsageError, match=r"PEFT has no plain LoRA like this on .*: 2 of its weights are not in"
+    ):
         call("export", tmp_path / "adapter", "--format", "lora", "--data", data, "--out", tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
 

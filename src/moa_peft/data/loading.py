@@ -91,7 +91,7 @@ def read_records(file: Path) -> Iterator[tuple[str, Any]]:
             yield from _lines(file, text) if lines else _list(file, text)
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"data file {file} is not UTF-8 text: {error.reason} at byte {error.start}"
+            f"data file {file} is not UTF-8 text: {error.reason}"  # the place is one in a buffer
         ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UsageError(f"data file {file} is not a whole gzip file: {error}") from error

@@ -9,7 +9,7 @@ import re
 import threading
 from typing import Any
 
-from moa_peft.evaluation.answer_forms import AnswerForm, parse_number
+from moa_peft.evaluation.answer_forms import AnswerForm, parse_number, without_thoughts
 from moa_peft.extras import require
 
 _NEXT_QUESTION = re.compile(
@@ -18,7 +18,7 @@ _NEXT_QUESTION = re.compile(
 )
 _ASIDE = re.compile(r"(?:\(\s*|\b)(?:if|when|where|because|since)\b", re.IGNORECASE)
 _MORE = re.compile(r"[.!?]\s+\S|\n\s*\S")
-_MARKS = r"[\s\"'`*_()\[\]{}$:=]*"
+_MARKS = r"(?:[\s\"'`*_()\[\]{}$:=]|\\(?:text|textbf|mathrm|mathbf)\{)*"
 _LEAD = re.compile(
     r"(?:\b(?:answers?|choices?|options?|solutions?|endings?|result)(?P<which>\s+choice)?\s*(?:is|are|=|:|would be|should be|must be)"
     r"|\\boxed\s*\{|####)",
@@ -38,8 +38,14 @@ _CHUNK = re.compile(
     r"\$\$(.{1,2000}?)\$\$|(?<!\\)\$((?:\\\$|[^$\n])+?)(?<!\\)\$|\\\((.{1,2000}?)\\\)|\\\[(.{1,2000}?)\\\]",
     re.DOTALL,
 )
-_UNITS = re.compile(r"\\(?:text|mathrm|mbox|textrm)\s*\{[^{}\d]*\}|(?<=[\d})])\s+[A-Za-z][A-Za-z ,.']*$")
+_UNITS = re.compile(
+    r"\\(?:text|mathrm|mbox|textrm)\s*\{[^{}\d]*\}(?:\s*\^\s*(?:\d|\{\d\}))?|(?<=[\d})])\s+[A-Za-z][A-Za-z ,.']*$"
+)
 _LATEX_MARKS = re.compile(r"\\(?:textbf|mathbf|boldsymbol|left|right|displaystyle)\b|\\[,;!%$ ]")
+_NEGATIVE = re.compile(r"\u2212|(?<![\w)])\u2013(?=\d)")
+_LATEX_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\\!\s?)(?=\d{3})")
+_OPENING = re.compile(r"^(?:[\s*:]|\\\[)+")
+_BARE_NUMBER = re.compile(r"[\s\"'`*_$(\[\\]*[-+]?\$?\d[^=\n]*$|.*\\boxed")
 _REACH = 1000
 """An answer ends within so many characters of what announces it."""
 _MOST_LETTERS = 160
@@ -116,7 +122,7 @@ def stated_number(text: str, form: AnswerForm) -> str | None:  # noqa: ARG001  #
     Raises:
         UsageError: If there is an expression and math-verify, which reads it, is not installed.
     """
-    reply = own_reply(text).replace("\u2212", "-")
+    reply = _NEGATIVE.sub("-", _LATEX_THOUSANDS.sub(",", own_reply(text)))
     for lead in reversed([*_LEAD.finditer(reply)]):
         value = None if _is_denied(reply, lead.start()) else _announced_number(reply, lead)
         if value is not None:
@@ -132,9 +138,12 @@ def stated_number(text: str, form: AnswerForm) -> str | None:  # noqa: ARG001  #
 def _announced_number(reply: str, lead: re.Match[str]) -> str | None:
     """The number that follows "the answer is" or the like; None where none does."""
     rest = reply[lead.end() : lead.end() + _REACH]
-    if lead[0].lower().startswith("result") and _MORE.search(rest):
+    is_braced, is_more = lead[0].endswith("{"), _MORE.search(rest.strip())
+    if lead[0].lower().startswith("result") and is_more:
         return None  # of a step on the way
-    line = braced(rest) if lead[0].endswith("{") else re.split(r"\n|[.!?](?:\s|$)", rest, maxsplit=1)[0]
+    line = braced(rest) if is_braced else re.split(r"\n|[.!?](?:\s|$)", _OPENING.sub("", rest), maxsplit=1)[0]
+    if lead[0].endswith(":") and is_more and not _BARE_NUMBER.match(line):
+        return None  # the working follows, and its result behind that
     if re.match(rf"{_MARKS}(?:not|n't)\b", line):
         return None
     if is_expression(line) and (value := expression_value(line)) is not None:
@@ -152,8 +161,8 @@ def stated_text(text: str, form: AnswerForm) -> str | None:  # noqa: ARG001  # t
 
 
 def own_reply(text: str) -> str:
-    """Cut a reply where it begins a new turn of the template or a question of its own."""
-    return _NEXT_QUESTION.split(text, maxsplit=1)[0]
+    """Leave out what a reply thinks first, and cut it where it begins a new turn of the template or a question of its own."""
+    return _NEXT_QUESTION.split(without_thoughts(text), maxsplit=1)[0]
 
 
 def _bare(word: str) -> str:

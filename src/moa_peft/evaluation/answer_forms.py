@@ -30,6 +30,11 @@ class AnswerForm:
     """The function that a program must define; "" for the other kinds."""
 
 
+def without_thoughts(text: str) -> str:
+    """What a reply says outside of ``<think>...</think>``, behind the last of them; nothing behind one that is still open."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
 def parse_number(text: str) -> float | None:
     """Read a text that is a number: sign, dollar, thousands commas, decimals, powers of ten, fractions, percent.
 

@@ -15,11 +15,12 @@ from moa_peft.mixture.token_watch import prompt_lengths
 
 
 def rows_at_once(model: nn.Module, batch_size: int) -> int:
-    """How many rows a batch may have: one where a router of the model pools officially, padding and all."""
+    """How many rows a batch may have: one where a router pools officially, padding and all, and for MiniMax, whose cache keeps no part of its rows."""
     official = any(
         router.config.pooling == "official" for one in mixtures_of(model) for router in one.routers().values()
     )
-    return 1 if official else batch_size
+    model_type = model.config.get_text_config().model_type  # type: ignore[operator, union-attr]  # a language model's
+    return 1 if official or model_type == "minimax" else batch_size
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from moa_peft.evaluation.answer_forms import AnswerForm
+from moa_peft.evaluation.answer_forms import AnswerForm, without_thoughts
 
 _FENCE = re.compile(r"^[ \t]*(```|~~~)[^\n`]*\n", re.MULTILINE)
 _NEXT_TURN = re.compile(r"\n[^\S\n]*###\s*(?:Instruction|Response|Input)\b")
@@ -55,7 +55,7 @@ def stated_code(text: str, form: AnswerForm) -> str | None:
         text, up to where its author begins to try it out. Lines that go on from the question's code get the
         indentation that they lack. None where there is no code.
     """
-    reply, *others = _NEXT_TURN.split(text, maxsplit=1)
+    reply, *others = _NEXT_TURN.split(without_thoughts(text), maxsplit=1)
     reply = reply.rstrip() if others else reply
     blocks = [code for code, _ in _fenced(reply)]
     defining = [one for one in blocks if defines(one, form.entry_point)]
@@ -70,6 +70,7 @@ def stated_code(text: str, form: AnswerForm) -> str | None:
 
 def has_ended(text: str, form: AnswerForm) -> bool:
     """Whether nothing that may still follow can change what `stated_code` takes, as the answer's fence has closed."""
+    text = without_thoughts(text)
     return _NEXT_TURN.search(text) is not None or any(
         is_whole and defines(code, form.entry_point) for code, is_whole in _fenced(text)
     )

@@ -38,6 +38,8 @@ def code_question(record: Any, where: str) -> tuple[Row, CodeCheck] | None:
 def _humaneval(record: Mapping[str, Any], where: str) -> tuple[Row, CodeCheck]:
     """The function's head is the row's input; an answer may give all of it again, or only go on."""
     prompt, solution, test, name = (_text(record, one, where) for one in _HUMANEVAL)
+    if parse_code(test) is None:
+        raise UsageError(f"{where}: test is not Python")
     row = Row(
         instruction="Complete the following Python function. Answer with the whole function.",
         input=prompt.strip("\n"),

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import GenerationConfig
+from transformers.cache_utils import CacheLayerMixin
 
 from moa_peft.data.templates import Template
 from moa_peft.data.tokenization import end_token_id
+from moa_peft.errors import UsageError
 from moa_peft.evaluation.batching import padded_call, plan_batches
-from moa_peft.evaluation.scoring import TOKEN_BUDGET, select_rows
+from moa_peft.evaluation.scoring import TOKEN_BUDGET
 from moa_peft.mixture.gate_cache import cache_of
 
 if TYPE_CHECKING:
@@ -102,15 +104,21 @@ def generate_batch(
         if not going:
             return replies
         name, cache = cache_of(outcome)
+        if cache is None:
+            raise UsageError(
+                f"{type(model).__name__} gives no cache of transformers, so that its answers cannot be generated here: its "
+                "likelihoods can be evaluated (--mode likelihood)"
+            )
         if len(going) < len(running):
             chosen = torch.tensor(going, device=mask.device)
-            select_rows(cache, chosen)
+            cache.reorder_cache(chosen)
             mask, new = mask[chosen], new[chosen]
             running = [running[place] for place in going]
         mask = torch.cat([mask, mask.new_ones(len(running), 1)], dim=1)
         outcome = model(
             input_ids=new[:, None],
-            attention_mask=mask,
+            # a model of recurrent states alone would read a step's mask as that of its inputs
+            attention_mask=mask if any(isinstance(one, CacheLayerMixin) for one in cache.layers) else None,
             position_ids=mask.sum(dim=-1, keepdim=True) - 1,
             use_cache=True,
             **{name: cache},

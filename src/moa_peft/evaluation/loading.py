@@ -173,7 +173,7 @@ def choose_base(
     Args:
         model: A folder, a name on the hub, or "smollm2"; None for the one that the adapter names, or else "smollm2".
         adapter: From `read_adapter`; None for the bare model.
-        init_kwargs: Arguments of `from_pretrained`. They go before what the adapter's folder says; None leaves one out.
+        init_kwargs: Arguments of `from_pretrained`. They override what the adapter's folder says; None removes one.
         dtype: One of `DTYPES`; None for the one of the training, without one float32 on a CPU and the checkpoint's own
             on a GPU.
 
@@ -309,6 +309,10 @@ def add_adapter(model: Any, adapter: AdapterFolder, name: str = "default") -> An
         raise UsageError(
             f"{doubtful}: PEFT's {config.peft_type} changes the length of the prompt, which likelihoods cannot follow; "
             "moa's own prompt expert (method prompt-tuning) can be evaluated"
+        )
+    if getattr(config, "alora_invocation_tokens", None):
+        raise UsageError(
+            f"{doubtful}: it is an activated LoRA, at work from its invocation tokens on, which calls on a cache do not see"
         )
     # what has no place in the model is left out by PEFT without a word
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(cast("PeftType", config.peft_type), "")

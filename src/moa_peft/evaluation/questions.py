@@ -15,9 +15,9 @@ DEFAULT_LEAD = "the correct answer is "
 """How a reply to a question with choices begins, where the data does not say otherwise."""
 
 _FORMAT = re.compile(r"answer format:[ \t]*([^\s/]+(?:/[^\s/]+)+)", re.IGNORECASE)
-_PHRASE = r"[^\s/:;,?()]+(?: [^\s/:;,?()]+){0,2}"
+_PHRASE = r"[^\s/:;,?().]+(?: [^\s/:;,?().]+){0,2}"
 _PHRASES = re.compile(
-    rf"answer format:[ \t]*({_PHRASE}(?: ?/ ?{_PHRASE})+)[ \t]*$", re.IGNORECASE | re.MULTILINE
+    rf"answer format:[ \t]*({_PHRASE}(?: ?/ ?{_PHRASE})+)\.?[ \t]*$", re.IGNORECASE | re.MULTILINE
 )
 _LETTERS = re.compile(r"\(([A-Z])\)")
 
@@ -128,7 +128,7 @@ def _choices_of(row: Row) -> tuple[str, ...]:
     found: tuple[str, ...] = ()
     for pattern in (_PHRASES, _FORMAT):
         stated = pattern.findall(row.instruction)
-        found = tuple(one.strip() for one in stated[-1].rstrip(".").split("/")) if stated else ()
+        found = tuple(one.strip() for one in stated[-1].rstrip(".").split("/")) if stated else found
         if row.answer in found:
             break
     return found

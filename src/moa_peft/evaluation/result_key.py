@@ -29,7 +29,7 @@ _SAMPLED = 4096
 """Entries of a large tensor that go into its fingerprint one by one, beside the sum over all of its bits."""
 
 
-METHOD_VERSION = 3
+METHOD_VERSION = 4
 """Goes up when scoring, generation or extraction changes, so that no old example is taken for a new one."""
 
 
@@ -142,9 +142,9 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _base_tensors(model: Any, configs: dict[str, Any]) -> list[tuple[str, Tensor]]:
-    """The base model's own parameters, under the names that they have without PEFT."""
+    """The base model's own parameters and saved buffers, where some quantised layers keep weights, by their names without PEFT."""
     found: dict[str, Tensor] = {}
-    for name, tensor in model.named_parameters():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         parts = name.split(".")
         if configs and any(one in configs for one in parts):
             continue
@@ -229,6 +229,7 @@ def evaluation_key(
         "adapter": identity.adapter_fingerprint,
         "settings": {name: value for name, value in model.config.to_dict().items() if name not in _ELSEWHERE},
         "tokens": tokens,
+        "tokenizer": _tokenizer_md5(tokenizer),
         "ends": [
             end_token_id(tokenizer, "paper" if mode == "text" else options.template),
             *sorted(end_ids(model, tokenizer)),
@@ -238,6 +239,12 @@ def evaluation_key(
         decisive["tests"] = [one.code and dataclasses.asdict(one.code) for one in task.questions]
         decisive["limits"] = dataclasses.asdict(Limits())
     return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _tokenizer_md5(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """MD5 of all that a fast tokenizer is; None for a slow one, of which the tokens of some rows must do."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else hashlib.md5(backend.to_str().encode()).hexdigest()
 
 
 def describe(

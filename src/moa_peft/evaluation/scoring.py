@@ -1,7 +1,7 @@
 """Log-likelihoods of completions: of the choices of a question, and of the reference answer.
 
 The choices of a question share the forward pass of its prompt and of the tokens that they begin with; what is left of
-each choice runs on copies of the prompt's key-value cache.
+each choice runs on copies of the prompt's key-value cache. Models with a recurrent state read each choice's whole text.
 
 Sizes: B questions of a batch, R choices with tokens left, K positions with logits, V vocabulary.
 """
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from moa_peft.data.row import Row
 from moa_peft.data.templates import Template, render_prompt
@@ -151,38 +152,21 @@ def score_batch(model: Any, questions: Sequence[TokenQuestion]) -> list[list[lis
     ]
     outcome = model(**call, use_cache=bool(rest))
     scores = _scores_of_begun(outcome.logits, questions, shared)
-    if rest:
-        tails = [list(questions[place].completions[choice][shared[place] :]) for place, choice in rest]
-        found = _scores_of_tails(
-            model, *cache_of(outcome), call["attention_mask"], [place for place, _ in rest], tails
-        )
-        for (place, choice), values in zip(rest, found, strict=True):
-            scores[place][choice] += values
+    if not rest:
+        return scores
+    name, cache = cache_of(outcome)
+    if cache is None or _has_states(cache):
+        return _scores_of_whole_texts(model, questions)
+    tails = [list(questions[place].completions[choice][shared[place] :]) for place, choice in rest]
+    found = _scores_of_tails(model, name, cache, call["attention_mask"], [place for place, _ in rest], tails)
+    for (place, choice), values in zip(rest, found, strict=True):
+        scores[place][choice] += values
     return scores
 
 
 def mean_loss(token_log_likelihoods: Sequence[float]) -> float:
     """The mean negative log-likelihood of tokens, nats."""
     return -sum(token_log_likelihoods) / len(token_log_likelihoods)
-
-
-def select_rows(cache: Any, rows: Tensor) -> None:
-    """Keep rows of a cache, in a new order or several times.
-
-    Args:
-        cache: The model's; it is changed.
-        rows: Int64, the rows to keep.
-
-    Raises:
-        UsageError: If the cache cannot do that, as those of models with a recurrent state.
-    """
-    select = getattr(cache, "batch_select_indices", None)
-    if select is None:
-        raise UsageError(
-            f"the cache of this model, a {type(cache).__name__}, cannot keep some of its rows, so choices cannot be "
-            "compared on it; generation works with batch_size 1"
-        )
-    select(rows)
 
 
 def check_lengths(model: Any, lengths: Sequence[int]) -> None:
@@ -221,13 +205,34 @@ def _scores_of_begun(
     return scores
 
 
+def _has_states(cache: Any) -> bool:
+    """Whether a cache holds recurrent states, those of MiniMax beside its layers."""
+    linear = any(isinstance(one, LinearAttentionCacheLayerMixin) for one in cache.layers)
+    return linear or hasattr(cache, "linear_cache")
+
+
+def _scores_of_whole_texts(model: Any, questions: Sequence[TokenQuestion]) -> list[list[list[float]]]:
+    """Score each completion with its prompt in front: models with a recurrent state go on from it by one token at a time alone."""
+    texts = [
+        TokenQuestion(prompt=one.prompt, completions=(completion,))
+        for one in questions
+        for completion in one.completions
+    ]
+    found: dict[int, list[float]] = {}
+    for batch in plan(texts, len(questions)):
+        for place, (values,) in zip(batch, score_batch(model, [texts[one] for one in batch]), strict=True):
+            found[place] = values
+    scores = iter([found[place] for place in range(len(texts))])
+    return [[next(scores) for _ in one.completions] for one in questions]
+
+
 def _scores_of_tails(
     model: Any, name: str, cache: Any, mask: Tensor, owners: Sequence[int], tails: Sequence[Sequence[int]]
 ) -> list[list[float]]:
     """Score what follows the first token of each tail, on copies of its question's cache. Changes the cache."""
     device = mask.device
     chosen = torch.tensor(owners, device=device)
-    select_rows(cache, chosen)
+    cache.reorder_cache(chosen)
     seen = mask[chosen]  # [R, T]
     longest = max(len(one) for one in tails) - 1
     padded = [[*one, *([0] * (longest + 1 - len(one)))] for one in tails]
