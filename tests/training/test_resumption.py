@@ -117,7 +117,10 @@ def test_resuming_with_other_data_seed_or_method_names_what_changed(
 
 def test_what_chooses_the_best_checkpoint_is_free_only_where_none_is_chosen() -> None:
     run = {"eval_steps": 2, "save_steps": 2, "save_total_limit": 1}
-    assert changed_keys(run, run | {"eval_steps": 3, "save_steps": 3, "save_total_limit": 2}) == []
+    assert changed_keys(run, run | {"save_steps": 3, "save_total_limit": 2}) == []
+    assert changed_keys(run, run | {"eval_steps": 3}) == ["eval_steps"], (
+        "it draws from the generator of dropout"
+    )
     assert changed_keys(run, run | {"validation_md5": "abc"}) == [], "of before it was written down"
     assert changed_keys(run | {"model_init_kwargs": {"dtype": "float32"}}, run) == [], "what the run found"
     assert changed_keys(run | {"model_init_kwargs": {"revision": "v1"}}, run) == ["model_init_kwargs"]
@@ -249,6 +252,31 @@ def test_a_checkpoint_without_the_optimizers_state_is_only_good_for_what_has_rea
         UsageError, match="checkpoint-3 holds no state of the optimizer, as save_only_model leaves it out"
     ):
         train(again)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_steps": 12}, r"checkpoint-2 is of a run of 12 steps, this one has 4: .* as many processes"),
+        ({"processes": 2}, r"checkpoint-2 is of a run in 2 processes, and these are 1: start as many"),
+    ],
+)
+def test_a_run_of_other_steps_or_processes_is_not_gone_on_with(
+    recipe_of: Recipes, change: dict[str, int], message: str
+) -> None:
+    """With twice the processes a run had half the steps, had made them all, and was called done."""
+    recipe = recipe_of(save_steps=2)
+    train(recipe)
+    checkpoint = Path(recipe.output_dir) / "checkpoint-2"
+    if "max_steps" in change:
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        (checkpoint / "trainer_state.json").write_text(json.dumps(state | change))
+    else:
+        (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+        (checkpoint / "rng_state_1.pth").write_bytes((checkpoint / "rng_state_0.pth").read_bytes())
+    checkpoints.mark_complete(checkpoint)
+    with pytest.raises(UsageError, match=message):
+        train(dataclasses.replace(recipe, resume="checkpoint-2"))
 
 
 def test_resuming_where_there_is_no_run_is_refused(recipe_of: Recipes, tmp_path: Path) -> None:

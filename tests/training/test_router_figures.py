@@ -1,5 +1,6 @@
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ class FakeLayer:
 
     def __init__(self, *records: Record, routers: int = 1) -> None:
         self.observer: Any = None
+        self.block: Any = None
         self.records = list(records)
         self.routers = routers
 
@@ -57,6 +59,8 @@ def step(
 
 def watched(*layers: FakeLayer) -> tuple[FakeModel, RouterFigures]:
     model = FakeModel(*layers)
+    for number, layer in enumerate(layers):
+        layer.block = SimpleNamespace(index=number)
     return model, RouterFigures(model, [(str(number), layer) for number, layer in enumerate(layers)])
 
 

@@ -57,6 +57,8 @@ BY_MOA: tuple[tuple[dict[str, Any], str], ...] = (
     ({"train_sampling_strategy": "nope"}, "give random or sequential"),
     ({"shuffle_dataset": True}, "has an effect with packing alone"),
     ({"eval_packing": True, "validation": 0.2}, "has an effect with packing alone"),
+    ({"padding_free": True}, "has an effect with packing alone"),
+    ({"packing": True, "pad_to_multiple_of": 8}, "cannot tell the padding of packed rows from tokens"),
     ({"packing_strategy": "nope"}, "give bfd"),
     ({"loss_type": "nope"}, "give nll"),
     ({"log_level": "nope"}, "give detail or debug"),

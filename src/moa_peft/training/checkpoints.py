@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moa_peft.errors import UsageError, expanded
+from moa_peft.json_lines import read_object
 from moa_peft.training.output_folder import read_recipe
 from moa_peft.training.recipe import Recipe
 
@@ -39,8 +40,6 @@ FREE_ON_RESUME = frozenset(
         "save_steps",
         "save_strategy",
         "save_total_limit",
-        "eval_strategy",
-        "eval_steps",
         "per_device_eval_batch_size",
         "dataloader_num_workers",
         "dataloader_pin_memory",
@@ -49,9 +48,7 @@ FREE_ON_RESUME = frozenset(
 """Keys that may differ when a run is resumed: none changes a step of training. ``data`` is compared by its rows."""
 
 
-_CHOOSE_THE_BEST = frozenset(
-    ("save_steps", "save_strategy", "eval_strategy", "eval_steps", "per_device_eval_batch_size")
-)
+_CHOOSE_THE_BEST = frozenset(("save_steps", "save_strategy"))
 """Keys that decide which checkpoint is the best one, where a run ends with that (``load_best_model_at_end``)."""
 
 
@@ -173,6 +170,25 @@ def check_state(checkpoint: Path) -> None:
         raise UsageError(
             f"{checkpoint} holds no state of the optimizer, as save_only_model leaves it out: optimizer and schedule would "
             "start over; start a new run in another output_dir"
+        )
+
+
+def check_size(checkpoint: Path, steps: int, processes: int) -> None:
+    """Check that a run has as many steps and processes as the one that a checkpoint is of.
+
+    Raises:
+        UsageError: If not: its schedule, and the rows of each step, would be others.
+    """
+    before = (read_object(checkpoint / "trainer_state.json") or {}).get("max_steps", steps)
+    if before != steps:
+        raise UsageError(
+            f"{checkpoint} is of a run of {before:,} steps, this one has {steps:,}: resume it with as many processes and rows in a "
+            "batch as it had (auto_find_batch_size may have halved these)"
+        )
+    started = len([*checkpoint.glob("rng_state*.pth")])
+    if started not in (0, processes):
+        raise UsageError(
+            f"{checkpoint} is of a run in {started} process{'es' if started > 1 else ''}, and these are {processes}: start as many"
         )
 
 

@@ -15,11 +15,11 @@ from transformers import PrinterCallback, ProgressCallback
 from moa_peft.data.base_loading import BaseSettings, find_base, load_base, load_tokenizer, told_init_kwargs
 from moa_peft.errors import UsageError, expanded, library_errors
 from moa_peft.folder_lock import claimed
-from moa_peft.mixture.block_hooks import mixture_layers
+from moa_peft.mixture.block_hooks import mixture_layers, mixtures_of
 from moa_peft.mixture.placement import Placement, find_placements
 from moa_peft.provenance import RECIPE_FILE
 from moa_peft.quiet import quiet_libraries
-from moa_peft.training.checkpoints import check_state, find_resumption, step_of
+from moa_peft.training.checkpoints import check_size, check_state, find_resumption, step_of
 from moa_peft.training.output_folder import check_unused, sweep
 from moa_peft.training.progress import OwnIntervals, ProgressLines, StepClock
 from moa_peft.training.recipe import Recipe, build_peft_config, factors_of
@@ -157,8 +157,10 @@ def _prepare(recipe: Recipe, folder: Path) -> Preparation:
     placements = tuple(find_placements(model, method))
     trainer, clock, progress = _build_trainer(recipe, model, tokenizer, encoded)
     steps = _count_steps(trainer)
-    if resume_from is not None and step_of(resume_from) < steps:
-        check_state(resume_from)
+    if resume_from is not None:
+        check_size(resume_from, steps, trainer.args.world_size)
+        if step_of(resume_from) < steps:
+            check_state(resume_from)
     recipe = _with_dtype(_with_intervals(recipe, trainer, steps), model)
     trained, total = trainer.wrapped.get_nb_trainable_parameters()
     plan = Plan(
@@ -227,6 +229,9 @@ def _build_trainer(
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+    if any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)):
+        for mixture in mixtures_of(trainer.wrapped):
+            mixture.float()  # TRL has made it bfloat16, which rounds small steps away
     trainer.lr_factors = factors_of(recipe) or None
     trainer.keep_checkpoints = recipe.to_mapping()["save_total_limit"]
     for callback in (ProgressCallback, PrinterCallback):
@@ -258,7 +263,9 @@ def _load_model(base: BaseSettings, tokenizer: Any, recipe: Recipe) -> Any:
 
 def _count_steps(trainer: AdapterTrainer) -> int:
     settings = trainer.args
-    rows, at_once = len(trainer.train_dataset), settings.train_batch_size * settings.world_size  # type: ignore[arg-type]  # sized
+    rows, at_once = len(trainer.train_dataset), settings.train_batch_size  # type: ignore[arg-type]  # sized
+    if not settings.accelerator_config.split_batches:
+        at_once *= settings.world_size
     whole = rows // at_once if settings.dataloader_drop_last else math.ceil(rows / at_once)
     if not whole:
         raise UsageError(

@@ -92,8 +92,8 @@ class RouterFigures(TrainerCallback):
         if args.logging_strategy != IntervalStrategy.STEPS or not logged:
             return
         self._hook = self._model.register_forward_pre_hook(self._note_mask, with_kwargs=True)
-        for number, (_, layer) in enumerate(self._layers):
-            layer.observer = partial(self._observe, number)
+        for _, layer in self._layers:
+            layer.observer = partial(self._observe, layer.block.index)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

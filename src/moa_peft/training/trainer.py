@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
 from trl.trainer import utils as trl_forward
 from trl.trainer.sft_trainer import SFTTrainer
@@ -38,6 +38,7 @@ class AdapterTrainer(SFTTrainer):
     keep_checkpoints: int | None = None
     extra_figures: Callable[[], Mapping[str, float]] | None = None
     lr_factors: Mapping[str, float] | None = None
+    _held_out: list[Tensor]
 
     @property
     def wrapped(self) -> PeftModel:
@@ -72,7 +73,7 @@ class AdapterTrainer(SFTTrainer):
             }:
                 raise UsageError(
                     f"optim is {args.optim}: it groups the parameters itself, so {' and '.join(self.lr_factors)} would have "
-                    "no effect; choose optim adamw_torch, or leave the factors out"
+                    "no effect; choose optim adamw_torch, or leave the factors out (those of soft-lora by another method)"
                 )
             rates = {"learning_rate": args.learning_rate, "weight_decay": args.weight_decay}
             settings["params"] = parameter_groups(model, **rates, **self.lr_factors)
@@ -99,6 +100,23 @@ class AdapterTrainer(SFTTrainer):
             what = f"loss of step {step + 1}" if self.wrapped.training else f"held-out loss after step {step}"
             raise UsageError(self._stopped(f"the {what} is {loss.item()}"))
         return result
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Score held-out rows as the trainer does, and note their losses by the number of their answer tokens."""
+        counts = (inputs["labels"][:, 1:] != -100).sum(dim=-1)
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        counts = counts.to(result[0].device).double()
+        sums = torch.stack([result[0].double() * counts, counts], dim=-1)  # [B, 2]
+        self._held_out.append(self.accelerator.gather_for_metrics(sums))
+        return result
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as the trainer does, with the mean loss over tokens in the place of that over batches, which depends on their size."""
+        self._held_out = []
+        output = super().evaluation_loop(*args, **kwargs)
+        loss, tokens = torch.cat(self._held_out).sum(dim=0).tolist()
+        output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss / tokens
+        return output
 
     def refuse_non_finite(self) -> None:
         """Raise a UsageError if the last step has left a trained parameter with numbers that are not finite; waits for the device."""

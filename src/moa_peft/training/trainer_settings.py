@@ -177,7 +177,12 @@ def _check_possible(settings: "SFTConfig", *, has_validation: bool) -> None:
         raise UsageError(
             "eval_strategy or eval_on_start asks for held-out rows: give them (--validation 0.1, or a source), or leave it out"
         )
-    for name in ("shuffle_dataset", "eval_packing"):
+    if settings.packing and settings.pad_to_multiple_of:
+        raise UsageError(
+            "packing and pad_to_multiple_of are given: routers cannot tell the padding of packed rows from tokens: leave "
+            "pad_to_multiple_of out"
+        )
+    for name in ("shuffle_dataset", "eval_packing", "padding_free"):
         if getattr(settings, name) and not settings.packing:
             raise UsageError(
                 f"{name} is true and has an effect with packing alone: add packing, or leave it out"
