@@ -103,8 +103,7 @@ def test_a_run_that_vllm_cannot_serve_is_served_without_it_unless_it_must(
 
 
 def test_a_port_that_is_taken_is_told_before_anything_is_loaded() -> None:
-    with bind("127.0.0.1", 0) as taken:
-        taken.listen()
+    with bind("127.0.0.1", 0) as taken:  # by a server that is still loading
         port = taken.getsockname()[1]
         assert f"cannot listen at 127.0.0.1, port {port}: Address already in use" in call(
             "no/run", "--port", str(port)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from moa_peft import DoraExpert, LoraExpert, MoAConfig, RouterConfig, UsageError
@@ -22,7 +22,7 @@ from moa_peft.serving.vllm.command import vllm_command
 from moa_peft.serving.vllm.folder import export_vllm
 from pictures import model_of
 from structures import text_model
-from tiny_lm import save_adapter, save_base
+from tiny_lm import END, byte_tokenizer, save_adapter, save_base
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -60,6 +60,18 @@ def test_the_folder_holds_the_adapter_and_the_config_of_the_base_with_its_place(
     }
     with pytest.raises(UsageError, match="--overwrite"):
         export(adapter)
+
+
+@pytest.mark.parametrize("template", ["chat", "paper"])
+def test_answers_end_where_the_template_of_the_training_ends_them(base: Path, template: str) -> None:
+    """vLLM takes the ends of the base model's settings alone, so that a chat ran on until its longest length."""
+    tokenizer = byte_tokenizer(chat=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = tokenizer.chat_template.replace(END, "<|im_end|>")
+    tokenizer.save_pretrained(base)
+    adapter = save_adapter(base.parent / "adapter", base, template=template, model=str(base))
+    ends = GenerationConfig.from_pretrained(export(adapter)).eos_token_id
+    assert ends == ([256, 257] if template == "chat" else [256])
 
 
 @pytest.mark.parametrize("system", ["", "Be brief."])

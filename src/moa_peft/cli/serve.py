@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Annotated
 
 import typer
@@ -98,7 +98,7 @@ def _names(runs: list[str]) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     for run in runs:
-        name = PurePath(run).name or run
+        name = PurePath(run).name or Path(run).resolve().name
         if name in names:
             raise UsageError(f"{names[name]} and {run} would both be the model {name!r}: rename a folder")
         names[name] = run
@@ -145,6 +145,8 @@ def _go_on_as_vllm(names: dict[str, str], host: str, port: int, more: list[str],
     command += ["--served-model-name", name, "--dtype", str(base.init_kwargs["dtype"])]
     if adapter.tokenizer_path is None:
         command += ["--tokenizer", base.path]
+        if revision := base.init_kwargs.get("revision"):
+            command += ["--tokenizer-revision", str(revision)]
     if adapter.template == "paper":
         command += ["--chat-template", paper_chat_template(load_tokenizer(base, adapter.tokenizer_path))]
     # unless told, vLLM on a CPU wants 92 % of the memory, and stops where that is not free

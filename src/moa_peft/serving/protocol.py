@@ -89,6 +89,7 @@ def read_request(body: bytes, *, chat: bool) -> Asked:
     """
     try:
         given = json.loads(body)
+        json.dumps(given, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise ApiError(f"the body is not JSON: {error}") from error
     if not isinstance(given, dict):
@@ -106,8 +107,8 @@ def read_request(body: bytes, *, chat: bool) -> Asked:
         raise ApiError(f"{own} is missing", parameter=own)
     if not isinstance(fields.get("model"), str):
         raise ApiError("model is missing: name one of /v1/models", parameter="model")
-    limits = [name for name in ("max_completion_tokens", "max_tokens") if name in fields]
-    if len({fields[name] for name in limits}) > 1:
+    limits = {_whole(fields, name) for name in ("max_completion_tokens", "max_tokens") if name in fields}
+    if len(limits) > 1:
         raise ApiError("max_completion_tokens and max_tokens differ: give one", parameter="max_tokens")
     temperature = _number(fields, "temperature", 1.0, 0, 2)
     temperature = temperature if temperature >= COLDEST else 0.0
@@ -120,7 +121,7 @@ def read_request(body: bytes, *, chat: bool) -> Asked:
     return Asked(
         model=fields["model"],
         prompt=_turns(fields["messages"]) if chat else _prompt(fields["prompt"]),
-        max_tokens=_whole(fields, limits[0]) if limits else None,
+        max_tokens=limits.pop() if limits else None,
         temperature=temperature,
         top_p=_number(fields, "top_p", 1.0, 0, 1, above=True),
         stop=_stop(fields.get("stop", [])),
@@ -185,9 +186,10 @@ def _turn(one: Any, place: int) -> dict[str, str]:
     where = f"messages[{place}]"
     role, content = (one.get("role"), one.get("content")) if isinstance(one, dict) else (None, None)
     if isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" for part in content
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        for part in content
     ):
-        content = "".join(str(part.get("text", "")) for part in content)
+        content = "".join(part["text"] for part in content)
     if not isinstance(role, str) or not isinstance(content, str):
         raise ApiError(f"{where} must have a role and a content of text", parameter=where)
     if any(one.get(name) for name in ("tool_calls", "function_call", "audio")):

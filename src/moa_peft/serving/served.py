@@ -105,14 +105,16 @@ def load_served(
         for other in loaded.values():
             _share_weights(other.model, one.model)
         loaded[name] = one
+    # all of them before the first engine starts a thread, which an error would leave running
+    chosen = {name: conversation_template(template, one) for name, one in loaded.items()}
+    ends = {name: end_ids(one.model, one.tokenizer, chosen[name]) for name, one in loaded.items()}
     served: dict[str, tuple[Served, str | None]] = {}
     for name, one in loaded.items():
-        chosen = conversation_template(template, one)
-        ends = end_ids(one.model, one.tokenizer, chosen)
         one.model.get_base_model().generation_config = GenerationConfig()  # a request says everything itself
         room = longest_input(one.model) or _ROOM
-        engine, reason = make_engine(one.model, room, sorted(ends), share=len(loaded))
-        served[name] = Served(engine=engine, tokenizer=one.tokenizer, template=chosen, ends=ends), reason
+        engine, reason = make_engine(one.model, room, sorted(ends[name]), share=len(loaded))
+        own = Served(engine=engine, tokenizer=one.tokenizer, template=chosen[name], ends=ends[name])
+        served[name] = own, reason
     return served
 
 

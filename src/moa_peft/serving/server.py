@@ -21,6 +21,8 @@ from moa_peft.serving.protocol import Answer, ApiError, event, read_request
 from moa_peft.serving.served import Served
 from moa_peft.serving.text import AnswerText
 
+_MOST_BYTES = 2_000_000
+"""Of a request: while its prompt is read, which takes seconds for as much, no other is answered."""
 _GRACE_S = 2
 """Seconds that connections have to end after the server was told to."""
 
@@ -37,7 +39,10 @@ def build_app(models: Mapping[str, Served]) -> Starlette:
         return models[name]
 
     async def complete(request: Request) -> Response:
-        asked = read_request(await request.body(), chat="chat" in request.url.path)
+        body = await request.body()
+        if len(body) > _MOST_BYTES:
+            raise ApiError(f"the body has {len(body):,} bytes: give at most {_MOST_BYTES:,}", 413)
+        asked = read_request(body, chat="chat" in request.url.path)
         served = served_as(asked.model)
         prompt = served.tokens(asked)
         sampling = served.sampling(asked, len(prompt))
@@ -87,7 +92,7 @@ def build_app(models: Mapping[str, Served]) -> Starlette:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take an address; connections are refused until a server runs on it.
+    """Take an address, so that no other server gets it; connections wait until this one runs.
 
     Raises:
         UsageError: If it cannot be had.
@@ -98,6 +103,7 @@ def bind(host: str, port: int) -> socket.socket:
             taken = unless_bound.enter_context(socket.socket(family, kind, protocol))
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             taken.bind(address)
+            taken.listen()
             unless_bound.pop_all()
             return taken
     except (OSError, UnicodeError) as error:  # the second of a name such as 127..0.0.1

@@ -14,7 +14,7 @@ from vllm.transformers_utils.config_parser_base import ConfigParserBase
 
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.loading import read_adapter
-from moa_peft.serving.vllm.folder import config_changes, served_base, served_config
+from moa_peft.serving.vllm.folder import config_changes, served_base, served_config, served_ends
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -32,8 +32,9 @@ class AdapterConfigParser(ConfigParserBase):
         **kwargs: Any,
     ) -> tuple[dict[str, Any], PreTrainedConfig]:
         """Give the config as a mapping and as an object; see vLLM's own."""
-        base = served_base(read_adapter(str(model)))
-        changes = config_changes(base)
+        adapter = read_adapter(str(model))
+        base = served_base(adapter)
+        changes = {**config_changes(base), "eos_token_id": served_ends(adapter, base)}
         given, config = get_config_parser("hf").parse(
             base.path, trust_remote_code, changes["moa_revision"], code_revision, **kwargs
         )

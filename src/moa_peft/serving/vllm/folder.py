@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -12,6 +13,7 @@ from transformers import GenerationConfig
 from moa_peft.data.base_loading import BaseSettings, base_config, empty_model, load_tokenizer
 from moa_peft.data.tokenization import paper_chat_template
 from moa_peft.errors import UsageError
+from moa_peft.evaluation.generation import end_ids
 from moa_peft.evaluation.loading import AdapterFolder, choose_base
 from moa_peft.mixture.peft_config import MoAConfig
 from moa_peft.official.adapter_folder import adapter_folder, check_apart, check_folder
@@ -129,6 +131,8 @@ def export_vllm(
     config, base = served_config(adapter), served_base(adapter, model, init_kwargs)
     weights = fitting_weights(adapter, empty_model(base), config)
     tokenizer = load_tokenizer(base, adapter.tokenizer_path)
+    generation = _generation_config(base)
+    generation.eos_token_id = served_ends(adapter, base)
     if adapter.template == "paper":
         tokenizer.chat_template = paper_chat_template(tokenizer)
     served = base_config(base)
@@ -139,10 +143,17 @@ def export_vllm(
                 (draft / file.name).write_bytes(file.read_bytes())
         tokenizer.save_pretrained(draft)
         served.save_pretrained(draft)
-        _generation_config(base).save_pretrained(draft)
+        generation.save_pretrained(draft)
     return VllmReport(
         folder=str(out), base_model=base.path, num_parameters=sum(one.numel() for one in weights.values())
     )
+
+
+def served_ends(adapter: AdapterFolder, base: BaseSettings) -> list[int]:
+    """The tokens that end an answer, that of the chat template too; vLLM takes those of the base model's settings alone."""
+    tokenizer = load_tokenizer(base, adapter.tokenizer_path)
+    template = "chat" if adapter.template != "paper" and tokenizer.chat_template else "paper"
+    return sorted(end_ids(SimpleNamespace(generation_config=_generation_config(base)), tokenizer, template))
 
 
 def _generation_config(base: BaseSettings) -> GenerationConfig:
