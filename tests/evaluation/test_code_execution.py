@@ -427,6 +427,21 @@ def test_a_head_without_a_body_and_a_name_of_a_builtin_are_no_hindrance() -> Non
     assert run_program("def sum(x): return 2 * x", check).verdict == "passed"
 
 
+def test_tests_that_import_what_the_sandbox_lacks_are_refused_and_a_program_that_does_fails() -> None:
+    """A right program failed, without a word, where its tests import numpy."""
+    with pytest.raises(UsageError, match="the tests of 'f' import numpy, which is not in the sandbox"):
+        verdict_of("def f(x): return x", "import numpy\nassert f(2) == 2", "")
+    assert verdict_of("import numpy\ndef f(x): return x", "assert f(2) == 2", "").verdict == "failed"
+
+
+def test_a_result_that_takes_no_slice_is_a_failure_of_one_program() -> None:
+    """It ended the whole evaluation."""
+    code = "from collections import deque\ndef f(x): return deque([x])"
+    assert verdict_of(code, "assert f(2)[:1] == [2]", "").detail.startswith(
+        "TypeError: an object of the program"
+    )
+
+
 def test_tests_that_pass_the_program_a_function_of_their_own_are_refused() -> None:
     with pytest.raises(UsageError, match=r"the tests of 'f' pass a value of type 'function' to the program"):
         verdict_of("def f(x): return x(1)", "assert f(lambda x: x) == 1", "")

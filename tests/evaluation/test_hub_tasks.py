@@ -125,14 +125,13 @@ def test_the_answer_of_gsm8k_is_what_follows_its_mark() -> None:
 def test_a_row_without_its_answer_is_named(name: str, change: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=r"row 7: the fields .* do not hold a question .*--split validation"):
         official_row(RECORDS[name] | change, "row 7")
-    with pytest.raises(UsageError, match="row 7: the fields question, answer do not hold"):
-        official_row({"question": "How many?", "answer": "5"}, "row 7")
 
 
 def test_rows_of_other_forms_are_left_to_others() -> None:
     assert official_row({"instruction": "Q?", "output": "A", "answer": "A"}, "row 1") is None
     assert official_row({"prompt": "Q?", "completion": "A"}, "row 1") is None
     assert official_row([1], "row 1") is None
+    assert official_row({"question": "How many?", "answer": "5"}, "row 1") is None, "gsm8k's have ####"
     own = {"instruction": "Q?", "output": "It is 5", "question": "Q?", "answer": "5"}
     assert official_row(own, "row 1") is None
 

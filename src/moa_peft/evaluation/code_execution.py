@@ -164,6 +164,10 @@ def run_program(code: str, check: CodeCheck | None = None, limits: Limits | None
                 f"the tests of {check.entry_point!r} pass a value of type {detail!r} to the program: only numbers, "
                 "strings, containers of these, and the program's own objects can be passed; leave the task out"
             )
+        if verdict == "lacking":
+            raise UsageError(
+                f"the tests of {check.entry_point!r} import {detail}, which is not in the sandbox: leave the task out"
+            )
         if verdict in ("passed", "failed"):
             return Outcome(verdict=verdict, detail=detail)
         return _ended(program if verdict == "lost" else tests)
