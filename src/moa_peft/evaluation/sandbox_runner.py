@@ -117,6 +117,15 @@ def serve(lines: "TextIO", send: "Callable[[str], object]") -> "NoReturn":
         send(reply)
 
 
+def number_of(value: "Any", operation: str, leave: "Callable[[str], NoReturn]") -> int:
+    """The number of an object of the program; anything else that the tests give it ends them, or is an error of theirs."""
+    if isinstance(value, Held):
+        return value._number
+    if operation == "call":
+        leave(f"unfit {type(value).__name__}")
+    raise TypeError(f"an object of the program takes no {type(value).__name__}")  # as a slice of a deque
+
+
 def judge(
     lines: "TextIO", send: "Callable[[str], object]", report: "Callable[[str], object]", order: str
 ) -> None:
@@ -127,16 +136,7 @@ def judge(
         os._exit(0)
 
     def ask(operation: str, /, *args: "Any", **named: "Any") -> "Any":
-        def number_of(value: "Any") -> int:
-            if isinstance(value, Held):
-                return value._number
-            if operation == "call":
-                leave(f"unfit {type(value).__name__}")
-            raise TypeError(
-                f"an object of the program takes no {type(value).__name__}"
-            )  # as a slice of a set
-
-        request = encode((operation, args, named), number_of)
+        request = encode((operation, args, named), lambda one: number_of(one, operation, leave))
         try:
             send(request)
             done, value, after = decode(lines, lambda number: Held(ask, number))
@@ -158,10 +158,9 @@ def judge(
     try:
         examine(ask, *order.split("\0"))
     except BaseException as error:  # noqa: BLE001  # as in serve
-        if type(error) is ModuleNotFoundError:  # of the tests; one of the program comes as a class of its own
-            leave(f"lacking {error.name}")
         name, _, text = describe(error)
-        leave(f"failed {name}: {text}"[:200].rstrip(": "))
+        is_own = type(error) is ModuleNotFoundError  # one of the program comes as a class of its own
+        leave(f"lacking {error.name}" if is_own else f"failed {name}: {text}"[:200].rstrip(": "))
     leave("passed")
 
 

@@ -106,7 +106,7 @@ def load_served(
             _share_weights(other.model, one.model)
         loaded[name] = one
     # all of them before the first engine starts a thread, which an error would leave running
-    chosen = {name: conversation_template(template, one) for name, one in loaded.items()}
+    chosen: dict[str, Template] = {name: conversation_template(template, one) for name, one in loaded.items()}
     ends = {name: end_ids(one.model, one.tokenizer, chosen[name]) for name, one in loaded.items()}
     served: dict[str, tuple[Served, str | None]] = {}
     for name, one in loaded.items():

@@ -264,7 +264,7 @@ def _load_model(base: BaseSettings, tokenizer: Any, recipe: Recipe) -> Any:
 def _count_steps(trainer: AdapterTrainer) -> int:
     settings = trainer.args
     rows, at_once = len(trainer.train_dataset), settings.train_batch_size  # type: ignore[arg-type]  # sized
-    if not settings.accelerator_config.split_batches:
+    if not settings.accelerator_config.split_batches:  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]  # made by then
         at_once *= settings.world_size
     whole = rows // at_once if settings.dataloader_drop_last else math.ceil(rows / at_once)
     if not whole:

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -107,7 +107,7 @@ class AdapterTrainer(SFTTrainer):
         result = super().prediction_step(model, inputs, *args, **kwargs)
         counts = counts.to(result[0].device).double()
         sums = torch.stack([result[0].double() * counts, counts], dim=-1)  # [B, 2]
-        self._held_out.append(self.accelerator.gather_for_metrics(sums))
+        self._held_out.append(cast("Tensor", self.accelerator.gather_for_metrics(sums)))
         return result
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +115,8 @@ class AdapterTrainer(SFTTrainer):
         self._held_out = []
         output = super().evaluation_loop(*args, **kwargs)
         loss, tokens = torch.cat(self._held_out).sum(dim=0).tolist()
-        output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss / tokens
+        metrics = cast("dict[str, float]", output.metrics)
+        metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss / tokens
         return output
 
     def refuse_non_finite(self) -> None:
