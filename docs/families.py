@@ -9,7 +9,7 @@ from writing import table
 from moa_peft.json_lines import read_rows
 
 FILE = Path(__file__).parent / "results" / "families.jsonl"
-METHODS = ("soft-moa", "sparse-moa", "molora", "lora")
+METHODS = ("soft-lora", "soft-moa", "sparse-moa", "molora", "lora")
 Row = Mapping[str, Any]
 
 

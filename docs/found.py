@@ -22,10 +22,13 @@ LOSS, OTHER_LOSS, FORGETTING = "math_small", "codealpaca", "forgetting"
 COPIES = ("molora-6x2-s4", "hydralora-8x3", "topk-6x2", "adamole-6x2-s4")
 LARGE_COPIES = ("molora-8x8", "hydralora-8x8", "topk-8x8", "adamole-8x8")
 SAME_LAYERS = (("soft-moa-s4", "lora-s4"), ("soft-moa-all-s4", "lora-all-s4"))
+DEFAULT = "soft-lora-amplify"
+"""What the preset `soft-lora` is called in the study."""
 FINALISTS = {
     FROZEN: "frozen model",
     "lora-s4": "LoRA, the paper's layers",
     "lora-all-s4": "LoRA, all linear layers",
+    DEFAULT: "`soft-lora`, all linear layers",
     "soft-moa": "Soft MoA, the paper's setting",
     "soft-moa-s4": "Soft MoA, LoRA's scale",
     "soft-moa-all-s4": "Soft MoA, all linear layers",
@@ -36,8 +39,13 @@ FINALISTS = {
     "topk-6x2": "top-k of LoRA",
     "adamole-6x2-s4": "AdaMoLE",
 }
-"""The finalists of LoRA's size, as the first page calls them."""
-ON_ALL_LAYERS = ("soft-moa-all-s4", "soft-lora-all-s4")
+"""The finalists of LoRA's size and the default, as the first page calls them."""
+MEASURES = {
+    LOSS: "loss, mathematics",
+    OTHER_LOSS: "loss, code",
+    FORGETTING: "accuracy on other tasks, points",
+}
+ON_ALL_LAYERS = ("soft-moa-all-s4", "soft-lora-all-s4", DEFAULT)
 QUESTIONS = (
     ("Is Soft MoA's loss below LoRA's on the same layers?", LOSS, SAME_LAYERS),
     ("Is that of the paper's own setting?", LOSS, (("soft-moa", "lora-s4"),)),
@@ -71,16 +79,16 @@ def larger(domain: str, baseline: str = "lora-s4") -> StudySummary:
 
 
 def finalists() -> str:
-    """One row a finalist of LoRA's size: losses, and the difference from LoRA on the same layers."""
-    methods = {one.label: one for one in larger("math-finals").methods}
+    """One row a finalist of LoRA's size, and the default: losses, and the difference from LoRA on the same layers."""
     asked = [pair for _, measure, pairs in QUESTIONS if measure == LOSS for pair in pairs]
     rows = []
     for label, name in FINALISTS.items():
-        one = methods[label]
         other = "lora-all-s4" if label in ON_ALL_LAYERS else "lora-s4"
+        domain = "math-ideas" if label == DEFAULT else "math-finals"
+        (one,) = (method for method in larger(domain, other).methods if method.label == label)
         difference, detectable, told = NONE, NONE, NONE
         if label not in (FROZEN, other):
-            difference, detectable, _, told = _comparison(LOSS, label, other)
+            difference, detectable, _, told = _comparison(LOSS, label, other, domain)
             if (label, other) not in asked:
                 told = "not asked"
         size = NONE if label == FROZEN else count(one.rows[0].trainable_parameters)
@@ -104,9 +112,26 @@ def claims() -> str:
     return table(("question", "difference ± standard error (detectable; p)"), rows)
 
 
-def _comparison(measure: str, label: str, other: str) -> tuple[str, str, str, str]:
+def default() -> str:
+    """One row a measure: what the default of `moa train` gives over the paper's setting, and over LoRA on the same layers."""
+    rows = []
+    for other in ("soft-moa", "lora-all-s4"):
+        chosen = larger("math-ideas", other).choices
+        losses = (nats(chosen[DEFAULT].loss), nats(chosen[other].loss))
+        rows.append(
+            (FINALISTS[other], "validation loss, one seed: {} against {}".format(*losses), *(NONE,) * 4)
+        )
+        for measure, name in MEASURES.items():
+            difference, detectable, p, told = _comparison(measure, DEFAULT, other, "math-ideas")
+            rows.append((FINALISTS[other], name, difference, detectable, p, told))
+    return table(("`soft-lora` less", "measure", "difference", "detectable", "p", "claim"), rows)
+
+
+def _comparison(
+    measure: str, label: str, other: str, domain: str = "math-finals"
+) -> tuple[str, str, str, str]:
     """The difference with its error, the detectable one, the p of one comparison, and what is claimed."""
-    summary = larger("math-finals", other)
+    summary = larger(domain, other)
     method = next((one for one in summary.methods if one.label == label), None)
     one = None
     if method is not None:

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import benchmarks, brief
 from command_reference import commands
 from families import counts, shapes, structures
-from found import accuracies, choices, claims, final_routers, finalists, losses, routers
+from found import accuracies, choices, claims, default, final_routers, finalists, losses, routers
 from inspected import inspected
 from method_reference import costs, method_table, methods, routing
 from served import served
@@ -235,6 +235,7 @@ GENERATED: Mapping[str, Any] = {
     "found_accuracies": accuracies,
     "found_choices": choices,
     "found_claims": claims,
+    "found_default": default,
     "found_final_routers": final_routers,
     "found_losses": losses,
     "found_routers": routers,

@@ -1,6 +1,6 @@
 """Which structures of blocks take which methods, and what real shapes get: the rows of docs/results/families.jsonl.
 
-python scripts/measure_families.py            # every structure of tests/structures.py, about ten minutes
+python scripts/measure_families.py            # every structure of tests/structures.py, some minutes
 python scripts/measure_families.py qwen3_moe  # some, printed only
 """
 
@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from structures import TEXT, check_mixture, text_model  # noqa: E402  # found there
 
 OUT = ROOT / "docs" / "results" / "families.jsonl"
-METHODS = ("soft-moa", "sparse-moa", "molora", "lora")
+METHODS = ("soft-lora", "soft-moa", "sparse-moa", "molora", "lora")
 REAL = ("qwen3_5_text", "qwen3_moe", "gpt_oss", "gemma3n_text")
 """Model types whose default config in transformers is that of a released model; built on the meta device."""
 

@@ -178,6 +178,7 @@ def test_the_command_methods_tells_each_methods_routing_and_copies_to_machines()
         for name, row in rows.items()
     }
     assert places == {
+        "soft-lora": [("block", "token", "sigmoid", "experts")],
         "soft-moa": [("block", "token", "sigmoid", "experts")],
         "sparse-moa": [("block", "token", "sigmoid", "experts")],
         "soft-moa-hydra": [
@@ -243,6 +244,7 @@ COUNTED_BY_HAND = {
     "molora": (64 * LORA_IN_AND_OUT + 8 * (4 * HIDDEN + INNER), 0),
     "hydralora": (8 * (4 * HIDDEN + INNER) * 2 + 64 * (3 * HIDDEN + 2 * KV), 0),
     "sparse-moa": (8 * LORA_IN_AND_OUT + ADAPTER + 2 * HIDDEN * 24 + 24 * 6 + HIDDEN, 0),
+    "soft-lora": (8 * (LORA_IN_AND_OUT + 2 * (HIDDEN + INNER)) + 7 * HIDDEN, 0),
     "soft-moa": (8 * LORA_IN_AND_OUT + ADAPTER + 2 * HIDDEN * 28 + 28 * 7 + PROMPT, PROMPT_PROJECTED),
 }
 """By method: weights that each token meets in a block, and weights met once in each call that is no decoding step."""

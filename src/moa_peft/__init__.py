@@ -3,7 +3,7 @@
 from peft import get_peft_model
 from moa_peft import MoAConfig
 
-model = get_peft_model(base, MoAConfig.preset("soft-moa"))
+model = get_peft_model(base, MoAConfig.preset("soft-lora"))
 
 Names are looked up where they are first used. The command `moa` alone defers the registration to that moment too, so that
 its help does not wait for torch.

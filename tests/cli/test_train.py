@@ -44,7 +44,7 @@ def test_a_run_prints_its_plan_where_everything_lies_and_what_to_type_next(
     out = done.stdout
     row = json.loads((folder / "results.jsonl").read_text())
     wanted = [
-        f"method      soft-moa: {row['trainable_parameters']:,} trainable parameters",
+        f"method      soft-lora: {row['trainable_parameters']:,} trainable parameters",
         "data        24 rows",
         "steps       3",
         f"done: 3 steps, last logged loss {row['final_loss']:.4f}",

@@ -189,7 +189,7 @@ def test_every_problem_of_a_config_is_reported_at_once() -> None:
         (
             "gpt2",
             MoAConfig(experts=[LoraExpert(targets=("gate_proj",))]),
-            "unknown target of gpt2 'gate_proj'",
+            "'lora' cannot work on gpt2: its MLP has no gate",
         ),
         (
             "llama",

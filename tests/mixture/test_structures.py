@@ -33,7 +33,7 @@ CONFIGS = {
     "opt": LORA,
     **dict.fromkeys(
         ("gptj", "codegen", "gpt_bigcode without multi_query", "bloom", "falcon", "falcon, new", "mpt"),
-        "sparse-moa",
+        "soft-lora",
     ),
 }
 """Those that cannot take Soft MoA, and what they take."""

@@ -9,7 +9,17 @@ from peft import PeftConfig
 
 from moa_peft.cli.overrides import load_yaml
 from moa_peft.errors import UsageError
-from moa_peft.training.recipe import REFUSED, TRAINER_DEFAULTS, Recipe, build_peft_config, merge, own_fields
+from moa_peft.mixture.presets import find_preset
+from moa_peft.training.recipe import (
+    DEFAULT_METHOD,
+    REFUSED,
+    TRAINER_DEFAULTS,
+    Recipe,
+    build_peft_config,
+    factors_of,
+    merge,
+    own_fields,
+)
 from moa_peft.training.trainer_settings import (
     build_settings,
     check_trainer,
@@ -38,6 +48,17 @@ def test_a_recipe_written_down_is_read_back_the_same() -> None:
     )
     again = Recipe.from_mapping(recipe.to_mapping(), trainer_fields())
     assert again.to_mapping() == recipe.to_mapping()
+
+
+def test_the_factors_are_the_recipes_own_or_those_of_its_method() -> None:
+    given = {"data": "demo", "output_dir": "x", "router_lr_factor": 2.0, "lora_b_lr_factor": 3.0}
+    own = factors_of(Recipe(**given))
+    assert own == {"router_lr_factor": 2.0, "lora_b_lr_factor": 3.0}
+    default = Recipe(data="demo", output_dir="x")
+    assert default.method == DEFAULT_METHOD
+    assert factors_of(default) == find_preset(DEFAULT_METHOD).lr_factors == {"router_lr_factor": 5.0}
+    assert default.to_mapping()["router_lr_factor"] == 5.0, "it is written down"
+    assert factors_of(Recipe(data="demo", output_dir="x", method="soft-moa")) == {}
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_resuming_with_other_data_seed_or_method_names_what_changed(
         method="sparse-moa",
         mixture={"router": {"kind": "linear"}},
     )
-    message = "was started with other values of data, method, mixture, seed: resume it with its own recipe"
+    message = "was started with other values of data, method, mixture, router_lr_factor, seed: resume it with its own recipe"
     with pytest.raises(UsageError, match=message):
         train(changed)
 

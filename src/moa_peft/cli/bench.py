@@ -22,11 +22,11 @@ def bench(
     methods: Annotated[
         str | None,
         typer.Option(
-            help='Methods with commas between, or "all". The frozen model and the baseline come along. '
+            help='Methods with commas between, or "all". The frozen model and the baseline are always added. '
             f"Default: {DEFAULT_METHODS}; for scaling {SCALED_METHODS}."
         ),
     ] = None,
-    baseline: Annotated[str, typer.Option(help="What each method is taken in turn with.")] = "peft-lora",
+    baseline: Annotated[str, typer.Option(help="What each method is compared with.")] = "peft-lora",
     model: Annotated[
         str,
         typer.Option(
@@ -45,7 +45,7 @@ def bench(
         str | None,
         typer.Option(help="Copies of each expert to try, with commas between, 8,64 by default; for scaling."),
     ] = None,
-    pairs: Annotated[int, typer.Option(help="Times that each method is taken, in turn.")] = 15,
+    pairs: Annotated[int, typer.Option(help="Timed rounds; each takes every method once.")] = 15,
     dtype: Annotated[
         str, typer.Option(help="Of the base: float32 or bfloat16; adapters are float32.")
     ] = "float32",

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moa_peft.training.recipe import DEFAULT_METHOD
+
 if TYPE_CHECKING:
     from moa_peft.study.demo import DemoResult
 
@@ -18,7 +20,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder of the run; a finished one there is left alone.")] = Path(
         "runs/demo"
     ),
-    method: Annotated[str, typer.Option(help="Method of the family; `moa methods` lists them.")] = "soft-moa",
+    method: Annotated[
+        str, typer.Option(help="Method of the family; `moa methods` lists them.")
+    ] = DEFAULT_METHOD,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of eight sentences each.")] = 36,
     questions: Annotated[
         int | None, typer.Option(min=2, help="Held-out sentences to compare on. Default: all 200.")

@@ -36,8 +36,8 @@ def export(
     layout: Annotated[
         str | None,
         typer.Option(
-            help="official: native (adapter.pth) or fork (safetensors). Default: the one whose router reads what "
-            "this adapter's does."
+            help="official: native (adapter.pth) or fork (safetensors). Default: the one whose block router has "
+            "the same input as this adapter's."
         ),
     ] = None,
     data: Annotated[
@@ -75,7 +75,7 @@ def export(
     that code has no name for is refused.
 
     lora: for servers that know plain LoRA only. Each LoRA keeps its mean gate over --data, whatever the
-    input; prompts and adapters are dropped. What this loses is measured on held-out rows and printed.
+    input; every expert that is no LoRA is dropped. What this loses is measured on held-out rows and printed.
 
     \b
     Examples:

@@ -47,7 +47,7 @@ def import_(
     constant_threshold: Annotated[
         float | None,
         typer.Option(
-            help="Threshold of a Sparse MoA with a constant one, whose weights are Soft MoA's. Official: 0.5."
+            help="The constant threshold, if it was trained with one: the weights cannot tell it from Soft MoA. Official: 0.5."
         ),
     ] = None,
     instance_level: Annotated[

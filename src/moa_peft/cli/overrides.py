@@ -253,7 +253,7 @@ ModelInitKwargs = Annotated[
         "--model-init-kwargs",
         "--model_init_kwargs",
         help='How the base model is loaded, as moa train takes it: arguments of from_pretrained, as in \'{"revision": "v1"}\'. '
-        "They go before what the adapter was trained with; null leaves one out.",
+        "They override the adapter's own; null removes one.",
     ),
 ]
 """Likewise, of how it is loaded; `parse_mapping` reads it."""

@@ -14,8 +14,8 @@ def verify(
     """Compare our numbers with reference files of the official code.
 
     Prints one line a file: the largest absolute error of logits and loss, the largest error of any gradient relative
-    to its largest entry, greedy tokens that differ, and ok or FAIL (1e-4). (float64) or (rounding) is said where rounding
-    in float32 had to be told from a mistake. A file that cannot be compared is an ERROR, with the reason, and the others
+    to its largest entry, greedy tokens that differ, and ok or FAIL (1e-4). A line is marked (float64) or (rounding) where
+    rounding in float32 had to be told from a mistake. A file that cannot be compared is an ERROR, with the reason, and the others
     go on.
 
     Exit code 0 if every file holds, 1 if one failed, 2 if one could not be compared.

@@ -5,7 +5,7 @@ In axolotl's config:
     plugins: [moa_peft.integrations.axolotl.MoAPlugin]
     adapter: moa
     moa:
-      method: soft-moa
+      method: soft-lora
       mixture: {router: {initial_gate: 0.9}}   # optional: fields of MoAConfig that differ from the method's
 """
 
@@ -19,7 +19,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from moa_peft.training.recipe import mixture_config
+from moa_peft.training.recipe import DEFAULT_METHOD, mixture_config
 
 ADAPTER = "moa"
 
@@ -29,7 +29,7 @@ class MoASettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    method: str = "soft-moa"
+    method: str = DEFAULT_METHOD
     """One of `moa methods`."""
     mixture: dict[str, Any] = {}
     """Fields of `MoAConfig` that differ from it."""

@@ -3,7 +3,7 @@
 In a file of one's own, say moa.py:
 
     from moa_peft.integrations.ms_swift import register
-    register("soft-moa", router={"initial_gate": 0.9})
+    register("soft-lora", router={"initial_gate": 0.9})
 
 and then ``swift sft --external_plugins moa.py --tuner_type moa ...``.
 """
@@ -14,12 +14,12 @@ from peft import PeftModel, get_peft_model
 from swift.tuner_plugin import PeftTuner, tuners_map  # type: ignore[import-not-found]  # users have it
 from torch import nn
 
-from moa_peft.training.recipe import mixture_config
+from moa_peft.training.recipe import DEFAULT_METHOD, mixture_config
 
 TUNER = "moa"
 
 
-def register(method: str = "soft-moa", **mixture: Any) -> None:
+def register(method: str = DEFAULT_METHOD, **mixture: Any) -> None:
     """Make ``--tuner_type moa`` train a method of the family. ms-swift saves and loads the adapter as it does any of PEFT's.
 
     Args:

@@ -397,6 +397,8 @@ def _find_mlp(
     if not layers:
         why = "the weights of its routed experts are stacked: no linear layer holds them"
         found.missing |= dict.fromkeys(MLP_LAYERS, why)
+    elif "gate_proj" not in layers:
+        found.missing["gate_proj"] = "its MLP has no gate"
 
 
 def _mlp_layers(module: nn.Module | None) -> dict[str, tuple[str, Fused | None]]:

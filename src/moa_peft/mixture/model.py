@@ -43,7 +43,7 @@ _PATTERN_S = 5.0
 class MoAModel(BaseTuner):
     """Adds a mixture of adapters to each decoder block of a model.
 
-    Use it through PEFT: ``get_peft_model(base, MoAConfig.preset("soft-moa"))``.
+    Use it through PEFT: ``get_peft_model(base, MoAConfig.preset("soft-lora"))``.
     """
 
     prefix = "moa_"

@@ -107,7 +107,7 @@ class MoAConfig(PeftConfig):
     def _problems(self) -> list[str]:
         wrong: list[str] = []
         if not self.experts:
-            wrong.append("experts is empty: give some, or start from MoAConfig.preset('soft-moa')")
+            wrong.append("experts is empty: give some, or start from MoAConfig.preset('soft-lora')")
         layers = self.layers_to_transform
         given = layers if isinstance(layers, list | tuple) else [] if layers is None else [layers]
         if any(type(one) is not int for one in given) or (layers is not None and not given):
@@ -143,7 +143,7 @@ class MoAConfig(PeftConfig):
         """Make the config of a method of the family.
 
         Args:
-            name: "soft-moa", "sparse-moa", ...; `moa methods` lists them.
+            name: "soft-lora", "soft-moa", ...; `moa methods` lists them.
             **changes: Fields of this class. ``router`` may be a mapping that changes single fields of the preset's.
 
         Returns:

@@ -1,10 +1,12 @@
 """Methods of the family by name: each a point in the space of experts and routers, none a separate class."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from moa_peft.errors import UsageError, unknown
 from moa_peft.mixture.config import ExpertConfig, RouterConfig, ThresholdConfig
 from moa_peft.mixture.experts import LoraExpert, ParallelAdapterExpert, PromptExpert
+from moa_peft.mixture.experts.base import PROJECTIONS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,6 +20,8 @@ class Preset:
     experts: tuple[ExpertConfig, ...]
     router: RouterConfig | None = None
     """The router of each block; None where every expert's gate is 1."""
+    lr_factors: Mapping[str, float] = field(default_factory=dict)
+    """Factors of `moa_peft.parameter_groups` that `moa train` takes where the recipe has none."""
 
 
 PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
@@ -52,6 +56,13 @@ def _copies_of_lora(router: RouterConfig, *, shared: bool = False) -> tuple[Expe
 
 PAPER = "MoA, arXiv 2506.05928"
 PRESETS: dict[str, Preset] = {
+    "soft-lora": Preset(
+        summary="the default: LoRA on every linear layer, each weighted by its own sigmoid gate for each token",
+        source="ours, from the study in docs/found.md",
+        experts=(LoraExpert(targets=PROJECTIONS, alpha=64),),
+        router=RouterConfig(kind="linear"),
+        lr_factors={"router_lr_factor": 5.0},
+    ),
     "soft-moa": Preset(
         summary="all experts, each weighted by its own sigmoid gate for each token",
         source=f"{PAPER}, Soft MoA",

@@ -57,11 +57,10 @@ def demo_recipe(method: str, steps: int, output_dir: Path) -> Recipe:
         method=method,
         output_dir=str(output_dir),
         max_length=128,
-        router_lr_factor=2.0,  # at 1 most gates stay where they start, at 3 some saturate
         resume=(output_dir / RECIPE_FILE).exists(),
         trainer={
             "max_steps": steps,
-            "learning_rate": 1.5e-3,
+            "learning_rate": 1e-3,
             "per_device_train_batch_size": 8,
             "gradient_accumulation_steps": 1,
             "save_steps": 12,

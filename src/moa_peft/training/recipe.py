@@ -65,10 +65,14 @@ REFUSED: Mapping[str, str] = {
         ("bf16_full_eval", "fp16_full_eval"), "held-out rows are scored as in training: leave it out"
     ),
     **dict.fromkeys(("local_rank", "parallelism_config"), "use `accelerate launch`, which sets it"),
+    "enable_jit_checkpoint": "its checkpoints count as cut off here: use save_steps",
     "logging_nan_inf_filter": "moa stops at a non-finite loss and must see it: leave it out",
 }
 """Fields of `trl.SFTConfig` that have no meaning here, and what to do instead."""
 
+
+DEFAULT_METHOD = "soft-lora"
+"""The recommended one of the presets."""
 
 FACTORS = ("router_lr_factor", "lora_b_lr_factor")
 """Keys of a recipe that are arguments of `parameter_groups`."""
@@ -108,7 +112,7 @@ class Recipe:
     data_md5: str | None = None
     """MD5 of the training rows; other rows are then an error. Training fills it in when it writes the recipe down."""
 
-    method: str = "soft-moa"
+    method: str = DEFAULT_METHOD
     """The method of the family to start from; `moa methods` lists them."""
 
     mixture: Mapping[str, Any] = field(default_factory=dict)
@@ -131,7 +135,7 @@ class Recipe:
 
     router_lr_factor: float | None = None
     """Times the learning rate for routers and thresholds. A number, 1 too, also ends weight decay on them, on biases,
-    prompts and scales; none leaves the trainer's own parameter groups."""
+    prompts and scales; none is the method's own: 5 for soft-lora, for the others the trainer's parameter groups."""
 
     lora_b_lr_factor: float | None = None
     """Times the learning rate for the B of each LoRA (LoRA+); none as for router_lr_factor."""
@@ -185,7 +189,7 @@ class Recipe:
     def to_mapping(self) -> dict[str, Any]:
         """Write the recipe as the flat mapping that `from_mapping` reads, the trainer's defaults included."""
         own = {name: getattr(self, name) for name in own_fields()}
-        return {**own, **TRAINER_DEFAULTS, **self.trainer}
+        return {**own, **factors_of(self), **TRAINER_DEFAULTS, **self.trainer}
 
 
 def own_fields() -> list[str]:
@@ -293,8 +297,11 @@ def _merged(name: str, old: Any, new: Any) -> Any:
 
 
 def factors_of(one: Any) -> dict[str, float]:
-    """The factors on learning rates that a recipe, or a method of a study, has."""
-    return {name: factor for name in FACTORS if (factor := getattr(one, name)) is not None}
+    """The factors on learning rates of a recipe, or of a method in a study: its own, else those of its preset."""
+    from moa_peft.mixture.presets import find_preset
+
+    own = {name: factor for name in FACTORS if (factor := getattr(one, name)) is not None}
+    return {**find_preset(one.method).lr_factors, **own}
 
 
 def build_peft_config(recipe: Recipe) -> "MoAConfig":
@@ -306,7 +313,7 @@ def mixture_config(method: str, mixture: Mapping[str, Any]) -> "MoAConfig":
     """Make the config of a method with changes.
 
     Args:
-        method: A preset's name, as "soft-moa".
+        method: A preset's name, as "soft-lora".
         mixture: Fields of `MoAConfig` that differ from it; ``{"experts": {0: {"rank": 4}}}`` changes one expert of its list.
 
     Returns:
