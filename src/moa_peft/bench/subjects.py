@@ -13,13 +13,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moa_peft.data.base_loading import find_base, load_base
 from moa_peft.errors import UsageError
 from moa_peft.mixture.block_hooks import mixtures_of
+from moa_peft.mixture.experts.base import PROJECTIONS
 from moa_peft.mixture.mixture import AtModule, Readers
 from moa_peft.mixture.peft_config import MoAConfig
 from moa_peft.mixture.presets import PAPER_TARGETS, PRESETS, PROMPTLESS_EXPERTS
 
-FROZEN, LORA, LORA_AGAIN, PROMPTLESS = "frozen", "peft-lora", "peft-lora-again", "soft-moa-no-prompt"
-"""The frozen model; PEFT's LoRA of rank 8 on the paper's projections, and once more to see the noise; Soft MoA on the
-experts that Sparse MoA has."""
+FROZEN, LORA, LORA_AGAIN, LORA_ALL = "frozen", "peft-lora", "peft-lora-again", "peft-lora-all"
+"""The frozen model; PEFT's LoRA of rank 8 on the paper's projections, and once more to see the noise; that on every projection."""
+PROMPTLESS = "soft-moa-no-prompt"
+"""Soft MoA on the experts that Sparse MoA has."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
@@ -36,7 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def method_names() -> list[str]:
     """Everything that can be measured."""
-    return [FROZEN, LORA, LORA_AGAIN, PROMPTLESS, *PRESETS]
+    return [FROZEN, LORA, LORA_AGAIN, LORA_ALL, PROMPTLESS, *PRESETS]
 
 
 def base_model(name: str, *, layers: int | None, dtype: torch.dtype, device: str) -> nn.Module:
@@ -86,8 +88,9 @@ def with_method(base: nn.Module, method: str, *, num_experts: int | None = None)
     torch.manual_seed(0)
     if method == FROZEN:
         return model
-    if method in (LORA, LORA_AGAIN):
-        lora = LoraConfig(r=8, lora_alpha=8, target_modules=list(PAPER_TARGETS), task_type="CAUSAL_LM")
+    if method in (LORA, LORA_AGAIN, LORA_ALL):
+        targets = list(PROJECTIONS if method == LORA_ALL else PAPER_TARGETS)
+        lora = LoraConfig(r=8, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
         return get_peft_model(model, lora)
     if method == PROMPTLESS:
         config = MoAConfig.preset("soft-moa", experts=list(PROMPTLESS_EXPERTS))
