@@ -33,29 +33,40 @@ def benchmarks() -> str:
 
 
 def brief() -> str:
-    """What a mixture takes relative to PEFT's LoRA on a CPU: the time, and what backward keeps.
+    """What a mixture takes relative to PEFT's LoRA on a CPU: the default over that on the same layers, then the paper's methods."""
+    return "\n\n".join([
+        _brief("peft-lora-all", ("soft-lora",)),
+        _brief("peft-lora", ("peft-lora-again", "soft-moa-no-prompt", "sparse-moa", "soft-moa")),
+    ])  # fmt: skip
+
+
+def _brief(baseline: str, methods: Sequence[str]) -> str:
+    """The time over one LoRA, and what backward keeps.
 
     Where the same work was measured several times, with as many operators a block as the last time: the median of the
     medians, and the outermost quartiles.
     """
-    methods = ("peft-lora-again", "soft-moa-no-prompt", "sparse-moa", "soft-moa")
     times: dict[str, dict[str, list[Row]]] = {}
     kept: dict[str, dict[str, str]] = {}
     kept_by_lora: dict[str, float] = {}
     for row in read_rows(FILE):
-        if not row["provenance"]["device"].startswith("cpu") or row["objections"]:
+        if (
+            not row["provenance"]["device"].startswith("cpu")
+            or row["objections"]
+            or row["baseline"] != baseline
+        ):
             continue
         work = f"{row['work']}, {row['dtype']}"
         if row["kind"] in ("train", "decode") and row["over_baseline"] is not None:
             times.setdefault(f"time, {work}", {}).setdefault(row["method"], []).append(row)
-        elif row["kind"] == "memory" and row["method"] == "peft-lora":
+        elif row["kind"] == "memory" and row["method"] == baseline:
             kept_by_lora[work] = row["saved_mib"]
         elif row["kind"] == "memory" and row["method"] in methods and work in kept_by_lora:
             ratio = f"{row['saved_mib'] / kept_by_lora[work]:.2f}"
             kept.setdefault(f"memory kept, {work}", {})[row["method"]] = ratio
     found = {work: {name: pooled(some) for name, some in of.items()} for work, of in times.items()} | kept
     lines = [[work, *(of.get(one, "-") for one in methods)] for work, of in found.items()]
-    return markdown_table(["over `peft-lora`", *(f"`{one}`" for one in methods)], lines)
+    return markdown_table([f"over `{baseline}`", *(f"`{one}`" for one in methods)], lines)
 
 
 def pooled(rows: Sequence[Row]) -> str:

@@ -136,7 +136,8 @@ def print_rows(rows: "list[BenchRow]") -> None:
     from moa_peft.bench.rows import tokens_per_second
 
     first = rows[0]
-    title = f"{first.work}; {first.model}, {first.num_layers} blocks, {first.dtype}; median (quartiles) of {first.pairs}"
+    title = f"{first.work}; {first.model}, {first.num_layers} blocks, {first.dtype}"
+    title += f"; median (quartiles) of {first.pairs}" if first.pairs else ""
     columns = {
         "method": [
             row.method + ("" if row.num_experts is None else f", {row.num_experts} copies") for row in rows
