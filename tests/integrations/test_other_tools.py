@@ -74,7 +74,7 @@ def test_axolotl_gets_the_config_alone_for_trainers_that_put_it_on_and_nothing_f
 ) -> None:
     model, made = axolotl.MoAPlugin().load_adapter(base_model("llama"), config(), config_only=True)
     assert model is None
-    assert made.to_dict() == MoAConfig.preset("soft-moa").to_dict()
+    assert made.to_dict() == MoAConfig.preset("soft-lora").to_dict()
     made.save_pretrained(tmp_path)
     base = base_model("llama")
     stored = config(lora_model_dir=str(tmp_path))

@@ -172,7 +172,12 @@ def test_groups_are_those_of_the_uninterrupted_run_after_a_resume(
         "weight_decay": 0.1,
         "save_total_limit": None,
     }
-    settings: dict[str, Any] = {"router_lr_factor": 10.0, "lora_b_lr_factor": 2.0, **trainer}
+    settings: dict[str, Any] = {
+        "method": "soft-moa",
+        "router_lr_factor": 10.0,
+        "lora_b_lr_factor": 2.0,
+        **trainer,
+    }
     whole = train(recipe_of(output_dir=str(tmp_path / "whole"), **settings)).output_dir
     cut = tmp_path / "cut"
     preparation = prepare(recipe_of(output_dir=str(cut), **settings))

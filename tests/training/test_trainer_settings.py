@@ -26,7 +26,6 @@ BY_THE_LIBRARIES: tuple[tuple[dict[str, Any], str], ...] = (
     ({"optim": "schedule_free_adamw"}, "schedulefree"),
     ({"optim_args": "nope"}, "not enough values"),
     ({"use_liger_kernel": True}, "liger"),
-    ({"padding_free": True}, "padding_free"),
     ({"torch_compile": True, "torch_compile_backend": "nope"}, "NOPE"),
     ({"torch_compile_mode": "nope"}, "mode=nope"),
     ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),

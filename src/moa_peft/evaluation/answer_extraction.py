@@ -44,7 +44,9 @@ _UNITS = re.compile(
 _LATEX_MARKS = re.compile(r"\\(?:textbf|mathbf|boldsymbol|left|right|displaystyle)\b|\\[,;!%$ ]")
 _NEGATIVE = re.compile(r"\u2212|(?<![\w)])\u2013(?=\d)")
 _LATEX_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\\!\s?)(?=\d{3})")
+# between "the answer is" and a number on a line of its own
 _OPENING = re.compile(r"^(?:[\s*:]|\\\[)+")
+# a line that says the answer at once, and not by a sum
 _BARE_NUMBER = re.compile(r"[\s\"'`*_$(\[\\]*[-+]?\$?\d[^=\n]*$|.*\\boxed")
 _REACH = 1000
 """An answer ends within so many characters of what announces it."""

@@ -84,6 +84,9 @@ def generate_batch(
 
     Returns:
         The new tokens of each prompt; the last is one of ``ends``, unless it was cut off or needed no more.
+
+    Raises:
+        UsageError: If the model gives no cache to go on from.
     """
     call = padded_call(model, prompts)
     mask = call["attention_mask"]
