@@ -89,7 +89,7 @@ def with_method(base: nn.Module, method: str, *, num_experts: int | None = None)
     if method == FROZEN:
         return model
     if method in (LORA, LORA_AGAIN, LORA_ALL):
-        targets = list(PROJECTIONS if method == LORA_ALL else PAPER_TARGETS)
+        targets: list[str] = [*(PROJECTIONS if method == LORA_ALL else PAPER_TARGETS)]
         lora = LoraConfig(r=8, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
         return get_peft_model(model, lora)
     if method == PROMPTLESS:
