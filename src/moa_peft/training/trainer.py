@@ -105,8 +105,8 @@ class AdapterTrainer(SFTTrainer):
         """Score held-out rows as the trainer does, and note their losses by the number of their answer tokens."""
         counts = (inputs["labels"][:, 1:] != -100).sum(dim=-1)
         result = super().prediction_step(model, inputs, *args, **kwargs)
-        counts = counts.to(result[0].device).double()
-        sums = torch.stack([result[0].double() * counts, counts], dim=-1)  # [B, 2]
+        counts = counts.to(result[0].device).float()
+        sums = torch.stack([result[0].float() * counts, counts], dim=-1)  # [B, 2]
         self._held_out.append(cast("Tensor", self.accelerator.gather_for_metrics(sums)))
         return result
 
@@ -114,7 +114,7 @@ class AdapterTrainer(SFTTrainer):
         """Evaluate as the trainer does, with the mean loss over tokens in the place of that over batches, which depends on their size."""
         self._held_out = []
         output = super().evaluation_loop(*args, **kwargs)
-        loss, tokens = torch.cat(self._held_out).sum(dim=0).tolist()
+        loss, tokens = torch.cat(self._held_out).cpu().double().sum(dim=0).tolist()
         metrics = cast("dict[str, float]", output.metrics)
         metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss / tokens
         return output
