@@ -4,6 +4,7 @@
 # pyright: reportMissingImports=false
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,9 @@ class AdapterConfigParser(ConfigParserBase):
         """Give the config as a mapping and as an object; see vLLM's own."""
         adapter = read_adapter(str(model))
         base = served_base(adapter)
-        changes = {**config_changes(base), "eos_token_id": served_ends(adapter, base)}
+        changes = config_changes(base)
+        with suppress(UsageError):  # a model without a tokenizer can be asked by token ids
+            changes["eos_token_id"] = served_ends(adapter, base)
         given, config = get_config_parser("hf").parse(
             base.path, trust_remote_code, changes["moa_revision"], code_revision, **kwargs
         )
