@@ -15,7 +15,7 @@ from vllm.transformers_utils.config_parser_base import ConfigParserBase
 
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.loading import read_adapter
-from moa_peft.serving.vllm.folder import config_changes, served_base, served_config, served_ends
+from moa_peft.serving.vllm.folder import chat_ends, config_changes, served_base, served_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -37,7 +37,7 @@ class AdapterConfigParser(ConfigParserBase):
         base = served_base(adapter)
         changes = config_changes(base)
         with suppress(UsageError):  # a model without a tokenizer can be asked by token ids
-            changes["eos_token_id"] = served_ends(adapter, base)
+            changes |= chat_ends(adapter, base)
         given, config = get_config_parser("hf").parse(
             base.path, trust_remote_code, changes["moa_revision"], code_revision, **kwargs
         )

@@ -132,7 +132,8 @@ def export_vllm(
     weights = fitting_weights(adapter, empty_model(base), config)
     tokenizer = load_tokenizer(base, adapter.tokenizer_path)
     generation = _generation_config(base)
-    generation.eos_token_id = served_ends(adapter, base)
+    for name, ends in chat_ends(adapter, base).items():
+        setattr(generation, name, ends)
     if adapter.template == "paper":
         tokenizer.chat_template = paper_chat_template(tokenizer)
     served = base_config(base)
@@ -149,11 +150,16 @@ def export_vllm(
     )
 
 
-def served_ends(adapter: AdapterFolder, base: BaseSettings) -> list[int]:
-    """The tokens that end an answer, that of the chat template too; vLLM takes those of the base model's settings alone."""
+def chat_ends(adapter: AdapterFolder, base: BaseSettings) -> dict[str, list[int]]:
+    """The tokens that end an answer in a chat, as a setting; vLLM by itself takes those of the base and not the template's.
+
+    Empty where no chat template is used.
+    """
     tokenizer = load_tokenizer(base, adapter.tokenizer_path)
-    template = "chat" if adapter.template != "paper" and tokenizer.chat_template else "paper"
-    return sorted(end_ids(SimpleNamespace(generation_config=_generation_config(base)), tokenizer, template))
+    if adapter.template == "paper" or not tokenizer.chat_template:
+        return {}
+    settings = SimpleNamespace(generation_config=_generation_config(base))
+    return {"eos_token_id": sorted(end_ids(settings, tokenizer, "chat"))}
 
 
 def _generation_config(base: BaseSettings) -> GenerationConfig:
