@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from moa_peft.cli.overrides import load_yaml
+from moa_peft.data.base_model import resolve_model
+from moa_peft.evaluation.result_key import identify
 from moa_peft.study.config import FROZEN, StudyConfig, studies_of
 from moa_peft.study.report import read_summary, write_report
 from moa_peft.study.rows import read_results
@@ -34,6 +36,19 @@ def test_every_row_names_commit_config_versions_seed_and_data() -> None:
         assert row.train.file_md5 == files["train"]
         assert row.seed in (SETTINGS["seeds"] if row.label != FROZEN else [None])
         assert {name: one.file_md5 for name, one in row.tests.items()}.items() <= files.items()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("study", "dtype"), [("study-cpu-small", "float32"), ("study-cpu/math-finals", "bfloat16")]
+)
+def test_a_committed_study_can_go_on(study: str, dtype: str) -> None:
+    """Its runs were of the weights that are fetched; how they are counted changed once, and every study was refused."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(resolve_model("smollm2"), dtype=dtype)
+    rows = read_results(ROOT / "docs" / "results" / study)
+    assert {row.base_fingerprint for row in rows} == {identify(model).base_fingerprint}
 
 
 def test_a_report_of_losses_alone_says_what_a_claim_is() -> None:

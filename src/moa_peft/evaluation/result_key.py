@@ -142,9 +142,15 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _base_tensors(model: Any, configs: dict[str, Any]) -> list[tuple[str, Tensor]]:
-    """The base model's own parameters and saved buffers, where some quantised layers keep weights, by their names without PEFT."""
+    """The base model's own parameters, and what it saves beside them, where some quantised layers keep weights, by their names without PEFT.
+
+    Tied parameters count once, so that a model is what it was in rows from before the buffers counted.
+    """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    saved = model.state_dict(keep_vars=True).items()
+    beside = [(name, tensor) for name, tensor in saved if name not in parameters]
     found: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in [*model.named_parameters(), *beside]:
         parts = name.split(".")
         if configs and any(one in configs for one in parts):
             continue
