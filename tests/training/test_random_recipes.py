@@ -21,7 +21,7 @@ from moa_peft.mixture.presets import PRESETS
 from moa_peft.training.recipe import own_fields
 from moa_peft.training.trainer_settings import trainer_fields
 
-COUNT, DRY_RUNS, LONGEST_S = 200, 0.8, 20
+COUNT, DRY_RUNS, LONGEST_S = 150, 0.8, 20
 
 ODD: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 3, 0.5, 1e23, 10**23, 2**40, float("nan"), float("inf"), -0.0, "", "nope", "no", "x" * 5000,
