@@ -97,8 +97,9 @@ def made_up_row(order: Order, correct: str = "10", **found: Any) -> RunRow:
         correct=correct,
     )
     tests = {
-        one.name: dataclasses.replace(scores, md5=questions_md5(one))
-        for one in order.data.tests
+        one.name: dataclasses.replace(scores, md5=questions_md5(one), mode=mode)
+        for some, mode in ((order.data.tests, scores.mode), (order.data.forgetting, "text"))
+        for one in some
         if one.name in order.job.tests
     }
     return describe(order, {"validation": scores, "tests": tests, **found}, None)

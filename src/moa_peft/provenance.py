@@ -36,7 +36,7 @@ def provenance(*, cuda: bool | None = None) -> dict[str, Any]:
         "commit": commit,
         "dirty": None if commit is None or changes is None else bool(changes),
         "command": command_line(),
-        "device": torch.cuda.get_device_name() if cuda else f"cpu ({platform.machine()})",
+        "device": torch.cuda.get_device_name() if cuda else f"cpu ({platform.machine()}, {_instructions()})",
         "threads": torch.get_num_threads(),
         "taken_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -45,6 +45,16 @@ def provenance(*, cuda: bool | None = None) -> dict[str, Any]:
 def command_line() -> str:
     """The command line of this process, of absolute paths the last part: where they lie is nobody else's."""
     return shlex.join(Path(one).name if Path(one).is_absolute() else one for one in sys.argv)
+
+
+def _instructions() -> str:
+    """What decides how fast a processor of its kind is: its vector instructions, and whether they know bfloat16."""
+    import torch
+
+    known = torch.backends.cpu.get_cpu_capability()
+    return (
+        f"{known} with bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else known
+    )  # as base_loading asks
 
 
 def version_of(distribution: str) -> str | None:

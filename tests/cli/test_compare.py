@@ -15,7 +15,9 @@ from moa_peft.cli.train import ANY_FIELD
 from moa_peft.errors import UsageError
 from moa_peft.json_lines import append_rows, read_rows
 from moa_peft.study.config import Method, StudyConfig, studies_of
-from tiny_study import write_study
+from moa_peft.study.one_run import describe
+from moa_peft.study.runner import open_study, run_study
+from tiny_study import made_up_row, write_study
 
 Invoke = Callable[..., Any]
 SMALL = [
@@ -94,9 +96,11 @@ def test_each_domain_is_a_study_of_its_own_and_flags_go_before_its_changes() -> 
     assert [one.out for one in studies_of(settings, {}, "two")] == ["o/two"]
     with pytest.raises(UsageError, match="unknown domain 'tow': did you mean 'two'"):
         studies_of(settings, {}, "tow")
-    for wrong in (["one"], {"one": 5}, {}, None):
+    for wrong in (["one"], {"one": 5}, {1: {}}, {}):
         with pytest.raises(UsageError, match=r"domains is .+: give a mapping of names"):
             studies_of({**settings, "domains": wrong}, {}, "one")
+    with pytest.raises(UsageError, match="the study has no domains: give a mapping of names"):
+        studies_of({**settings, "domains": None}, {}, "one")
     del settings["out"]
     with pytest.raises(UsageError, match="the study has no out: give"):
         studies_of(settings, {})
@@ -126,6 +130,11 @@ def test_json_is_all_that_stands_on_standard_output(invoke: Invoke) -> None:
     told = json.loads(invoke("--report-only", "--json").stdout)
     assert set(told["accuracy"]) == {"frozen", "soft-moa", "lora"}
     assert set(told["versus_baseline"]) == {"frozen", "soft-moa"}
+    for name in (
+        "versus_baseline_by_test",
+        "losses_versus_baseline",
+    ):  # docs/comparing.md says that each has its p
+        assert {"mean", "error", "p", "detectable"} <= told[name]["soft-moa"]["first"].keys()
     assert (told["rows"], told["missing"], told["failures"]) == (3, [], [])
 
 
@@ -142,6 +151,37 @@ def test_a_failed_run_ends_in_exit_code_1_and_a_line_that_names_it(invoke: Invok
         "soft-moa, rate 0.01, seed 0: RunError: the loss is nan"
         in (tmp_path / "out" / "report.md").read_text()
     )
+
+
+def test_a_learning_rate_that_failed_is_discarded_and_the_study_ends_well(tmp_path: Path) -> None:
+    """Every later call ended in exit code 1, though nothing was left to do."""
+    settings = write_study(tmp_path)
+    (tmp_path / "study.json").write_text(json.dumps(settings))
+    app = typer.Typer()
+    app.command(context_settings=ANY_FIELD)(compare)
+    codes = []
+    for fatal in ((0.03,), (0.003, 0.03)):
+
+        def pool(orders: Any, fatal: tuple[float, ...] = fatal) -> Any:
+            for order in orders:
+                fails = order.job.run.learning_rate in fatal
+                yield order, describe(order, {}, "RunError: nan") if fails else made_up_row(order)
+
+        out = str(tmp_path / str(len(fatal)))
+        run_study(open_study(StudyConfig.from_mapping({**settings, "out": out})), pool=pool)
+        flags = ["--config", str(tmp_path / "study.json"), "--out", out, "--report-only"]
+        codes.append(CliRunner().invoke(app, flags).exit_code)
+    assert codes == [0, 1]
+
+
+def test_what_is_wrong_with_the_last_domain_is_told_before_the_first_has_run(tmp_path: Path) -> None:
+    settings = write_study(tmp_path) | {"domains": {"one": {}, "two": {"tasks": "nosuch"}}}
+    (tmp_path / "study.json").write_text(json.dumps(settings))
+    app = typer.Typer()
+    app.command(context_settings=ANY_FIELD)(compare)
+    with pytest.raises(UsageError, match="nosuch"):
+        CliRunner().invoke(app, ["--config", str(tmp_path / "study.json")], catch_exceptions=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_report_of_nothing_is_refused(invoke: Invoke, tmp_path: Path) -> None:

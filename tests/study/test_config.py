@@ -87,6 +87,14 @@ def test_folders_may_be_those_of_a_user(monkeypatch: pytest.MonkeyPatch, tmp_pat
             {"methods": [{"method": "lora", "label": "frozen"}], "baseline": "frozen"},
             "which is the bare model",
         ),
+        (
+            {"methods": ["lora", {"method": "lora", "label": "again"}]},
+            "'lora' and 'again' are the same method: their runs would be one",
+        ),
+        (
+            {"methods": ["lora", "soft-moa"], "finalists": ["soft-moa"]},
+            "the baseline 'lora' is no finalist: nothing could be compared with it",
+        ),
         ({"baseline": "loar"}, "unknown baseline 'loar': did you mean 'lora'"),
         ({"seeds": [1, 1]}, r"seeds is \[1, 1\]: give each seed once"),
         ({"tuning_seeds": []}, r"tuning_seeds is \[\]: give a list of whole numbers"),

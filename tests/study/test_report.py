@@ -138,6 +138,32 @@ def test_failures_are_listed_with_what_they_said(reported: Any) -> None:
     assert row_of(text, "Accuracy", "soft-moa")[1] == "1", "a failed run is not a seed that is averaged"
 
 
+def test_times_of_several_machines_are_not_compared(reported: Any) -> None:
+    _, text = reported(
+        lambda _, row: dataclasses.replace(row, device="other") if row.label == "lora" else row
+    )
+    assert row_of(text, "Cost", "lora") == ["1,000", "2.00 %"]
+    assert "the runs were done on several devices (" in text
+    assert "step_time.svg" not in text
+
+
+def test_an_error_over_seeds_stands_only_where_there_are_some(reported: Any) -> None:
+    """With one seed that of the answers alone stood below a text that says it holds both."""
+
+    def one_seed(order: Order, row: Any) -> Any:
+        if order.job.stage == "final" and order.job.run.seed == 1:
+            return None
+        losses = [0.5, 0.25, 0.75, 0.5] if row.label == "lora" else [0.5, 0.5, 1.0, 0.25]
+        tests = {name: dataclasses.replace(one, losses=losses) for name, one in row.tests.items()}
+        return dataclasses.replace(row, tests=tests)
+
+    _, text = reported(one_seed)
+    assert row_of(text, "Loss of the answers", "soft-moa")[:2] == ["1,000", "1"]
+    cells = row_of(text, "Difference in loss from lora", "soft-moa | first")
+    assert cells[:2] == ["+0.0625", "-"]
+    assert cells[2] != "-"
+
+
 def test_router_figures_are_columns_where_there_are_any(reported: Any) -> None:
     _, without = reported()
     assert "## Routers" not in without
@@ -300,7 +326,7 @@ def test_losses_are_paired_answer_by_answer_and_a_rate_at_an_end_is_named(study:
     ]  # fmt: skip
     assert row_of(text, "Choices", "lora")[1:3] == ["0.003 to 0.06, 3", "0.06, at an end"]
     assert "Rates were added for soft-moa, lora. The choice lies at an end for lora." in text
-    assert row_of(text, "Loss of the answers", "soft-moa")[1] == "0.8000 ± 0.0000"
+    assert row_of(text, "Loss of the answers", "soft-moa")[2] == "0.8000 ± 0.0000"
     assert row_of(text, "Difference in loss from lora", "soft-moa") == [
         "first", "+0.3000", "0.2000", "0.2000", "0.0000", *row_of(text, "Difference in loss from lora", "soft-moa")[5:],
     ]  # fmt: skip

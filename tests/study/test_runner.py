@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from moa_peft.json_lines import append_rows, read_rows
 from moa_peft.study import one_run as execute_module
 from moa_peft.study.config import StudyConfig
 from moa_peft.study.one_run import Order, describe, train_once
+from moa_peft.study.report import read_summary
 from moa_peft.study.rows import read_results
 from moa_peft.study.runner import Study, open_study, planned, run_study
 from moa_peft.study.statistics import summarise
 from tiny_lm import tiny_llama, write_rows
-from tiny_study import made_up_row, named, write_study
+from tiny_study import made_up_row, named, write_forgetting, write_study
 
 Studies = Callable[..., Study]
 ONE_RATE: dict[str, Any] = {"learning_rates": [0.01], "seeds": [0]}
@@ -102,6 +104,42 @@ def test_a_folder_with_other_settings_is_refused_with_what_differs(
         study_of(**ONE_RATE, **changes)
     assert message in str(caught.value)
     assert "methods, seeds, learning rates and tasks may be added" in str(caught.value)
+
+
+def test_a_task_that_moves_from_forgetting_to_tasks_is_refused(study_of: Studies, tmp_path: Path) -> None:
+    """Its accuracy by the texts of the choices stood among those of the tests."""
+    write_forgetting(tmp_path)
+    config = study_of(**ONE_RATE, tasks="first", forgetting="piqa").config
+    run_study(open_study(config), pool=Counted())
+    moved = dataclasses.replace(config, tasks="first,piqa", forgetting=())
+    for use in (open_study, read_summary):
+        with pytest.raises(
+            UsageError, match="piqa moved between tasks and forgetting, which score it in two ways"
+        ):
+            use(moved)
+    assert not open_study(dataclasses.replace(config, forgetting=())).jobs(
+        "final", read_results(tmp_path / "out")
+    )
+
+
+def test_a_base_model_may_lie_elsewhere(study_of: Studies, tmp_path: Path) -> None:
+    """Its weights are compared, and not its path: rows were of no use on another machine."""
+    run_study(study_of(**ONE_RATE), pool=Counted())
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tmp_path / "base", tmp_path / "elsewhere" / "base")
+    study = study_of(**ONE_RATE, model=str(tmp_path / "elsewhere" / "base"))
+    assert not study.jobs("final", read_results(study.folder))
+
+
+@pytest.mark.slow
+def test_a_run_whose_weights_are_gone_is_trained_again(study_of: Studies) -> None:
+    """It failed with a message about a repository, --retry-failed or not."""
+    study = study_of(**SHORT)
+    *_, last = study.orders(study.jobs("final", []), progress=False)
+    train_once(last)
+    (last.folder / "adapter_model.safetensors").unlink()
+    train_once(last)
+    assert (last.folder / "adapter_model.safetensors").exists()
 
 
 def test_a_test_whose_rows_changed_is_refused(study_of: Studies, tmp_path: Path) -> None:

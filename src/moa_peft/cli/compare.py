@@ -80,23 +80,39 @@ def compare(
     # a machine that computes needs no plots
     has_report = report_only or all(map(is_installed, EXTRAS["report"]))
     has_failed = False
-    for study_config in studies_of(settings, parse_flags(context.args), domain):
-        if not report_only:
+    if use_ray:
+        check_installed("ray")
+    configs = studies_of(settings, parse_flags(context.args), domain)
+    # what is wrong with the last is told before the first has run
+    studies = [None if report_only else check(one, say) for one in configs]
+    for study_config, study in zip(configs, studies, strict=True):
+        if study is not None:
             how = {"dry_run": dry_run, "retry_failed": retry_failed, "as_json": as_json}
-            run_all(study_config, say, ray_cpus=(cpus_per_run or 1) if use_ray else None, **how)
+            run_all(study, say, ray_cpus=(cpus_per_run or 1) if use_ray else None, **how)
         if dry_run:
             continue
         summary = write_report(study_config) if has_report else read_summary(study_config)
         say(outcome_text(summary, has_report=has_report))
         if as_json:
             print(json.dumps(as_object(summary), default=dataclasses.asdict))
-        has_failed |= bool(summary.failures)
+        # a learning rate that failed is discarded; it counts where none is left
+        has_failed |= any(
+            one.stage == "final" or summary.chosen[one.label] is None for one in summary.failures
+        )
     if has_failed:
         raise typer.Exit(1)
 
 
+def check(config: StudyConfig, say: Callable[[str], None]) -> "Study":
+    """Check a study before its first run."""
+    from moa_peft.study.runner import open_study
+
+    say(f"checking {len(config.methods)} methods and the rows of {config.data} ...")
+    return open_study(config)
+
+
 def run_all(
-    config: StudyConfig,
+    study: "Study",
     say: Callable[[str], None],
     *,
     dry_run: bool,
@@ -104,19 +120,15 @@ def run_all(
     as_json: bool,
     ray_cpus: int | None = None,
 ) -> None:
-    """Check a study, say what it will do, and do it; through Ray where its processors for a run are given."""
+    """Say what a study will do, and do it; through Ray where its processors for a run are given."""
     from moa_peft.study.rows import read_results
-    from moa_peft.study.runner import open_study, planned, run_study
+    from moa_peft.study.runner import planned, run_study
 
-    if ray_cpus is not None:
-        check_installed("ray")
-    say(f"checking {len(config.methods)} methods and the rows of {config.data} ...")
-    study = open_study(config)
     left = planned(study, read_results(study.folder), retry_failed=retry_failed)
     say(plan_text(study, left))
     if dry_run:
         if as_json:
-            print(json.dumps({"out": config.out, **left}))
+            print(json.dumps({"out": study.config.out, **left}))
         return
     try:
         if ray_cpus is None:
@@ -178,6 +190,15 @@ def as_object(summary: "StudySummary") -> dict[str, Any]:
             one.label: one.forgetting_mean for one in summary.methods if one.forgetting_mean is not None
         },
         "versus_baseline": {one.label: one.versus for one in summary.methods if one.versus is not None},
+        "versus_baseline_by_test": {
+            one.label: one.versus_by_test for one in summary.methods if one.versus_by_test
+        },
+        "losses_versus_baseline": {
+            one.label: one.losses_versus for one in summary.methods if one.losses_versus
+        },
+        "forgetting_versus_baseline": {
+            one.label: one.forgetting_versus for one in summary.methods if one.forgetting_versus is not None
+        },
         "failures": [f"{run_name(row)}: {row.failure}" for row in summary.failures],
         "missing": list(summary.missing),
     }

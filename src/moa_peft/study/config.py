@@ -199,9 +199,10 @@ def studies_of(
     if (
         not isinstance(domains, Mapping)
         or not domains
-        or not all(isinstance(one, Mapping) for one in domains.values())
+        or not all(isinstance(name, str) and isinstance(one, Mapping) for name, one in domains.items())
     ):
-        raise UsageError(f"domains is {domains!r}: give a mapping of names, each to the keys that it changes")
+        given = "the study has no domains" if domains is None else f"domains is {domains!r}"
+        raise UsageError(f"{given}: give a mapping of names, each to the keys that it changes")
     if domain is not None and domain not in domains:
         raise UsageError(unknown("domain", domain, domains))
     wholes = {

@@ -1,5 +1,6 @@
 """What is wrong with the values of a study, which a file may give of any type; a sentence for each problem."""
 
+import dataclasses
 import math
 import re
 import sys
@@ -42,7 +43,8 @@ def problems_of(study: Any, *, reserved: str) -> list[str]:
     """Say what is wrong with a `StudyConfig`; ``reserved`` is the label that no method may have."""
     problems = _form_problems(study)  # what follows looks into these values
     if not problems:
-        problems = [*_number_problems(study), *_method_problems(study, reserved), *_trainer_problems(study)]
+        problems = [*_number_problems(study), *_method_problems(study, reserved)]
+        problems += [*_comparison_problems(study), *_trainer_problems(study)]
     for name, given, known in (
         ("template", study.template, get_args(Template)),
         ("choose_by", study.choose_by, get_args(ChooseBy)),
@@ -115,16 +117,32 @@ def _method_problems(study: Any, reserved: str) -> list[str]:
     for label in dict.fromkeys(labels):
         if not _LABEL.fullmatch(label) or label == reserved:
             problems.append(
-                f"label is {label!r}: give letters, digits, dots and dashes, and not {reserved!r}, which is the bare model"
+                f"label is {label!r}: give letters, digits, dots, dashes and underscores, and not {reserved!r}, which is the bare model"
             )
         if labels.count(label) > 1:
             problems.append(f"the label {label!r} stands twice: give each entry a label of its own")
-    if study.baseline not in labels:
-        problems.append(unknown("baseline", study.baseline, labels))
-    problems += [unknown("finalist", one, labels) for one in study.finalists or () if one not in labels]
     for one in study.methods:
         for name in FACTORS:
             problems += [f"{one.label}: {wrong}" for wrong in factor_problems(name, getattr(one, name))]
+    return problems
+
+
+def _comparison_problems(study: Any) -> list[str]:
+    problems: list[str] = []
+    labels = study.labels()
+    if study.baseline not in labels:
+        problems.append(unknown("baseline", study.baseline, labels))
+    problems += [unknown("finalist", one, labels) for one in study.finalists or () if one not in labels]
+    if study.finalists and study.baseline in labels and study.baseline not in study.finalists:
+        problems.append(
+            f"the baseline {study.baseline!r} is no finalist: nothing could be compared with it; add it to finalists, or give another"
+        )
+    for place, one in enumerate(study.methods):
+        for other in study.methods[:place]:
+            if dataclasses.replace(one, label=other.label) == other:
+                problems.append(
+                    f"{other.label!r} and {one.label!r} are the same method: their runs would be one; leave one out"
+                )
     return problems
 
 

@@ -26,8 +26,11 @@ def check_same_study(
     folder: Path,
     config: StudyConfig,
     shared: Mapping[str, Any],
-    tests: Mapping[str, str],
     rows: Sequence[RunRow],
+    *,
+    tests: Sequence[str],
+    forgetting: Sequence[str],
+    md5: Mapping[str, str] | None = None,
 ) -> None:
     """Check that what a folder holds was made with the same settings; methods, seeds, rates and tasks may be added.
 
@@ -35,8 +38,10 @@ def check_same_study(
         folder: The study's folder.
         config: The study as it is given now.
         shared: From `shared_settings`.
-        tests: MD5 of the rows of each test.
         rows: What is done.
+        tests: Names of its tests.
+        forgetting: Names of the tasks that tell what training took away, which are scored in a way of their own.
+        md5: MD5 of the rows of each of both; None where they are not at hand.
 
     Raises:
         UsageError: If a setting differs; the message names each with both values.
@@ -55,9 +60,19 @@ def check_same_study(
             differing += _differing(before["methods"][one.label], method_settings(one), f"{one.label}: ")
     known = {name: scores.md5 for row in rows for name, scores in row.tests.items()} | before["tests"]
     differing += [
-        f"the rows of {name}: MD5 was {known[name]}, is {md5}"
-        for name, md5 in tests.items()
-        if known.get(name, md5) != md5
+        f"the rows of {name}: MD5 was {known[name]}, is {new}"
+        for name, new in (md5 or {}).items()
+        if known.get(name, new) != new
+    ]
+    by_text = {name: name in forgetting or config.mode == "text" for name in (*tests, *forgetting)}
+    moved = {
+        name
+        for row in rows
+        for name, scores in row.tests.items()
+        if name in by_text and by_text[name] != (scores.mode == "text")
+    }
+    differing += [
+        f"{name} moved between tasks and forgetting, which score it in two ways" for name in sorted(moved)
     ]
     if differing:
         raise UsageError(

@@ -51,11 +51,16 @@ def difference_cells(one: Difference | None, *, is_loss: bool = False) -> list[s
     """The cells of a difference, in points or nats: itself, its errors, the least detectable one, seeds, the claim."""
     if one is None:
         return [*[NONE] * 6, "none"]
-    write, mean, error = points, f"{100 * one.mean:+.1f}", one.error
-    if is_loss:
-        write, mean, error = plain, f"{one.mean:+.4f}", one.error or one.by_questions
-    errors = (error, one.by_questions, one.by_seeds, one.detectable)
+    write, mean = (plain, f"{one.mean:+.4f}") if is_loss else (points, f"{100 * one.mean:+.1f}")
+    errors = (one.error, one.by_questions, one.by_seeds, one.detectable)
     return [mean, *map(write, errors), str(one.seeds), claim(one, is_loss=is_loss)]
+
+
+def choice_cells(one: Difference | None) -> list[str]:
+    """The cells of a difference of validation losses: itself, and its error, with a single seed that of the answers."""
+    if one is None:
+        return [NONE, NONE]
+    return [f"{one.mean:+.4f}", plain(one.by_questions if one.error is None else one.error)]
 
 
 def nats(one: Estimate | None) -> str:

@@ -23,12 +23,15 @@ def check_methods(config: StudyConfig) -> None:
     recipes: dict[str, Recipe] = {}
     for one in config.methods:
         run = Run(label=one.label, method=one, learning_rate=float(config.learning_rates[0]), seed=0)
-        recipes[one.label] = recipe_of(config, run, data=config.data, data_md5=None, folder=config.out)
-    for recipe in recipes.values():
-        check_trainer(recipe)
-        build_peft_config(recipe)
-        with quiet_libraries():
-            build_settings(copy.deepcopy(recipe), has_validation=False, cuda=torch.cuda.is_available())
+        try:
+            recipe = recipe_of(config, run, data=config.data, data_md5=None, folder=config.out)
+            check_trainer(recipe)
+            build_peft_config(recipe)
+            with quiet_libraries():
+                build_settings(copy.deepcopy(recipe), has_validation=False, cuda=torch.cuda.is_available())
+        except UsageError as error:
+            raise UsageError(f"{one.label}: {error}") from error
+        recipes[one.label] = recipe
     base = find_base(config.model, told_init_kwargs(config.trainer))
     for label, recipe in recipes.items():
         with quiet_libraries():

@@ -135,6 +135,8 @@ def train_once(order: Order) -> dict[str, Any]:
     """
     folder = order.folder
     done = folder / TRAINING_FILE
+    if done.exists() and not list(folder.glob("adapter_model.*")):
+        shutil.rmtree(folder)  # its weights are gone
     if not done.exists():
         if order.base_fingerprint is not None:  # as scoring reads it: training's dtype may be another
             check_base(order, identify(load(order.config.model, init_kwargs=order.init_kwargs).model))

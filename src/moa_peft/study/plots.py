@@ -9,7 +9,7 @@ from typing import Any
 from moa_peft.evaluation.results import file_name
 from moa_peft.study.config import FROZEN
 from moa_peft.study.document import Picture
-from moa_peft.study.statistics import MethodSummary, StudySummary, median_step_ms
+from moa_peft.study.statistics import MethodSummary, StudySummary, devices, median_step_ms
 
 _SETTINGS = {
     "svg.hashsalt": "moa-peft",
@@ -50,6 +50,8 @@ def draw_plots(summary: StudySummary) -> list[Picture]:
         log=True,
     )
     times = {one.label: (time, None) for one in methods if (time := median_step_ms(one)) is not None}
+    if len(devices(methods)) > 1:
+        times = {}
     pairs = [
         (parameters, _accuracy(summary.methods)),
         (
@@ -129,8 +131,8 @@ def _draw(labels: Sequence[str], x: _Axis, y: _Axis) -> str:
         if x.log:
             plot.set_xscale("log")
         plot.margins(x=0.2, y=0.2)
-        plot.set_xlabel(x.text)
-        plot.set_ylabel(y.text)
+        plot.set_xlabel(x.text, parse_math=False)
+        plot.set_ylabel(y.text, parse_math=False)  # a test's name may hold a $
         written = io.StringIO()
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
     return re.sub(r"\A.*?(?=<svg )", "", written.getvalue(), flags=re.DOTALL)

@@ -30,10 +30,10 @@ def read_summary(config: StudyConfig) -> StudySummary:
         )
     rows = read_results(folder)
     shared = shared_settings(config, study["settings"]["train_md5"], study["settings"]["validation_md5"])
-    check_same_study(folder, config, shared, {}, rows)
-    known = study["tests"]
-    forgetting = task_names(config.forgetting_names(), known) if config.forgetting else []
-    return summarise(config, shared, task_names(config.task_names(), known), rows, forgetting)
+    tests = task_names(config.task_names(), study["tests"])
+    forgetting = task_names(config.forgetting_names(), study["tests"]) if config.forgetting else []
+    check_same_study(folder, config, shared, rows, tests=tests, forgetting=forgetting)
+    return summarise(config, shared, tests, rows, forgetting)
 
 
 def write_report(config: StudyConfig) -> StudySummary:

@@ -88,7 +88,10 @@ class Study:
         Raises:
             UsageError: If it does.
         """
-        check_same_study(self.folder, self.config, self.shared, self.tests, rows)
+        tests, forgetting = ([one.name for one in part] for part in (self.data.tests, self.data.forgetting))
+        check_same_study(
+            self.folder, self.config, self.shared, rows, tests=tests, forgetting=forgetting, md5=self.tests
+        )
         possible = possible_runs(self.config, tried_rates(self.config, self.shared, rows))
         check_run_folders(self.config, possible, self.data)
 

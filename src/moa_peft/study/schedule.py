@@ -8,6 +8,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from moa_peft.study.config import FROZEN, Method, StudyConfig
@@ -58,11 +59,11 @@ def rate_text(rate: float) -> str:
 def shared_settings(config: StudyConfig, train_md5: str, validation_md5: str) -> dict[str, Any]:
     """All that decides the runs of a study beside the method, the learning rate and the seed, by name.
 
-    Where files lie, how often is logged and saved, and what only the report reads is left out.
+    Where files and the model lie, how often is logged and saved, and what only the report reads is left out.
     """
     trainer = _deciding(config.trainer_of(Method(method="")))
     return {
-        "model": config.model,
+        "model": Path(config.model).name,  # its weights are compared by their fingerprint
         "template": config.template,
         "max_length": config.max_length,
         "train_limit": config.train_limit,

@@ -6,6 +6,7 @@ from moa_peft.study.config import FROZEN
 from moa_peft.study.document import Picture, Section, Table
 from moa_peft.study.formatting import (
     NONE,
+    choice_cells,
     chosen_by,
     count,
     difference_cells,
@@ -19,7 +20,7 @@ from moa_peft.study.formatting import (
 )
 from moa_peft.study.rows import ROUTER_FIGURES
 from moa_peft.study.schedule import rate_text
-from moa_peft.study.statistics import MethodSummary, StudySummary, median_step_ms
+from moa_peft.study.statistics import MethodSummary, StudySummary, devices, median_step_ms
 
 ACCURACY_NOTE = (
     "Per cent of the questions answered rightly: mean over seeds ± standard error over seeds. For the frozen model, which "
@@ -111,7 +112,7 @@ def _head(summary: StudySummary) -> Section:
     done = summary.planned - len(summary.missing)
     texts = [
         f"Each method is trained on the same {trained}, with the same epochs and batches and {how}.",
-        f"There is a run for each of the seeds {seeds}. No test question had a part in any choice."
+        f"There is a run for each of the seeds {seeds}."
         if config.finalist_labels()
         else "No method is run with every seed or tested: the study has no finalists.",
         f"{done} of {summary.planned} runs are done, learning rates that were tried included. "
@@ -171,12 +172,13 @@ def _losses(summary: StudySummary) -> Section | None:
         [
             one.label,
             count(one.rows[0].trainable_parameters),
+            NONE if one.label == FROZEN else str(len(one.rows)),
             *(nats(one.losses.get(name)) for name in summary.tests),
         ]
         for one in summary.methods
         if one.losses
     ]
-    return _tabled("Loss of the answers", [LOSS_NOTE], ["method", "trained", *summary.tests], rows)
+    return _tabled("Loss of the answers", [LOSS_NOTE], ["method", "trained", "seeds", *summary.tests], rows)
 
 
 def _loss_differences(summary: StudySummary) -> Section | None:
@@ -226,7 +228,7 @@ def _choices(summary: StudySummary) -> Section | None:
             f"{rate_text(one.rates[0])} to {rate_text(one.rates[-1])}, {len(one.rates)}",
             rate_text(one.rate) + ("" if one.is_inside else ", at an end"),
             nats(one.loss),
-            *difference_cells(one.versus, is_loss=True)[:2],
+            *choice_cells(one.versus),
         ]
         for label, one in summary.choices.items()
     ]
@@ -236,10 +238,16 @@ def _choices(summary: StudySummary) -> Section | None:
 
 def _cost(summary: StudySummary) -> Section | None:
     methods = [one for one in summary.methods if one.label != FROZEN]
-    devices = sorted({f"{row.device}, {row.threads} threads" for one in methods for row in one.rows})
+    places = devices(methods)
     head = ["method", "trained", "of all", "step ms", "quartiles", "memory MiB"]
-    texts = [COST_NOTE, f"Measured on: {'; '.join(devices)}."]
-    return _tabled("Cost", texts, head, [_cost_row(one) for one in methods])
+    texts = [COST_NOTE, f"Measured on: {'; '.join(places)}."]
+    rows = [_cost_row(one) for one in methods]
+    if len(places) > 1:
+        head, rows = head[:3], [one[:3] for one in rows]
+        texts = [
+            f"Times and memory are left out: the runs were done on several devices ({'; '.join(places)})."
+        ]
+    return _tabled("Cost", texts, head, rows)
 
 
 def _cost_row(method: MethodSummary) -> list[str]:

@@ -204,6 +204,13 @@ def losses(row: RunRow) -> Values:
     return {name: one.losses for name, one in row.tests.items() if one.losses}
 
 
+def devices(methods: Sequence[MethodSummary]) -> list[str]:
+    """What the methods ran on; times of several tell the machines apart, and not the methods."""
+    return sorted(
+        {f"{row.device}, {row.threads} threads" for one in methods for row in one.rows if one.label != FROZEN}
+    )
+
+
 def median_step_ms(method: MethodSummary) -> float | None:
     """The median over seeds of the median time of a step."""
     times = [row.step_ms.median for row in method.rows if row.step_ms is not None]
