@@ -143,7 +143,7 @@ def check_mixture(name: str, config: MoAConfig, folder: Path) -> None:
 
     A fresh one is almost silent, a disabled one is the frozen model bit for bit, every weight is reached and every expert
     heard, a reloaded one is equal, checkpointed gradients are bit-equal; the cache and padding change greedy tokens only where
-    they change the base model's.
+    they change the base model's, and likewise padding the logits of a call that names no positions.
 
     Args:
         name: Of `TEXT`.
@@ -157,6 +157,7 @@ def check_mixture(name: str, config: MoAConfig, folder: Path) -> None:
     base_is = {
         "cached": torch.equal(greedy(base, ids), greedy(base, ids, use_cache=False)),
         "padded": not any(one.any() for one in padded(base)),
+        "shifted": shifted(base) < 1e-5,
     }
     model = get_peft_model(base, config)
     with torch.no_grad():
@@ -181,6 +182,8 @@ def check_mixture(name: str, config: MoAConfig, folder: Path) -> None:
         assert torch.equal(greedy(model, ids), greedy(model, ids, use_cache=False))
     if base_is["padded"]:
         assert not any(one.any() for one in padded(model))
+    if base_is["shifted"]:
+        assert shifted(model) < 1e-4, "padding on the left counts as positions"
     model.save_pretrained(folder)
     with torch.no_grad():
         assert torch.equal(
@@ -214,6 +217,16 @@ def padded(model: nn.Module) -> list[Tensor]:
     batch = torch.cat([nn.functional.pad(row, (9 - row.shape[1], 0)) for row in rows])
     together = greedy(model, batch, (batch != 0).long())
     return [greedy(model, row)[0] - made for row, made in zip(rows, together, strict=True)]
+
+
+@torch.no_grad()
+def shifted(model: nn.Module) -> float:
+    """How much padding on the left changes logits, in a call that names no positions, as TRL's GRPO makes it."""
+    batch, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    return largest(
+        model(input_ids=batch, attention_mask=mask).logits[:1, 4:], model(input_ids=batch[:1, 4:]).logits
+    )
 
 
 def gradients(model: nn.Module, ids: Tensor) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     DefaultFlowCallback,
+    StaticCache,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -31,7 +32,7 @@ from trl import SFTConfig, SFTTrainer
 from moa_peft import LoraExpert, MoAConfig, PromptExpert, RouterConfig, UsageError, mixture_layers
 from moa_peft.mixture.balance_scaling import BalanceLossScale, give_to_trainers, set_loss_scale
 from moa_peft.mixture.router import Router
-from tiny import awaken, base_model, tokens
+from tiny import awaken, base_model, largest, mixture_model, tokens
 from tiny_lm import byte_tokenizer, tiny_llama
 
 COEFFICIENT = 3.0
@@ -206,6 +207,52 @@ def packed(rows: list[Tensor]) -> dict[str, Any]:
         "position_ids": positions.unsqueeze(0),
         "use_cache": False,
     }
+
+
+# Which tokens are real
+
+
+@pytest.mark.parametrize("method", ["topk-moe-lora", "instance-moa", "soft-moa"])
+def test_a_mask_for_a_whole_cache_of_fixed_size_is_read_from_the_calls_own_columns(method: str) -> None:
+    """It was read from its end, where no token is real yet: gates of a zero vector."""
+    model = mixture_model("llama", method)
+    ids, mask = tokens(3, 11), torch.zeros(3, 20, dtype=torch.long)
+    mask[:, :11] = 1
+    mask[0, :4] = mask[1, :2] = 0
+    losses: list[float] = []
+    for _, layer in mixture_layers(model):
+        layer.observer = lambda record: losses.append(
+            -1.0 if record.balance_loss is None else record.balance_loss.item()
+        )
+    with torch.no_grad():
+        plain = model(input_ids=ids, attention_mask=mask[:, :11]).logits
+        before, losses[:] = [*losses], []
+        cache = StaticCache(config=model.get_base_model().config, max_cache_len=20)
+        found = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+    real = mask[:, :11].bool()
+    assert largest(found[real], plain[real]) < 1e-4
+    assert losses == pytest.approx(before)
+
+
+def test_the_new_token_of_a_padded_row_is_real_in_a_mask_of_four_dimensions() -> None:
+    """Its place among the keys was taken for the first one, which is padding."""
+    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    told: dict[str, list[float]] = {}
+    for kind in ("dynamic", "static"):
+        model, losses = mixture_model("llama", "topk-moe-lora"), told.setdefault(kind, [])
+        for _, layer in mixture_layers(model):
+            layer.observer = lambda record, losses=losses: losses.append(record.balance_loss.item())
+        settings = {"cache_implementation": "static", "disable_compile": True} if kind == "static" else {}
+        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, do_sample=False, **settings)
+    assert told["static"] == pytest.approx(told["dynamic"])
+
+
+def test_a_model_without_values_can_run_in_training_mode() -> None:
+    with torch.device("meta"):
+        model = get_peft_model(base_model("llama"), MoAConfig.preset("topk-moe-lora")).train()
+    model = model.to("meta")
+    assert model(input_ids=tokens(1, 5).to("meta"), labels=tokens(1, 5).to("meta")).loss.is_meta
 
 
 # One batch

@@ -2,15 +2,27 @@
 
 import copy
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 
-from moa_peft import ChangeRecord, GateRecord, RunError, mixture_layers
-from tiny import base_model, mixture_model, tokens
+from moa_peft import (
+    ArchitectureConfig,
+    ChangeRecord,
+    GateRecord,
+    LoraExpert,
+    MoAConfig,
+    RouterConfig,
+    RunError,
+    UsageError,
+    mixture_layers,
+)
+from tiny import base_model, largest, mixture_model, tokens
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
@@ -139,6 +151,65 @@ def test_adapters_whose_routers_read_different_inputs_live_on_one_model(tmp_path
         model.set_adapter(name)
         with torch.no_grad():
             assert torch.equal(model.eval()(tokens()).logits, expected[name])
+
+
+def test_threads_that_call_one_model_do_not_share_their_gates() -> None:
+    """Of 60 calls 15 raised and 2 gave other numbers."""
+    model = mixture_model("llama", "everything")
+    given = [tokens(3, 11, seed) for seed in range(4)]
+    with torch.no_grad():
+        expected = [model(ids).logits for ids in given]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+
+    def call(place: int) -> float:
+        with torch.no_grad():
+            return max(largest(model(given[place]).logits, expected[place]) for _ in range(10))
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert max(pool.map(call, range(4))) < 1e-4
+    finally:
+        sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("method", ["topk-moe-lora", "instance-moa"])
+def test_a_copied_block_does_not_copy_the_model(method: str) -> None:
+    """As when a model is grown by copies of its blocks; the copy could not be trained."""
+    model = mixture_model("llama", method)
+    blocks = model.get_base_model().model.layers
+    [(_, layer), _] = mixture_layers(model)
+    copied = copy.deepcopy(blocks[0])
+    assert copied.moa is not layer
+    assert copied.moa.watch is layer.watch
+    whole = copy.deepcopy(model)
+    assert mixture_layers(whole)[0][1].watch is not layer.watch
+
+
+def test_a_layer_may_be_called_by_itself_where_no_adapter_is_at_work() -> None:
+    """As calibration for quantisation calls it: rows of two dimensions ended in an error of shapes."""
+    model = mixture_model("llama", "soft-moa")
+    down = model.get_base_model().model.layers[0].mlp.down_proj
+    rows = torch.randn(7, down.in_features)
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.equal(down(rows), torch.nn.functional.linear(rows, down.weight, down.bias))
+
+
+def test_a_norm_that_runs_too_late_is_named() -> None:
+    config = MoAConfig(
+        experts=[LoraExpert(targets=["q_proj"])],
+        architecture=ArchitectureConfig(norm="post_attention_layernorm"),
+        router=RouterConfig(router_input="block"),
+    )
+    model = get_peft_model(base_model("llama"), config)
+    with pytest.raises(
+        UsageError, match=r"projections ran before the norm .* ArchitectureConfig\(norm=...\)"
+    ):
+        model(tokens())
+    model.delete_adapter("default")
+    model.add_adapter("default", MoAConfig.preset("sparse-moa"))
+    model.set_adapter("default")
+    assert model(tokens()).logits.isfinite().all(), "the blocks are those of the new adapter's architecture"
 
 
 def test_a_block_that_runs_its_mlp_before_its_router_is_refused() -> None:

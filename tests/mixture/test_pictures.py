@@ -15,6 +15,7 @@ from instance_gates import gates, same
 from moa_peft import MoAConfig, mixture_layers
 from moa_peft.mixture.placement import find_placements
 from pictures import BUILD, IDS, IMAGE, model_of, picture, processor_of
+from structures import shifted
 from tiny import awaken, largest, tokens
 
 EYES = ("vision_tower", "vision_model", "visual")
@@ -66,6 +67,12 @@ def test_the_language_model_alone_gets_experts_and_nothing_is_left_out(family: s
     get_peft_model(model, config)
     layers = [name.rpartition(".layers.")[0] for name, _ in mixture_layers(model)]
     assert layers == ["model.text_model" if "text_model" in layers[0] else "model.language_model"] * 2
+
+
+@every_family
+def test_padding_on_the_left_counts_as_no_position(family: str) -> None:
+    """Gemma 3 gives its language model masks of four dimensions."""
+    assert shifted(with_mixture(family, "soft-moa")) < 1e-4
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from accelerate import cpu_offload, disk_offload
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,6 +20,7 @@ from moa_peft import (
     RouterConfig,
     RunError,
     UsageError,
+    mixture_layers,
 )
 from tiny import awaken, base_model, mixture_model, tokens
 
@@ -145,6 +146,48 @@ def test_an_adapter_that_is_refused_while_its_blocks_are_built_leaves_none_of_th
     assert trained
     assert all(".moa_mixture.default." in name for name in trained)
     assert model(tokens()).logits.isfinite().all()
+
+
+def test_an_adapter_whose_blocks_cannot_all_be_built_leaves_none_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An error that is not ours, as of memory, left the first blocks with an adapter that nothing named."""
+    base = base_model("llama")
+    before, built = parts(base), []
+
+    def one_block(self: MoALayer, *given: Any) -> None:
+        if built:
+            raise MemoryError
+        built.append(1)
+        add_mixture(self, *given)
+
+    add_mixture = MoALayer.add_mixture
+    monkeypatch.setattr(MoALayer, "add_mixture", one_block)
+    with pytest.raises(MemoryError):
+        get_peft_model(base, MoAConfig.preset("soft-moa"))
+    assert parts(base) == before
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
+def test_an_adapter_in_place_of_another_leaves_nothing_of_it(tmp_path: Path) -> None:
+    """Its blocks that the new one has not were trained and saved, and the file could not be loaded."""
+    base = base_model("llama")
+    get_peft_model(base, MoAConfig.preset("soft-lora"))
+    config = MoAConfig(experts=[LoraExpert(targets=["v_proj"], rank=2)], layers_to_transform=[1])
+    model = get_peft_model(base, config)
+    assert [name for name, _ in mixture_layers(model)] == ["base_model.model.model.layers.1.moa"]
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base_model("llama"), tmp_path)
+    assert torch.equal(model.eval()(tokens()).logits, again(tokens()).logits)
+
+
+def test_a_block_that_stands_twice_in_a_model_is_refused() -> None:
+    """Its adapter was trained and saved, and could not be loaded."""
+    base = base_model("llama")
+    base.model.layers[1] = base.model.layers[0]
+    with pytest.raises(UsageError, match=r"model.layers holds a block twice"):
+        get_peft_model(base, MoAConfig.preset("soft-lora"))
 
 
 def test_a_refused_second_adapter_leaves_the_first_its_padding() -> None:

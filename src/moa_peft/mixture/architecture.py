@@ -100,6 +100,11 @@ def find_blocks(model: nn.Module, named: ArchitectureConfig | None = None) -> li
         raise UsageError(
             f"blocks is {path!r}: the model has no list of modules of that path; it has {_lists(model)}"
         )
+    if len(set(blocks)) < len(blocks):
+        raise UsageError(
+            f"{path} holds a block twice: a mixture is of one place in the model, and its file could not be loaded again. "
+            "Give each place a block of its own, such as a copy"
+        )
     _check_names(path, blocks, named)
     found = [_block(model, f"{path}.{i}", i, one, named, text) for i, one in enumerate(blocks)]
     known = [one for one in found if one is not None]

@@ -71,7 +71,12 @@ def default_loss_scale(device_type: str) -> float:
         "give your Trainer callbacks=[moa_peft.mixture.balance_scaling.BalanceLossScale()] (one that is built after the "
         "mixture has it already)"
     )
-    if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16:
+    is_known = torch.amp.is_autocast_available(device_type)  # the meta device is not
+    if (
+        is_known
+        and torch.is_autocast_enabled(device_type)
+        and torch.get_autocast_dtype(device_type) == torch.float16
+    ):
         raise UsageError(
             f"the balance loss does not know by what fp16's gradient scaler multiplies the loss: {callback}, or "
             f"{own_loop}, or train in bf16"

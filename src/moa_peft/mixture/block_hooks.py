@@ -7,6 +7,7 @@ again in its recomputation.
 """
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -70,8 +71,8 @@ class ChangeRecord:
     """Gives the same change under another gate, such as one copy's alone. Call it only while the observer runs."""
 
 
-class _State:
-    """How far a block's forward pass has come. It is no part of the module and of no copy of it."""
+class _State(threading.local):
+    """How far a block's forward pass has come in a thread. It is no part of the module and of no copy of it."""
 
     def __init__(self) -> None:
         self.in_call = False  # the block is called, not recomputed
@@ -85,6 +86,9 @@ class _State:
     def end(self) -> None:
         """Forget the pass."""
         self.in_call, self.routed, self.call, self.block_input, self.passes = False, False, None, None, ()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _State, ()
 
 
 class MoALayer(nn.Module, BaseTunerLayer):
@@ -218,10 +222,21 @@ class MoALayer(nn.Module, BaseTunerLayer):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         if memo and id(self.block.module) not in memo:
             return self  # one of the block's modules is copied, as for modules_to_save: it keeps its hooks
+        self.watch.stays_with_its_model(memo)
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether an adapter with prompts is at work."""
+        return any(map(self.has_prompts_of, self._active()))
+
+    def has_prompts_of(self, adapter: str) -> bool:
+        """Whether an adapter has prompts in this block."""
+        attention = self.block.sites.get("attention")
+        return attention is not None and attention.path in self.mixtures()[adapter].modules_changed
 
     def mixtures(self) -> dict[str, Mixture]:
         """The mixtures by adapter name."""
@@ -309,6 +324,8 @@ class MoALayer(nn.Module, BaseTunerLayer):
 
     def _add(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:  # noqa: ARG002
         """Add the experts' changes to a module's output; a forward hook, and the one place that adds."""
+        if not self._state.passes and not self._active():
+            return output
         # some MLPs give their router's scores as well
         own = output[0] if isinstance(output, tuple) else output
         x, frozen = args[0], own

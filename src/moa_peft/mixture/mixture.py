@@ -366,7 +366,11 @@ class MixturePass:
         router = self.mixture.router
         if router is not None and not router.joins_down_product:
             routed = x if router.config.router_input == "projection" else block_input
-            assert routed is not None, "the block's input is noted before its projections run"
+            if routed is None:
+                raise UsageError(
+                    f"{self._key}: the block's projections ran before the norm that its router reads (router_input 'block'): name "
+                    "the block's first norm in ArchitectureConfig(norm=...), or use router_input 'projection'"
+                )
             earlier = self._call.earlier.get(self._key)
             if router.config.granularity == "token":
                 self._note("", router(routed, self._call.real))

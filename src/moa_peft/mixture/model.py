@@ -4,7 +4,7 @@
 # pyright: reportIncompatibleMethodOverride=false
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,7 +57,7 @@ class MoAModel(BaseTuner):
         before = dict(getattr(model, "peft_config", {}))
         try:
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
-        except UsageError:
+        except BaseException:
             if before:
                 host.peft_config = before
             elif getattr(model, "_hf_peft_config_loaded", False):  # set before `add_adapter` has called us
@@ -65,16 +65,13 @@ class MoAModel(BaseTuner):
             raise
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put an adapter into every block, as PEFT does; one that is refused at a block is taken off those before it."""
+        """Put an adapter into every block, as PEFT does; one that fails at a block is taken off those before it."""
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except UsageError:
-            layers = mixture_layers(model)
-            for _, layer in layers:
-                if adapter_name in layer.moa_mixture:
-                    layer.delete_adapter(adapter_name)
-            _take_off(model, [(name, layer) for name, layer in layers if not layer.moa_mixture])
+        except BaseException:
+            _delete(model, adapter_name)
             raise
+        _delete(model, adapter_name, but=self._plan)  # where an earlier one of its name was, it is gone
 
     def _prepare_adapter_config(self, peft_config: MoAConfig, model_config: dict[str, Any]) -> MoAConfig:  # noqa: ARG002
         return peft_config
@@ -185,10 +182,14 @@ class MoAModel(BaseTuner):
     ) -> None:
         """Give one decoder block its experts. Nothing is replaced: the block gets a child, its modules get hooks."""
         layer = getattr(target, CHILD, None)
-        if layer is None:
+        if layer is None or not layer.moa_mixture:  # an empty one may be of another architecture
+            if layer is not None:
+                layer.disconnect()
             layer = MoALayer(self._blocks[current_key], self._watch)
             target.add_module(CHILD, layer)
         layer.add_mixture(adapter_name, self._plan[current_key], peft_config.parts().router)
+        if layer.has_prompts_of(adapter_name):
+            layer.watch.number(self._watched[1], layer)
         mixture = layer.mixtures()[adapter_name]
         routers = mixture.routers().values()
         if mixture.needs_tokens:
@@ -273,6 +274,15 @@ class MoAModel(BaseTuner):
         expected = {key: one for key, one in model.state_dict().items() if mine.search(key)}
         check_fit(expected, own | unknown, adapter_name)
         return own | added_rows
+
+
+def _delete(model: nn.Module, adapter_name: str, but: Collection[str] = ()) -> None:
+    """Delete an adapter from every block but some, and layers that are then empty."""
+    layers = mixture_layers(model)
+    for name, layer in layers:
+        if adapter_name in layer.moa_mixture and name.removesuffix(f".{CHILD}") not in but:
+            layer.delete_adapter(adapter_name)
+    _take_off(model, [(name, layer) for name, layer in layers if not layer.moa_mixture])
 
 
 def _take_off(model: nn.Module, layers: Sequence[tuple[str, MoALayer]]) -> None:

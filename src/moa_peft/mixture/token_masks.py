@@ -123,6 +123,33 @@ def _means(counted: Tensor, x: Tensor) -> Tensor:
     return at_least_float32((counted * part.to(x.dtype)) @ x) / (number * part)
 
 
+def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name."""
+    names = inspect.signature(module.forward).parameters if len(args) > 1 else ("input_ids",)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def real_positions(call: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
+    """Number the real tokens of each row from 0, and padding on the left with 0.
+
+    Args:
+        call: A call's arguments by name; the attention mask and the cache are read.
+        shape: B and T.
+
+    Returns:
+        Int64, [B, T]; None where no mask says which tokens are real, or one of 4 dimensions has other keys than theirs.
+    """
+    mask, past = _plain_mask(call), cache_of(call)[1]
+    if (
+        not isinstance(mask, Tensor)
+        or mask.dim() not in (2, 4)
+        or (mask.dim() == 4 and mask.shape[-1] != shape[1])
+    ):
+        return None
+    real = mask if mask.dim() == 2 else _seen(mask[:, 0], 0).expand(shape)
+    return _own_columns((real.long().cumsum(dim=-1) - 1).clamp(min=0), shape[1], past)
+
+
 def call_tokens(
     module: nn.Module,
     args: tuple[Any, ...],
@@ -141,8 +168,7 @@ def call_tokens(
         pools: Whether gates are of whole instances; else only real tokens matter.
         has_answers: Whether the model's rows go on after a prompt; else every real token is the prompt.
     """
-    names = inspect.signature(module.forward).parameters if len(args) > 1 else ("input_ids",)
-    call = {**dict(zip(names, args, strict=False)), **kwargs}
+    call = arguments_of(module, args, kwargs)
     ids = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
     if not isinstance(ids, Tensor):
         return CallTokens(unknown=NOBODY_SAYS)
@@ -150,7 +176,7 @@ def call_tokens(
     if getattr(call.get("cache"), "cache_allocators", None) is not None:  # continuous batching
         requests, paged = (paged_requests(call) if pools else None) or (None, None)
         return CallTokens(sequences=requests, paged=paged)
-    tokens = CallTokens(columns=shape[1], real=_real(_plain_mask(call), shape))
+    tokens = CallTokens(columns=shape[1], real=_real(_plain_mask(call), shape, past))
     if not pools:
         return tokens
     try:
@@ -234,16 +260,28 @@ def _plain_mask(call: Mapping[str, Any]) -> Any:
     return next(iter(mask.values()), None) if isinstance(mask, Mapping) else mask
 
 
-def _real(mask: Any, shape: torch.Size) -> Tensor | None:
+def _real(mask: Any, shape: torch.Size, past: Any) -> Tensor | None:
     """Find the real tokens of a call in a mask of 2 dimensions, or of 4 where a token that sees itself is real."""
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         return None
-    return mask[:, -shape[1] :].bool() if mask.dim() == 2 else _seen(mask, 0).expand(shape)
+    if mask.dim() == 2:
+        return _own_columns(mask, shape[1], past).bool()
+    return _seen(_own_columns(mask[:, 0], shape[1], past), 0).expand(shape)
+
+
+def _own_columns(values: Tensor, columns: int, past: Any) -> Tensor:
+    """Take those of a call's own tokens, [..., T], out of all keys', [..., K]: a cache of fixed size has more to come."""
+    keys = values.shape[-1]
+    if keys == columns:
+        return values
+    held = 0 if past is None else past.get_seq_length()  # a tensor in a cache that compiles
+    start = held.clamp(max=keys - columns) if isinstance(held, Tensor) else min(held, keys - columns)
+    return values[..., torch.arange(columns, device=values.device) + start]
 
 
 def _seen(mask: Tensor, back: int) -> Tensor:
-    """Whether each token sees the one so many before it, bool [B, T - back], in a mask of 4 dimensions, bool or added."""
-    found = mask[:, 0].diagonal(offset=-back, dim1=-2, dim2=-1)
+    """Whether each token sees the one so many before it, bool [B, T - back], in a mask [B, T, T], bool or added."""
+    found = mask.diagonal(offset=-back, dim1=-2, dim2=-1)
     return found if found.dtype == torch.bool else found > -1
 
 
@@ -268,7 +306,7 @@ def _sequences(
             return None
         return F.pad(parted[0].expand(shape[0], -1).long().cumsum(dim=1), (1, 0))
     if mask is not None and mask.dim() == 4:
-        parted.append(~_seen(mask, 1))
+        parted.append(~_seen(mask[:, 0], 1))
     neighbours = True if real is None else real[:, 1:] & real[:, :-1]
     if any(holds((one & neighbours).any()) for one in parted):
         raise UsageError(SEVERAL_SEQUENCES)

@@ -167,6 +167,7 @@ def test_the_logits_are_those_of_pefts_ia3_with_the_same_factors(
     [
         ({"targets": ()}, "targets is empty: give some of q_proj, k_proj"),
         ({"targets": "k_proj"}, r"targets is the text 'k_proj': give a list, as in \['k_proj'\]"),
+        ({"targets": "all-linear"}, r"targets is the text 'all-linear': give a list, of some of q_proj, "),
         ({"targets": ("k_proj", "k_proj")}, "targets names a projection twice: k_proj, k_proj"),
     ],
 )

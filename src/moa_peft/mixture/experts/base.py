@@ -262,7 +262,8 @@ def target_problems(targets: Sequence[str], allowed: Sequence[str]) -> list[str]
         A sentence for each problem.
     """
     if isinstance(targets, str):
-        return [f"targets is the text {targets!r}: give a list, as in [{targets!r}]"]
+        what = f"as in [{targets!r}]" if targets in allowed else f"of some of {', '.join(allowed)}"
+        return [f"targets is the text {targets!r}: give a list, {what}"]
     wrong: list[str] = []
     if not targets:
         wrong.append(f"targets is empty: give some of {', '.join(allowed)}")
