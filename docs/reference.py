@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import benchmarks, brief
 from command_reference import commands
 from families import counts, shapes, structures
-from found import accuracies, choices, claims, default, final_routers, finalists, losses, routers
+from found import choices, claims, code_claims, default, final_routers, finalists
 from inspected import inspected
 from method_reference import costs, method_table, methods, routing
 from served import served
@@ -232,13 +232,11 @@ GENERATED: Mapping[str, Any] = {
     "shapes": shapes,
     "wrappers": wrappers,
     "served": served,
-    "found_accuracies": accuracies,
     "found_choices": choices,
     "found_claims": claims,
+    "found_code_claims": code_claims,
     "found_default": default,
     "found_final_routers": final_routers,
-    "found_losses": losses,
-    "found_routers": routers,
 }
 """What can stand in a page, by the name in its mark, which readers of the bare page see."""
 

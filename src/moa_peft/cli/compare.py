@@ -24,7 +24,7 @@ Examples:
   moa compare --config studies/demo.yaml --dry-run
   moa compare --config studies/demo.yaml
   moa compare --config studies/demo.yaml --train_limit 200 --out runs/larger
-  moa compare --config studies/full.yaml --ray --cpus-per-run 2
+  moa compare --config studies/demo.yaml --ray --cpus-per-run 2
   moa compare --config studies/cpu.yaml --domain math --report-only"""
 
 

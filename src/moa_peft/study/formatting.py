@@ -51,7 +51,7 @@ def difference_cells(one: Difference | None, *, is_loss: bool = False) -> list[s
     """The cells of a difference, in points or nats: itself, its errors, the least detectable one, seeds, the claim."""
     if one is None:
         return [*[NONE] * 6, "none"]
-    write, mean = (plain, f"{one.mean:+.4f}") if is_loss else (points, f"{100 * one.mean:+.1f}")
+    write, mean = (plain, _with_sign(one.mean, 4)) if is_loss else (points, _with_sign(100 * one.mean, 1))
     errors = (one.error, one.by_questions, one.by_seeds, one.detectable)
     return [mean, *map(write, errors), str(one.seeds), claim(one, is_loss=is_loss)]
 
@@ -60,7 +60,7 @@ def choice_cells(one: Difference | None) -> list[str]:
     """The cells of a difference of validation losses: itself, and its error, with a single seed that of the answers."""
     if one is None:
         return [NONE, NONE]
-    return [f"{one.mean:+.4f}", plain(one.by_questions if one.error is None else one.error)]
+    return [_with_sign(one.mean, 4), plain(one.by_questions if one.error is None else one.error)]
 
 
 def nats(one: Estimate | None) -> str:
@@ -75,7 +75,12 @@ def signed(one: Difference | None) -> str:
     if one is None:
         return NONE
     error = "" if one.error is None else f" ± {100 * one.error:.1f}"
-    return f"{100 * one.mean:+.1f}{error}{' *' if one.is_found else ''}"
+    return f"{_with_sign(100 * one.mean, 1)}{error}{' *' if one.is_found else ''}"
+
+
+def _with_sign(value: float, digits: int) -> str:
+    """A number with its sign; +0.0 where it rounds to zero."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
 
 
 def claim(one: Difference, *, is_loss: bool = False) -> str:
