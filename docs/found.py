@@ -52,7 +52,7 @@ QUESTIONS = (
     ("Does a router alone lower LoRA's loss?", LOSS, (("soft-lora-all-s4", "lora-all-s4"),)),
     ("Is Soft MoA's below that of copies of LoRA?", LOSS, [("soft-moa-s4", one) for one in COPIES]),
     (
-        "Is it level with those at four times its parameters?",
+        "Is it above those with four times its parameters?",
         LOSS,
         [("soft-moa-s4", one) for one in LARGE_COPIES],
     ),

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moa_peft.errors import RunError, UsageError
 from moa_peft.mixture.config import RouterConfig
-from moa_peft.mixture.mixture import Mixture, MixturePass, Place, PlacedExpert
+from moa_peft.mixture.mixture import Mixture, MixturePass, PlacedExpert
 from moa_peft.mixture.prompt_attention import add_prompts, remove_prompts
 from moa_peft.mixture.router import Routing
 from moa_peft.mixture.sites import Block
@@ -165,10 +165,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
         path = self.block.sites["attention"].path
         for one in self._take(path):
             output = one.add_prompts(path, query, scaling, output)
-            if self._is_observed(self.change_observer):
-                for place in one.mixture.modules_changed[path].places:
-                    change = partial(one.mixture.attention_change, place, query, scaling)
-                    self._tell_change(one.adapter, place, one.gate_or_one(place, query), change)
+            self._tell_changes(one, path, one.mixture.attention_change, query, scaling)
         return output
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -339,10 +336,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
         total = frozen
         for one in self._take(path):
             total = one.add_changes(path, x, frozen, total)
-            if self._is_observed(self.change_observer):
-                for place in one.mixture.modules_changed[path].places:
-                    change = partial(one.mixture.linear_change, place, x, frozen)
-                    self._tell_change(one.adapter, place, one.gate_or_one(place, x), change)
+            self._tell_changes(one, path, one.mixture.linear_change, x, frozen)
         total = total if frozen is own else total.view_as(own)
         return (total, *output[1:]) if isinstance(output, tuple) else total
 
@@ -389,23 +383,27 @@ class MoALayer(nn.Module, BaseTunerLayer):
             )
         )
 
-    def _tell_change(
-        self, adapter: str, place: Place, gate: Tensor, change: Callable[[Tensor], Tensor]
+    def _tell_changes(
+        self, one: MixturePass, path: str, change: Callable[..., Tensor], x: Tensor, *given: Any
     ) -> None:
-        if self.change_observer is None:
+        """Tell the observer what each expert adds at a module; ``change`` computes it of a place, x, the rest and a gate."""
+        observer = self.change_observer
+        if observer is None or not self._is_observed(observer):
             return
-        with torch.no_grad():  # computed once more, by the expert alone
-            own = change(gate)
-        self.change_observer(
-            ChangeRecord(
-                adapter=adapter,
-                expert=place.name,
-                path=place.site.path,
-                gate=gate.detach(),
-                change=own,
-                under=change,
+        for place in one.mixture.modules_changed[path].places:
+            gate, under = one.gate_or_one(place, x), partial(change, place, x, *given)
+            with torch.no_grad():  # computed once more, by the expert alone
+                own = under(gate)
+            observer(
+                ChangeRecord(
+                    adapter=one.adapter,
+                    expert=place.name,
+                    path=place.site.path,
+                    gate=gate.detach(),
+                    change=own,
+                    under=under,
+                )
             )
-        )
 
 
 @contextmanager
