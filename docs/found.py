@@ -1,5 +1,6 @@
 """Tables of the committed studies, from their rows in `docs/results`."""
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -72,14 +73,26 @@ def summary_of(domain: str, baseline: str = "lora-s4") -> StudySummary:
     return read_summary(config)
 
 
-def finalists() -> str:
-    """One row a finalist, and the default: losses, and the difference from LoRA on the same layers."""
+FIRST_PAGE = (FROZEN, "lora-s4", "lora-all-s4", DEFAULT, "soft-moa")
+
+
+def first_page() -> str:
+    """The rows of `finalists` that stand on the first page."""
+    return finalists(FIRST_PAGE)
+
+
+def finalists(labels: Sequence[str] = tuple(FINALISTS)) -> str:
+    """One row a finalist, and the default: losses, and the difference from LoRA on the same layers.
+
+    Losses of code after training on it make a column once they are there.
+    """
     asked = [pair for _, measure, pairs in QUESTIONS if measure == LOSS for pair in pairs]
     learnt_code = {
         one.label: one.losses[TESTS["code"][LOSS]] for one in summary_of("code").methods if one.losses
     }
     rows = []
-    for label, name in FINALISTS.items():
+    for label in labels:
+        name = FINALISTS[label]
         other = "lora-all-s4" if label in ON_ALL_LAYERS else "lora-s4"
         domain = "math-ideas" if label == DEFAULT else "math-finals"
         (one,) = (method for method in summary_of(domain, other).methods if method.label == label)
@@ -90,19 +103,10 @@ def finalists() -> str:
                 told = "not asked"
         size = NONE if label == FROZEN else count(one.rows[0].trainable_parameters)
         own, lost = (nats(one.losses[TESTS["math"][measure]]) for measure in (LOSS, OTHER_LOSS))
-        learnt = nats(learnt_code[label]) if label in learnt_code else NONE
-        rows.append((name, size, own, difference, detectable, told, lost, learnt))
-    head = (
-        "method",
-        "trained",
-        "loss, mathematics",
-        "over LoRA",
-        "detectable",
-        "claim",
-        "loss, code",
-        "loss, code, trained on it",
-    )
-    return table(head, rows)
+        learnt = (nats(learnt_code[label]) if label in learnt_code else NONE,) if learnt_code else ()
+        rows.append((name, size, own, difference, detectable, told, lost, *learnt))
+    head = ("method", "trained", "loss, mathematics", "over LoRA", "detectable", "claim", "loss, code")
+    return table((*head, *(("loss, code, trained on it",) if learnt_code else ())), rows)
 
 
 def claims(domain: str = "math-finals") -> str:

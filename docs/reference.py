@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from benchmarks import benchmarks, brief
+from benchmarks import benchmarks, brief, default_costs
 from command_reference import commands
 from families import counts, shapes, structures
-from found import choices, claims, code_claims, default, final_routers, finalists
+from found import choices, claims, code_claims, default, final_routers, finalists, first_page
 from inspected import inspected
 from method_reference import costs, method_table, methods, routing
 from served import served
@@ -236,6 +236,7 @@ GENERATED: Mapping[str, Any] = {
     "found_claims": claims,
     "found_code_claims": code_claims,
     "found_default": default,
+    "found_finalists": finalists,
     "found_final_routers": final_routers,
 }
 """What can stand in a page, by the name in its mark, which readers of the bare page see."""
@@ -243,7 +244,7 @@ GENERATED: Mapping[str, Any] = {
 
 def main() -> None:
     """Print one reference: ``python docs/reference.py methods`` prints the README's table of methods."""
-    known = {"methods": method_table, "costs": brief, "found": finalists, "families": counts}
+    known = {"methods": method_table, "costs": default_costs, "found": first_page, "families": counts}
     if len(sys.argv) != 2 or sys.argv[1] not in known:
         sys.exit(f"usage: python docs/reference.py {'|'.join(known)}")
     print(known[sys.argv[1]]())

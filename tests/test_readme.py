@@ -214,9 +214,9 @@ def test_the_yaml_of_a_page_is_a_recipe(page: Path, tmp_path: Path) -> None:
 
 def test_the_readmes_tables_are_generated() -> None:
     assert between("README.md", "methods", "end of methods") == REFERENCE.method_table()
-    assert between("README.md", "found", "end of found") == REFERENCE.finalists()
+    assert between("README.md", "found", "end of found") == REFERENCE.first_page()
     assert between("README.md", "families", "end of families") == REFERENCE.counts()
-    assert between("README.md", "costs", "end of costs") == REFERENCE.brief()
+    assert between("README.md", "costs", "end of costs") == REFERENCE.default_costs()
 
 
 def test_every_method_has_its_equations_in_the_documentation() -> None:

@@ -77,7 +77,7 @@ def evaluate(
     data_root: Annotated[
         Path | None,
         typer.Option(
-            help="Folder with a folder for each named task. Default: ../shared/data, and the hub for what it lacks."
+            help="Folder with a folder of rows for each named task. Without it they come from the hub."
         ),
     ] = None,
     out: Annotated[

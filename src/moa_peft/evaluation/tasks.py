@@ -25,9 +25,6 @@ ALIASES: Mapping[str, str] = {
 }  # fmt: skip
 """Short names of the paper's tasks, without dashes."""
 
-DEFAULT_DATA_ROOT = Path("../shared/data")
-"""Where the paper's tasks are looked for unless a data root is given; what is missing there comes from the hub."""
-
 
 def load_task(
     source: str, *, split: str | None = None, limit: int | None = None, name: str | None = None
@@ -69,8 +66,7 @@ def load_tasks(
 
     Args:
         names: Names of tasks and groups, files and folders, with commas between.
-        data_root: Folder with a folder for each of the paper's tasks; None for `DEFAULT_DATA_ROOT`, and for the hub where
-            that lacks a task.
+        data_root: Folder with a folder for each of the paper's tasks; None for the hub.
         split: As for `load_task`.
         limit: As for `load_task`, for each task.
 
@@ -135,9 +131,8 @@ def _resolve(given: str, data_root: Path | None) -> dict[str, str | None]:
         return {_source_of(name, data_root): name}
     if expanded(given).exists():
         return {given: None}
-    root = data_root or DEFAULT_DATA_ROOT
-    if "/" not in given and (root / given).is_dir():
-        return {str(root / given): given}
+    if data_root is not None and "/" not in given and (data_root / given).is_dir():
+        return {str(data_root / given): given}
     if is_row_file(given):
         raise UsageError(f"task file {given} does not exist: give a file, a folder or the name of a task")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", given):
@@ -149,26 +144,25 @@ def _resolve(given: str, data_root: Path | None) -> dict[str, str | None]:
 
 
 def _source_of(name: str, data_root: Path | None) -> str:
-    """Where one of the paper's tasks is read: under the data root, or else on the hub."""
-    if data_root is None and not (DEFAULT_DATA_ROOT / name).is_dir():
+    """Where one of the paper's tasks is read: under the data root, or without one on the hub."""
+    if data_root is None:
         if name in HUB:
             return HUB[name].source
         raise UsageError(
-            f"task {name!r} is neither under the data root {DEFAULT_DATA_ROOT} nor on the hub in a form that is known "
-            f"here, which has {', '.join(HUB)}: give --data-root FOLDER, a folder with a folder of rows for each task"
+            f"task {name!r} is not on the hub in a form that is known here; {', '.join(HUB)} are. Give --data-root "
+            "FOLDER, a folder with a folder of rows for each task"
         )
-    root = data_root or DEFAULT_DATA_ROOT
-    if not root.is_dir():
+    if not data_root.is_dir():
         raise UsageError(
-            f"task {name!r}: the data root {root} is no folder: give --data-root FOLDER, a folder with a folder of rows "
+            f"task {name!r}: the data root {data_root} is no folder: give --data-root FOLDER, a folder with a folder of rows "
             "for each task, or leave it out to load from the hub"
         )
-    if not (root / name).is_dir():
-        there = ", ".join(sorted(one.name for one in root.iterdir() if one.is_dir())) or "no folder"
+    if not (data_root / name).is_dir():
+        there = ", ".join(sorted(one.name for one in data_root.iterdir() if one.is_dir())) or "no folder"
         raise UsageError(
-            f"task {name!r} is not under the data root {root}: it holds {there}; give another --data-root"
+            f"task {name!r} is not under the data root {data_root}: it holds {there}; give another --data-root"
         )
-    return str(root / name)
+    return str(data_root / name)
 
 
 def _bare(name: str) -> str:

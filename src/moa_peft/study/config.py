@@ -61,7 +61,7 @@ class StudyConfig:
     validation: str | None = None
     """Rows to choose the learning rate on, given like data; its split "validation". None for those of data."""
     data_root: str | None = None
-    """Folder with a folder of rows for each task; None as for `moa evaluate`, with the hub for what is not there."""
+    """Folder with a folder of rows for each task; None for the hub, as for `moa evaluate`."""
     data_md5: Mapping[str, str] = field(default_factory=dict)
     """MD5 of the unzipped file of rows for each task, and for "train" and "validation"; other files are refused."""
     seeds: Sequence[int] = (0, 125, 1225)

@@ -11,7 +11,7 @@ from moa_peft.data.loading import load_rows
 from moa_peft.data.row import Row, rows_md5
 from moa_peft.errors import UsageError, unknown
 from moa_peft.evaluation.options import EvaluationOptions
-from moa_peft.evaluation.tasks import DEFAULT_DATA_ROOT, GROUPS, Task, load_task, load_tasks
+from moa_peft.evaluation.tasks import GROUPS, Task, load_task, load_tasks
 from moa_peft.study.config import StudyConfig
 
 VALIDATION = "validation"
@@ -130,9 +130,10 @@ def source_of(config: StudyConfig, name: str) -> str:
 
     Of several names, with commas between, that of each.
     """
-    folder = Path(config.data_root or DEFAULT_DATA_ROOT) / name
-    if name == "demo" or folder.exists():
-        return name if name == "demo" else str(folder)
+    if name == "demo":
+        return name
+    if config.data_root is not None and (folder := Path(config.data_root) / name).exists():
+        return str(folder)
     return ",".join(source_of(config, one.strip()) for one in name.split(",")) if "," in name else name
 
 
