@@ -224,9 +224,8 @@ def shifted(model: nn.Module) -> float:
     """How much padding on the left changes logits, in a call that names no positions, as TRL's GRPO makes it."""
     batch, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[0, :4] = 0
-    return largest(
-        model(input_ids=batch, attention_mask=mask).logits[:1, 4:], model(input_ids=batch[:1, 4:]).logits
-    )
+    together = model(input_ids=batch, attention_mask=mask, use_cache=False).logits[:1, 4:]
+    return largest(together, model(input_ids=batch[:1, 4:], use_cache=False).logits)
 
 
 def gradients(model: nn.Module, ids: Tensor) -> dict[str, Any]:

@@ -48,13 +48,18 @@ def command_line() -> str:
 
 
 def _instructions() -> str:
-    """What decides how fast a processor of its kind is: its vector instructions, and whether they know bfloat16."""
+    """What decides how fast a processor of its kind is: its vector instructions, and whether torch has fast bfloat16 on them."""
     import torch
 
     known = torch.backends.cpu.get_cpu_capability()
-    return (
-        f"{known} with bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else known
-    )  # as base_loading asks
+    return f"{known} with bfloat16" if has_fast_bfloat16() else known
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether torch has fast products of bfloat16 on this processor, as its compiler asks."""
+    import torch
+
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def version_of(distribution: str) -> str | None:

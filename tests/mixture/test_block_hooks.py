@@ -195,6 +195,18 @@ def test_a_layer_may_be_called_by_itself_where_no_adapter_is_at_work() -> None:
         assert torch.equal(down(rows), torch.nn.functional.linear(rows, down.weight, down.bias))
 
 
+def test_an_adapter_that_takes_the_place_of_the_only_one_keeps_the_observers() -> None:
+    """As when adapters are swapped in a server."""
+    model, told = mixture_model("llama", "soft-moa"), []
+    for _, layer in mixture_layers(model):
+        layer.observer = told.append
+    model.delete_adapter("default")
+    model.add_adapter("default", MoAConfig.preset("soft-lora"))
+    model.set_adapter("default")
+    model(tokens())
+    assert len(told) == 2
+
+
 def test_a_norm_that_runs_too_late_is_named() -> None:
     config = MoAConfig(
         experts=[LoraExpert(targets=["q_proj"])],

@@ -182,6 +182,20 @@ def test_an_adapter_in_place_of_another_leaves_nothing_of_it(tmp_path: Path) -> 
     assert torch.equal(model.eval()(tokens()).logits, again(tokens()).logits)
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
+def test_a_refused_adapter_leaves_the_one_of_its_name_at_work() -> None:
+    model = mixture_model("llama", "soft-moa")
+    expected = model(tokens()).logits
+    wrong = MoAConfig(
+        experts=[LoraExpert(targets=["q_proj"]), ParallelAdapterExpert(layers=[0])],
+        router=RouterConfig(gate="top-k", keep=2),
+    )
+    with pytest.raises(UsageError, match="keep is 2"):
+        get_peft_model(model.get_base_model(), wrong)
+    assert torch.equal(model(tokens()).logits, expected)
+
+
 def test_a_block_that_stands_twice_in_a_model_is_refused() -> None:
     """Its adapter was trained and saved, and could not be loaded."""
     base = base_model("llama")

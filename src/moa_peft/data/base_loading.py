@@ -12,6 +12,7 @@ from moa_peft.data.base_model import resolve_model
 from moa_peft.data.cache import read_manifest, sha256_of
 from moa_peft.data.progress import say
 from moa_peft.errors import UsageError, first_line
+from moa_peft.provenance import has_fast_bfloat16
 
 if TYPE_CHECKING:
     import torch
@@ -177,7 +178,7 @@ def _say_if_emulated(dtype: "torch.dtype") -> None:
         or not torch.backends.mkldnn.is_available()
     ):
         return
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # as torch's own compiler asks
+    if not has_fast_bfloat16():
         say(
             "this processor has no instructions for bfloat16, in which the model's weights are: training takes about 20 "
             "times as long as in float32, generation twice; give --model_init_kwargs.dtype float32 to train, --dtype float32 "

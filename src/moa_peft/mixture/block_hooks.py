@@ -219,7 +219,6 @@ class MoALayer(nn.Module, BaseTunerLayer):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         if memo and id(self.block.module) not in memo:
             return self  # one of the block's modules is copied, as for modules_to_save: it keeps its hooks
-        self.watch.stays_with_its_model(memo)
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))

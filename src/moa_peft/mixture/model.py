@@ -4,7 +4,7 @@
 # pyright: reportIncompatibleMethodOverride=false
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from moa_peft.mixture.block_hooks import (
     packed_weights,
 )
 from moa_peft.mixture.mixed_batch import BASE, MixedBatch
+from moa_peft.mixture.mixture import Mixture
 from moa_peft.mixture.peft_config import BLOCKS_MARK, HEADS, MoAConfig
 from moa_peft.mixture.placement import (
     check_targets,
@@ -31,6 +32,7 @@ from moa_peft.mixture.placement import (
     chosen_blocks,
     placed_experts,
 )
+from moa_peft.mixture.positions import number_positions
 from moa_peft.mixture.registration import register
 from moa_peft.mixture.sites import Block
 from moa_peft.mixture.token_watch import TokenWatch, prompt_given
@@ -66,10 +68,11 @@ class MoAModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put an adapter into every block, as PEFT does; one that fails at a block is taken off those before it."""
+        before = {name: layer.mixtures().get(adapter_name) for name, layer in mixture_layers(model)}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
-            _delete(model, adapter_name)
+            _restore(model, adapter_name, before)
             raise
         _delete(model, adapter_name, but=self._plan)  # where an earlier one of its name was, it is gone
 
@@ -155,7 +158,7 @@ class MoAModel(BaseTuner):
             _check_router_input(self._blocks[path], peft_config)
             check_tokens(self._blocks[path], peft_config)
         layers = mixture_layers(model)
-        self._watch = layers[0][1].watch if layers else TokenWatch()
+        self._watch = layers[0][1].watch if layers else TokenWatch(model)
         list_of_blocks = next(iter(self._plan)).rpartition(".")[0]
         self._watched = (model, model.get_submodule(list_of_blocks.rpartition(".")[0]))
         if head is not None and not is_saved_whole(head, peft_config.modules_to_save):
@@ -182,14 +185,15 @@ class MoAModel(BaseTuner):
     ) -> None:
         """Give one decoder block its experts. Nothing is replaced: the block gets a child, its modules get hooks."""
         layer = getattr(target, CHILD, None)
-        if layer is None or not layer.moa_mixture:  # an empty one may be of another architecture
-            if layer is not None:
-                layer.disconnect()
+        if layer is None:
             layer = MoALayer(self._blocks[current_key], self._watch)
             target.add_module(CHILD, layer)
+        elif not layer.moa_mixture:  # the last one may have had another architecture
+            layer.disconnect()
+            layer.block = self._blocks[current_key]
         layer.add_mixture(adapter_name, self._plan[current_key], peft_config.parts().router)
         if layer.has_prompts_of(adapter_name):
-            layer.watch.number(self._watched[1], layer)
+            layer.watch.keep(number_positions(self._watched[1]))
         mixture = layer.mixtures()[adapter_name]
         routers = mixture.routers().values()
         if mixture.needs_tokens:
@@ -274,6 +278,19 @@ class MoAModel(BaseTuner):
         expected = {key: one for key, one in model.state_dict().items() if mine.search(key)}
         check_fit(expected, own | unknown, adapter_name)
         return own | added_rows
+
+
+def _restore(model: nn.Module, adapter_name: str, before: Mapping[str, Mixture | None]) -> None:
+    """Put the mixtures of an adapter back as they were, by the names of their layers."""
+    layers = mixture_layers(model)
+    for name, layer in layers:
+        earlier, now = before.get(name), layer.mixtures().get(adapter_name)
+        if earlier is not None and earlier is not now:
+            layer.moa_mixture[adapter_name] = earlier
+            layer.connect()
+        elif earlier is None and now is not None:
+            layer.delete_adapter(adapter_name)
+    _take_off(model, [(name, layer) for name, layer in layers if not layer.moa_mixture])
 
 
 def _delete(model: nn.Module, adapter_name: str, but: Collection[str] = ()) -> None:

@@ -129,25 +129,25 @@ def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def real_positions(call: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
+def real_positions(module: nn.Module, call: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
     """Number the real tokens of each row from 0, and padding on the left with 0.
 
     Args:
-        call: A call's arguments by name; the attention mask and the cache are read.
+        module: The module that is called.
+        call: The call's arguments by name; the attention mask and the cache are read.
         shape: B and T.
 
     Returns:
-        Int64, [B, T]; None where no mask says which tokens are real, or one of 4 dimensions has other keys than theirs.
+        Int64, [B, T]; None where no mask says which tokens are real, also of those that a cache will hold: one of 4 dimensions
+        says it of the call's own alone.
     """
     mask, past = _plain_mask(call), cache_of(call)[1]
-    if (
-        not isinstance(mask, Tensor)
-        or mask.dim() not in (2, 4)
-        or (mask.dim() == 4 and mask.shape[-1] != shape[1])
-    ):
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4) or mask.shape[-1] < shape[1]:
+        return None
+    if mask.dim() == 4 and (mask.shape[-1] != shape[1] or _keeps_cache(module, call)):
         return None
     real = mask if mask.dim() == 2 else _seen(mask[:, 0], 0).expand(shape)
-    return _own_columns((real.long().cumsum(dim=-1) - 1).clamp(min=0), shape[1], past)
+    return _own_columns((real.bool().long().cumsum(dim=-1) - 1).clamp(min=0), shape[1], past)
 
 
 def call_tokens(
@@ -272,7 +272,7 @@ def _real(mask: Any, shape: torch.Size, past: Any) -> Tensor | None:
 def _own_columns(values: Tensor, columns: int, past: Any) -> Tensor:
     """Take those of a call's own tokens, [..., T], out of all keys', [..., K]: a cache of fixed size has more to come."""
     keys = values.shape[-1]
-    if keys == columns:
+    if keys <= columns:
         return values
     held = 0 if past is None else past.get_seq_length()  # a tensor in a cache that compiles
     start = held.clamp(max=keys - columns) if isinstance(held, Tensor) else min(held, keys - columns)

@@ -5,10 +5,11 @@ again when a checkpointed block is recomputed. So the call is watched at the mod
 travels to each block as a keyword argument, which recomputation replays.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,7 @@ from moa_peft.mixture.token_masks import (
     PROMPT_ARGUMENT,
     PROMPT_IS_OPEN,
     CallTokens,
-    arguments_of,
     call_tokens,
-    real_positions,
 )
 
 ARGUMENT = "moa_call_tokens"
@@ -46,45 +45,24 @@ class TokenWatch:
         has_answers: Whether the model writes on after a prompt, as a language model does and a classifier does not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module | None = None) -> None:
         self.current: CallTokens | None = None
         self.mixed: MixedBatch | None = None
         self.pools = False
         self.has_answers = True
         self._caller: nn.Module | None = None  # whose call began it
-        self._model: nn.Module | None = None
+        self._model = model
         self._backbone_is_next = False
         self._handles: list[RemovableHandle] = []
-        self._prompted: list[Any] = []  # layers that have had prompts
-        self._numbering: RemovableHandle | None = None
+        self._numbering: list[RemovableHandle] = []
 
-    def number(self, backbone: nn.Module, layer: Any) -> None:
-        """Give the backbone's calls positions that do not count padding, where they name none and prompts are at work.
-
-        A prompt's keys are not turned as the queries are, so with other positions the same text has other gates of the prompt.
-        transformers counts padding on the left unless it is told the positions, which `generate` does and TRL's GRPO does not.
-        Models that do not turn queries are left alone.
-
-        Args:
-            backbone: The module that holds the decoder blocks.
-            layer: A layer with prompts; ``has_prompts`` says whether they are at work.
-        """
-        self._prompted.append(layer)
-        turns = any("rotary" in name for name, _ in backbone.named_modules())
-        if turns and self._numbering is None:
-            self._numbering = backbone.register_forward_pre_hook(self._number, with_kwargs=True)
-
-    def _number(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = arguments_of(module, args, kwargs)
-        ids = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
-        if call.get("position_ids") is not None or not isinstance(ids, Tensor):
-            return None
-        positions = real_positions(call, ids.shape[:2])
-        if positions is None or not any(one.has_prompts for one in self._prompted):
-            return None
-        if "position_ids" in call and "position_ids" not in kwargs:  # by its place
-            args, kwargs = (), call
-        return args, {**kwargs, "position_ids": positions}
+    def keep(self, numbering: list[RemovableHandle]) -> None:
+        """Keep hooks that go with its own; those of a first call stay."""
+        if self._numbering:
+            for handle in numbering:
+                handle.remove()
+        else:
+            self._numbering = numbering
 
     def attach(self, model: nn.Module, backbone: nn.Module, *, pools: bool, has_answers: bool) -> None:
         """Watch a model's calls, and calls of its backbone alone; twice is once.
@@ -108,12 +86,9 @@ class TokenWatch:
 
     def detach(self) -> None:
         """Take the hooks off, and give the model its class's `generate` back."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._numbering):
             handle.remove()
-        self._handles, self._prompted = [], []
-        if self._numbering is not None:
-            self._numbering.remove()
-            self._numbering = None
+        self._handles, self._numbering = [], []
         if self._model is not None:
             vars(self._model).pop("generate", None)
 
@@ -159,10 +134,14 @@ class TokenWatch:
         if call is not None and past is not None and call.found:
             remember(past, call.record())
 
-    def stays_with_its_model(self, memo: dict[int, Any]) -> None:
-        """Let a copy that does not hold the model, as of one block, have this watch: a copy of it would copy the model."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy it with its model; a copy that does not hold the model, as of one block, has this watch and not a second model."""
         if self._model is not None and id(self._model) not in memo:
-            memo[id(self)] = self
+            return self
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        vars(copied).update(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "current": None, "_caller": None}

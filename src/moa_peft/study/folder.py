@@ -97,7 +97,10 @@ def check_run_folders(config: StudyConfig, runs: Sequence[Run], data: StudyData)
         again = "delete that folder to train it again, or give another --out"
         if not (folder / RECIPE_FILE).exists():
             raise UsageError(f"{folder} holds {TRAINING_FILE} without {RECIPE_FILE}: {again}")
-        changed = changed_keys(read_recipe(folder), recipe.to_mapping())
+        begun = read_recipe(folder)
+        if (folder / TRAINING_FILE).exists() and Path(begun["model"]).name == Path(recipe.model).name:
+            begun["model"] = recipe.model  # where it lies matters to a run that goes on alone
+        changed = changed_keys(begun, recipe.to_mapping())
         if changed:
             raise UsageError(
                 f"the run in {folder} was begun with other values of {', '.join(changed)}: go on with those, {again}"

@@ -63,7 +63,7 @@ def shared_settings(config: StudyConfig, train_md5: str, validation_md5: str) ->
     """
     trainer = _deciding(config.trainer_of(Method(method="")))
     return {
-        "model": Path(config.model).name,  # its weights are compared by their fingerprint
+        "model": Path(config.model).name or config.model,  # its weights are compared by their fingerprint
         "template": config.template,
         "max_length": config.max_length,
         "train_limit": config.train_limit,
