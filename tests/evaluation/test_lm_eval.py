@@ -303,7 +303,7 @@ def test_the_frozen_smollm2_is_judged_as_lm_evals_own_model_judges_it(name: str,
         pytest.skip(f"the data folder with {name} is not beside the checkout")
     if not os.environ.get("CI") and not (cache_root() / "smollm2").is_dir():
         pytest.skip("smollm2 is not in the cache: make fetch")
-    (task,) = load_tasks(name, data_root=DATA, limit=12)
+    (task,) = load_tasks(name, data_root=DATA, limit=6)
     folder = write_task(tmp_path / "tasks", "real", list(task.questions))
     theirs = of_their_own_model(folder, "real", pretrained=str(resolve_model("smollm2")))
     loaded = load("smollm2", dtype="float32")
