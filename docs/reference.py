@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import benchmarks, brief, default_costs
 from command_reference import commands
 from families import counts, shapes, structures
-from found import choices, claims, code_claims, default, final_routers, finalists, first_page
+from found import choices, claims, default, final_routers, finalists, first_page
 from inspected import inspected
 from method_reference import costs, method_table, methods, routing
 from served import served
@@ -234,7 +234,6 @@ GENERATED: Mapping[str, Any] = {
     "served": served,
     "found_choices": choices,
     "found_claims": claims,
-    "found_code_claims": code_claims,
     "found_default": default,
     "found_finalists": finalists,
     "found_final_routers": final_routers,
