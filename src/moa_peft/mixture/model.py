@@ -192,8 +192,8 @@ class MoAModel(BaseTuner):
             layer.disconnect()
             layer.block = self._blocks[current_key]
         layer.add_mixture(adapter_name, self._plan[current_key], peft_config.parts().router)
-        if layer.has_prompts_of(adapter_name):
-            layer.watch.keep(number_positions(self._watched[1]))
+        if layer.has_prompts_of(adapter_name) and not layer.watch.numbering:  # once for all blocks
+            layer.watch.numbering = number_positions(self._watched[1])
         mixture = layer.mixtures()[adapter_name]
         routers = mixture.routers().values()
         if mixture.needs_tokens:

@@ -43,6 +43,7 @@ class TokenWatch:
         mixed: Which rows of the call go through which adapter; None where all go through the active ones.
         pools: Whether an adapter has gates of whole instances, so that prompts matter.
         has_answers: Whether the model writes on after a prompt, as a language model does and a classifier does not.
+        numbering: Hooks of `number_positions`, which go with the watch's own.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
@@ -54,15 +55,7 @@ class TokenWatch:
         self._model = model
         self._backbone_is_next = False
         self._handles: list[RemovableHandle] = []
-        self._numbering: list[RemovableHandle] = []
-
-    def keep(self, numbering: list[RemovableHandle]) -> None:
-        """Keep hooks that go with its own; those of a first call stay."""
-        if self._numbering:
-            for handle in numbering:
-                handle.remove()
-        else:
-            self._numbering = numbering
+        self.numbering: list[RemovableHandle] = []
 
     def attach(self, model: nn.Module, backbone: nn.Module, *, pools: bool, has_answers: bool) -> None:
         """Watch a model's calls, and calls of its backbone alone; twice is once.
@@ -86,9 +79,9 @@ class TokenWatch:
 
     def detach(self) -> None:
         """Take the hooks off, and give the model its class's `generate` back."""
-        for handle in (*self._handles, *self._numbering):
+        for handle in (*self._handles, *self.numbering):
             handle.remove()
-        self._handles, self._numbering = [], []
+        self._handles, self.numbering = [], []
         if self._model is not None:
             vars(self._model).pop("generate", None)
 
