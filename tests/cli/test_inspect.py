@@ -175,6 +175,8 @@ def test_rows_are_prompts_too_with_a_template_or_without(tmp_path: Path, adapter
     data = page_data(out)
     assert ["".join(one["pieces"]) for one in data["prompts"]] == [one.instruction for one in choice_rows(2)]
     assert all(data["classes"][kind] != "template" for one in data["prompts"] for kind in one["classes"])
+    with pytest.raises(UsageError, match=r"split 'test' was asked for, and .*rows\.json is one file"):
+        call("--adapter", adapter, "--data", rows, "--split", "test", "--out", out)
 
 
 def test_markup_in_a_prompt_is_text_everywhere(tmp_path: Path, adapter: Path, prompts: Path) -> None:

@@ -242,8 +242,29 @@ def test_numbers_are_compared_by_value_and_words_without_case() -> None:
     assert not same_answer("15.01", "15.0", NUMBER)
     assert not same_answer(None, "15.0", NUMBER)
     assert not same_answer("x", "15.0", NUMBER)
-    assert same_answer("Paris ", "paris", AnswerForm(kind="text"))
     assert not same_answer("answer1", "answer2", WORDS)
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer"),
+    [
+        ("Paris ", "paris"),
+        ("It is Paris.", "It is Paris."),
+        ("U.S.", "U.S."),
+        ("'x'", "'x'"),
+        ("*bold*", "bold"),
+        ("The answer is Paris", "Paris"),
+        ("The answer is: **St. Louis**.\nIt lies in Missouri.", "St. Louis"),
+        ("I thought the answer is Rome.\nThe answer is Paris.", "Paris"),
+        ("The answer is Paris.\nI do not think the answer is Rome", "Paris"),
+        ("\\boxed{Paris} it is", "Paris"),
+        ("Paris\n\nIt lies in France.", "Paris"),
+    ],
+)
+def test_a_text_is_that_after_the_last_lead_or_the_first_paragraph(reply: str, answer: str) -> None:
+    text = AnswerForm(kind="text")
+    assert same_answer(stated_text(reply, text), answer, text)
+    assert not same_answer(stated_text(reply, text), "Rome", text)
 
 
 @pytest.mark.parametrize(
@@ -337,6 +358,12 @@ def test_of_a_reply_its_first_characters_are_read_and_the_last_answer_in_them_co
         ("\\boxed{10,\\!000}", "10,000"),
         ("The answer is \u20135.", "-5"),
         ("pages 3\u20135", "5"),
+        ("The answer is 18 dollars (18 / 2 = 9 each)", "18"),
+        ("The answer is 8 (3 + 4 = 7, plus 1).", "8"),
+        ("The answer is (3 + 4 = 7)", "7"),
+        ("The answer is 3 * (1 + 1) = 6", "6"),
+        ("The area is 25 m^2.", "25"),
+        ("The area is 25 m^{2}", "25"),
         ("<think>It may be 7.</think>\n\nThe answer is 8.", "8"),
         ("<think>The answer is 7, or", None),
     ],

@@ -92,3 +92,10 @@ def test_the_whole_tokenizer_decides_and_not_its_tokens_of_the_first_rows() -> N
         tokenizer.add_tokens(more)
         keys.add(evaluation_key(model, tokenizer, task, EvaluationOptions(), identity))
     assert len(keys) == 2
+    for of_system in ("", "[{{ message.content }}]"):  # rows beyond the first may have a system turn
+        tokenizer.chat_template = (
+            "{% for message in messages %}{% if message.role == 'system' %}" + of_system + "{% else %}"
+            "{{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
+        )
+        keys.add(evaluation_key(model, tokenizer, task, EvaluationOptions(template="chat"), identity))
+    assert len(keys) == 4

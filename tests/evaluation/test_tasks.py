@@ -6,6 +6,7 @@ import pytest
 
 from moa_peft.data.row import Row
 from moa_peft.errors import UsageError
+from moa_peft.evaluation.extraction_rules import stated
 from moa_peft.evaluation.questions import as_question
 from moa_peft.evaluation.tasks import GROUPS, load_task, load_tasks, task_names
 from tiny_lm import choice_rows, number_rows, write_rows
@@ -69,6 +70,37 @@ def test_a_rationale_is_no_part_of_the_replies_that_are_compared() -> None:
     output = "Heat rises, so only answer2 fits: the correct answer is answer2"
     asked = as_question(row("Why?\n\nAnswer format: answer1/answer2", "answer2", output))
     assert asked.completions == ("the correct answer is answer1", "the correct answer is answer2")
+
+
+@pytest.mark.parametrize(
+    ("output", "replies"),
+    [
+        ("Colour: red.", ("Colour: red.", "Colour: blue.")),
+        ("Colour: **red**\n", ("Colour: **red**\n", "Colour: **blue**\n")),
+        ("Colour: red, I think", ("the correct answer is red", "the correct answer is blue")),
+        ("Blue is wrong. Colour: red", ("the correct answer is red", "the correct answer is blue")),
+        ("No colour that I know", ("the correct answer is red", "the correct answer is blue")),
+    ],
+)
+def test_replies_are_as_trained_unless_they_give_the_answer_away(
+    output: str, replies: tuple[str, ...]
+) -> None:
+    assert as_question(row("Which?\n\nAnswer format: red/blue", "red", output)).completions == replies
+
+
+def test_choices_of_one_letter_are_read_as_letters() -> None:
+    for choices in ("A/B/C", "a/b/c"):
+        asked = as_question(row(f"Which?\n\nAnswer format: {choices}", choices[0]))
+        assert len(asked.completions) == 3
+        assert stated("It is a hard one.", asked.form) is None
+        assert stated("I have no idea, a mystery.", asked.form) is None
+        assert stated("The answer is B.", asked.form) == choices[2]
+        assert stated("c", asked.form) == choices[4]
+
+
+def test_an_answer_of_several_paragraphs_is_refused() -> None:
+    with pytest.raises(UsageError, match="the answer has several paragraphs"):
+        as_question(row("Why?", "Because.\n\nAnd so."))
 
 
 def test_letters_numbers_text_and_no_answer_are_told_apart() -> None:
@@ -143,6 +175,13 @@ def test_a_wrong_name_is_told_before_anything_is_read(names: str, message: str, 
     (tmp_path / "piqa").mkdir()
     with pytest.raises(UsageError, match=message):
         load_tasks(names, data_root=tmp_path)
+
+
+def test_a_split_of_one_file_is_refused_unless_it_is_its_name(tmp_path: Path) -> None:
+    file = str(write_rows(tmp_path / "validation.json", choice_rows(2)))
+    assert load_tasks(file, split="validation")[0].split == "validation"
+    with pytest.raises(UsageError, match=r"split 'test' was asked for, and .*validation\.json is one file"):
+        load_tasks(file, split="test")
 
 
 def test_a_path_is_a_path_even_where_its_letters_name_a_task(

@@ -240,6 +240,12 @@ def test_a_bad_request_is_told_what_is_wrong(
             400,
             "messages[0] must have",
         ),
+        (
+            "chat/completions",
+            '{"model": "first", "messages": [{"role": "tool", "content": "x"}]}',
+            400,
+            "messages[0] has the role 'tool': give system, developer, user, assistant",
+        ),
         ("nothing", "{}", 404, "Not Found"),
         ("models", "{}", 405, "Method Not Allowed"),
     ],

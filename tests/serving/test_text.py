@@ -1,4 +1,5 @@
 import pytest
+from transformers import LlamaTokenizer
 
 from moa_peft.serving.text import AnswerText
 from tiny_lm import byte_tokenizer
@@ -53,3 +54,27 @@ def test_a_stop_ends_the_text_before_it_and_nothing_of_it_is_told(
     text = "a EN ENENDS" if stops == ("ENDS",) else "a EN EENDS" if stops[0] == "DS" else "a EN ENDS"
     pieces, found = told(text, size=size, stops=stops, end=False)
     assert ("".join(pieces), found) == (expected, reason)
+
+
+def llama_tokenizer() -> LlamaTokenizer:
+    """With a decoder that takes the space before the first word away, as Llama 2's."""
+    pieces = ["<unk>", "<s>", "</s>", "\u2581", *"Helowrdis", "\u2581H", "\u2581w", "\u2581i"]
+    merges = [("\u2581", "H"), ("\u2581", "w"), ("\u2581", "i")]
+    return LlamaTokenizer(vocab={one: place for place, one in enumerate(pieces)}, merges=merges)
+
+
+def test_the_rest_of_a_text_keeps_the_space_before_it() -> None:
+    tokenizer = llama_tokenizer()
+    ids = tokenizer("Hello world is", add_special_tokens=False)["input_ids"]
+    for cut in range(1, len(ids)):
+        answer = AnswerText(tokenizer, {END}, (), ids[:cut])
+        rest = "".join([*(answer.add([one]) for one in ids[cut:]), answer.finish("length")])
+        assert tokenizer.decode(ids[:cut]) + rest == "Hello world is"
+        assert answer.count == len(ids) - cut
+
+
+def test_a_special_token_takes_no_space_away() -> None:
+    tokenizer = llama_tokenizer()
+    world, rest = (tokenizer(one, add_special_tokens=False)["input_ids"] for one in ("world", "is"))
+    answer = AnswerText(tokenizer, {END}, ())
+    assert "".join(answer.add([one]) for one in [*world, tokenizer.unk_token_id, *rest]) == "world is"

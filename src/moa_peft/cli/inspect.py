@@ -24,7 +24,7 @@ def inspect(
     data: Annotated[
         str | None, typer.Option(help="Rows whose questions are the prompts; what moa train takes as data.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of --data.")] = "validation",
+    split: Annotated[str | None, typer.Option(help="Split of --data. Default: validation.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only so many prompts, from the start.")] = None,
     compare: Annotated[
         str | None, typer.Option(help="A second adapter on the same base, for the same prompts.")
@@ -68,6 +68,11 @@ def inspect(
     chosen = choose_template(template, folders[0], "paper")
     if chosen not in TEMPLATES:
         raise UsageError(unknown("template", chosen, TEMPLATES))
+    if template is None and len({one.template or "paper" for one in folders}) > 1:
+        print(
+            f"note    both read the prompts in the template {chosen!r}; one was trained with another",
+            file=sys.stderr,
+        )
     rows = _rows(prompts, data, split, limit)
 
     if batch_size < 1:
@@ -106,8 +111,8 @@ def inspect(
         print(f"{what:<8}{path}")
 
 
-def _rows(prompts: Path | None, data: str | None, split: str, limit: int | None) -> "list[Row]":
-    from moa_peft.data.loading import load_rows
+def _rows(prompts: Path | None, data: str | None, split: str | None, limit: int | None) -> "list[Row]":
+    from moa_peft.data.loading import load_rows, refuse_split_of_file
     from moa_peft.data.row import Row
     from moa_peft.inspection.prompts import read_prompts
 
@@ -118,6 +123,8 @@ def _rows(prompts: Path | None, data: str | None, split: str, limit: int | None)
     if limit is not None and limit < 1:
         raise UsageError(f"--limit is {limit}: give at least 1, or leave it out to read all prompts")
     if data is not None:
-        return load_rows(data, split=split, limit=limit)
+        if split is not None:
+            refuse_split_of_file(data, split)
+        return load_rows(data, split=split or "validation", limit=limit)
     assert prompts is not None, "one of both is given"
     return [Row(instruction=one, input="", output="", answer="") for one in read_prompts(prompts)[:limit]]

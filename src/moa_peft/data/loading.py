@@ -70,6 +70,20 @@ def split_name(file: Path) -> str:
     return next(file.name.removesuffix(end) for end in SUFFIXES if file.name.endswith(end))
 
 
+def refuse_split_of_file(source: str, split: str) -> None:
+    """Refuse a split that was asked for where the source is one file of another name, which has no splits.
+
+    Raises:
+        UsageError: If it is.
+    """
+    path = expanded(source)
+    if path.is_file() and is_row_file(path.name) and split != split_name(path):
+        raise UsageError(
+            f"split {split!r} was asked for, and {source} is one file, which has no splits: leave --split out, or give a folder "
+            "with a file for each split"
+        )
+
+
 def read_records(file: Path) -> Iterator[tuple[str, Any]]:
     """Read the records of a file one after the other.
 

@@ -9,7 +9,7 @@ import re
 import threading
 from typing import Any
 
-from moa_peft.evaluation.answer_forms import AnswerForm, parse_number, without_thoughts
+from moa_peft.evaluation.answer_forms import AnswerForm, bare_text, parse_number, without_thoughts
 from moa_peft.extras import require
 
 _NEXT_QUESTION = re.compile(
@@ -17,6 +17,8 @@ _NEXT_QUESTION = re.compile(
     r"|(?:Question|Instruction|Input|Q)\s*:)"
 )
 _ASIDE = re.compile(r"(?:\(\s*|\b)(?:if|when|where|because|since)\b", re.IGNORECASE)
+_CHECK = re.compile(r"\([^()=]*=[^()]*\)")
+"""An equation in parentheses, beside what is said."""
 _MORE = re.compile(r"[.!?]\s+\S|\n\s*\S")
 _MARKS = r"(?:[\s\"'`*_()\[\]{}$:=]|\\(?:text|textbf|mathrm|mathbf)\{)*"
 _LEAD = re.compile(
@@ -33,6 +35,7 @@ _VALUE = re.compile(
     r"(?:(?<=\d)[eE][-+]?\d{1,2}(?!\w))?(?:\s?/\s?\d+(?:\.\d+)?)?%?"
 )
 _DIGITS = re.compile(r"\d")
+_RAISED = re.compile(r"[A-Za-z]\^\{?\Z")  # a unit or a name, before its exponent
 _OPERATES = re.compile(r"\\(?:[dt]?frac|sqrt|times|cdot|div|pi)|\^")
 _CHUNK = re.compile(
     r"\$\$(.{1,2000}?)\$\$|(?<!\\)\$((?:\\\$|[^$\n])+?)(?<!\\)\$|\\\((.{1,2000}?)\\\)|\\\[(.{1,2000}?)\\\]",
@@ -71,7 +74,7 @@ def stated_choice(text: str, form: AnswerForm) -> str | None:
     words = {_bare(one): one for one in form.choices}
     found = [
         (match.start(), words[_bare(match[0])])
-        for match in _word_pattern(form.choices).finditer(reply)
+        for match in word_pattern(form.choices).finditer(reply)
         # the pattern knows letters that are the same without case, casefold does not
         if _bare(match[0]) in words and not _is_denied(reply, match.start())
     ]
@@ -87,13 +90,13 @@ def stated_letter(text: str, form: AnswerForm) -> str | None:
 
     Args:
         text: The reply.
-        form: Its choices are the letters, in capitals.
+        form: Its choices are the letters.
 
     Returns:
-        The letter; None where none is stated. A letter in running text ("A train ...") is not a statement.
+        The letter as ``form`` writes it; None where none is stated. A letter in running text ("A train ...") is not a statement.
     """
     reply = own_reply(text)
-    letters = "".join(form.choices)
+    letters, written = "".join(form.choices), {one.casefold(): one for one in form.choices}
     one = re.compile(
         rf"{_MARKS}(?:(?:option|choice|letter){_MARKS})?([{letters}])(?![A-Za-z0-9'\u2019])", re.IGNORECASE
     )
@@ -102,11 +105,11 @@ def stated_letter(text: str, form: AnswerForm) -> str | None:
         match = one.match(reply, lead.end())
         if match is None or _is_denied(reply, lead.start()) or _is_article(reply, match):
             continue
-        stated.append(match[1].upper())
+        stated.append(written[match[1].casefold()])
     if stated:
         return stated[-1]
-    alone = re.match(rf"\s*[\"'`*(\[]*([{letters}])[\"'`*\])]*(?:\s*$|[.):]|\s*\n)", reply)
-    return alone[1] if alone else None
+    alone = re.match(rf"\s*[\"'`*(\[]*([{letters}])[\"'`*\])]*(?:\s*$|[.):]|\s*\n)", reply, re.IGNORECASE)
+    return written[alone[1].casefold()] if alone else None
 
 
 def stated_number(text: str, form: AnswerForm) -> str | None:  # noqa: ARG001  # the form of a rule
@@ -150,16 +153,24 @@ def _announced_number(reply: str, lead: re.Match[str]) -> str | None:
         return None
     if is_expression(line) and (value := expression_value(line)) is not None:
         return value
-    said = _ASIDE.split(line, maxsplit=1)[0]
+    said = _ASIDE.split(_CHECK.sub("", line), maxsplit=1)[0]
     said = said if _numbers(said) else line
     # "is 3 + 4 = 7": what stands after the last equals sign is the answer
     return next(iter(_numbers(said.rpartition("=")[2]) or _numbers(said)), None)
 
 
 def stated_text(text: str, form: AnswerForm) -> str | None:  # noqa: ARG001  # the form of a rule
-    """Give the first paragraph of the reply, without the marks around it; None for an empty one."""
-    paragraph = own_reply(text).strip().split("\n\n")[0].strip(" \t\n\"'`*.")
-    return paragraph or None
+    """Give the rest of the line after the last "the answer is", else the first paragraph; without the marks around it.
+
+    None where nothing is there.
+    """
+    reply = own_reply(text).strip()
+    said = reply.split("\n\n")[0]
+    for lead in _LEAD.finditer(reply):
+        line = reply[lead.end() :].lstrip(" \t\n:").partition("\n")[0]
+        if line and not _is_denied(reply, lead.start()):
+            said = braced(line) if lead[0].endswith("{") else line
+    return bare_text(said) or None
 
 
 def own_reply(text: str) -> str:
@@ -172,7 +183,7 @@ def _bare(word: str) -> str:
     return re.sub(r"\s+", "", word).casefold()
 
 
-def _word_pattern(choices: tuple[str, ...]) -> re.Pattern[str]:
+def word_pattern(choices: tuple[str, ...]) -> re.Pattern[str]:
     """Match the words whole, also with a space before their digit: "Answer 1"."""
     longest_first = sorted(choices, key=len, reverse=True)
     forms = [
@@ -211,7 +222,7 @@ def _numbers(text: str) -> list[str]:
     found: list[str] = []
     for match in _VALUE.finditer(text) if _DIGITS.search(text) else ():  # it also matches nothing, anywhere
         value = match[0]
-        if not _DIGITS.search(value):
+        if not _DIGITS.search(value) or _RAISED.search(text[max(0, match.start() - 3) : match.start()]):
             continue
         if value[0] in "-+" and match.start() > 0 and re.match(r"[\w)]", text[match.start() - 1]):
             value = value[1:]

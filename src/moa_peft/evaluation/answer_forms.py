@@ -70,7 +70,7 @@ def same_answer(given: str | None, wanted: str, form: AnswerForm) -> bool:
         form: The form of both.
 
     Returns:
-        Numbers are compared by value, within `NUMBER_SLACK`; other answers as text, without regard to case.
+        Numbers are compared by value, within `NUMBER_SLACK`; other answers as text, without regard to case or to marks around it.
     """
     if given is None:
         return False
@@ -81,4 +81,9 @@ def same_answer(given: str | None, wanted: str, form: AnswerForm) -> bool:
             and right is not None
             and math.isclose(left, right, abs_tol=NUMBER_SLACK, rel_tol=0)
         )
-    return given.strip().casefold() == wanted.strip().casefold()
+    return bare_text(given).casefold() == bare_text(wanted).casefold()
+
+
+def bare_text(text: str) -> str:
+    """A text without the spaces, quotes, stars, backquotes and full stops around it."""
+    return text.strip(" \t\n\"'`*.")

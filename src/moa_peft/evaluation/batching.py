@@ -3,7 +3,7 @@
 Sizes: B rows of a batch, T tokens of its longest row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -129,6 +129,21 @@ def padded_call(
 def longest_input(model: Any) -> int | None:
     """The most tokens that a model reads; None for one that does not say, or has no such limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def rotary_switch(model: Any) -> int | None:
+    """The length from which on a model turns all positions of a call by other frequencies, as Phi-3 and Phi-4-mini do (longrope).
+
+    Beyond it a text's numbers depend on the longest of its batch, and a cache from before it is no longer right. None for none.
+    """
+    given: Mapping[str, Any] = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [
+        given,
+        *(one for one in given.values() if isinstance(one, Mapping)),
+    ]  # of all layers, or by their kind
+    return next(
+        (one["original_max_position_embeddings"] for one in kinds if one.get("rope_type") == "longrope"), None
+    )
 
 
 def last_positions(count: int, device: torch.device) -> int | Tensor:

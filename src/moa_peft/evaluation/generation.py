@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 from moa_peft.data.templates import Template
 from moa_peft.data.tokenization import end_token_id
 from moa_peft.errors import UsageError
-from moa_peft.evaluation.batching import padded_call, plan_batches
+from moa_peft.evaluation.batching import padded_call, plan_batches, rotary_switch
 from moa_peft.evaluation.scoring import TOKEN_BUDGET
 from moa_peft.mixture.gate_cache import cache_of
 
@@ -88,6 +88,9 @@ def generate_batch(
     Raises:
         UsageError: If the model gives no cache to go on from.
     """
+    switch = rotary_switch(model)
+    if switch is not None and len(prompts) > 1 and max(map(len, prompts)) + max_new_tokens > switch:
+        return [_alone(model, row, one, max_new_tokens, ends, has_ended) for row, one in enumerate(prompts)]
     call = padded_call(model, prompts)
     mask = call["attention_mask"]
     replies: list[list[int]] = [[] for _ in prompts]
@@ -118,6 +121,10 @@ def generate_batch(
             mask, new = mask[chosen], new[chosen]
             running = [running[place] for place in going]
         mask = torch.cat([mask, mask.new_ones(len(running), 1)], dim=1)
+        if switch is not None and len(prompts) == 1 and mask.shape[1] == switch + 1:
+            text = [*prompts[0], *replies[0]]  # what the cache holds was turned by other frequencies
+            outcome = model(**padded_call(model, [text], prompts=[len(prompts[0])]), use_cache=True)
+            continue
         outcome = model(
             input_ids=new[:, None],
             # a model of recurrent states alone would read a step's mask as that of its inputs
@@ -126,6 +133,20 @@ def generate_batch(
             use_cache=True,
             **{name: cache},
         )
+
+
+def _alone(
+    model: Any,
+    row: int,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    ends: Collection[int],
+    has_ended: Callable[[int, list[int]], bool] | None,
+) -> list[int]:
+    """One reply of `generate_batch`, by itself."""
+    whole = None if has_ended is None else lambda _, reply: has_ended(row, reply)
+    (reply,) = generate_batch(model, [prompt], max_new_tokens=max_new_tokens, ends=ends, has_ended=whole)
+    return reply
 
 
 def as_generation(

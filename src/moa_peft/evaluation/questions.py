@@ -6,6 +6,7 @@ from typing import Any
 
 from moa_peft.data.row import Row, as_row
 from moa_peft.errors import UsageError
+from moa_peft.evaluation.answer_extraction import word_pattern
 from moa_peft.evaluation.answer_forms import AnswerForm, parse_number
 from moa_peft.evaluation.code_answers import CodeCheck
 from moa_peft.evaluation.code_tasks import code_question
@@ -97,11 +98,12 @@ def as_question(row: Row, where: str = "row") -> Question:
         where: The place of the row, for errors.
 
     Returns:
-        The question. Its completions are the row's own output with each choice in the place of the answer; an output
-        that names a choice before that has a rationale, and `DEFAULT_LEAD` stands for it.
+        The question. Its completions are the row's own output with each choice in the place of the answer, where nothing but
+        marks and spaces follows it; an output that names a choice before that has a rationale. For such and all others
+        `DEFAULT_LEAD` stands. Choices that are single letters are read from a reply as letters.
 
     Raises:
-        UsageError: If the answer is not one of the choices.
+        UsageError: If the answer is not one of the choices, or a text of several paragraphs.
     """
     choices = _choices_of(row) if row.answer else ()
     if choices:
@@ -109,18 +111,26 @@ def as_question(row: Row, where: str = "row") -> Question:
             raise UsageError(
                 f"{where}: the answer is {row.answer!r}, its answer format allows {', '.join(choices)}"
             )
-        lead = row.output.removesuffix(row.answer)
-        gives_away = any(re.search(rf"\b{re.escape(one)}\b", lead) for one in choices)  # in a rationale
-        if gives_away or not row.output.endswith(row.answer):
-            lead = DEFAULT_LEAD
-        form = AnswerForm(kind="choice", choices=choices)
-        return Question(row=row, form=form, completions=tuple(lead + one for one in choices))
+        lead, found, end = row.output.rpartition(row.answer)
+        gives_away = word_pattern(choices).search(lead)  # in a rationale
+        if gives_away or not found or re.search(r"\w", end):
+            lead, end = DEFAULT_LEAD, ""
+        is_letters = all(len(one) == 1 and one.isalpha() for one in choices)
+        form = AnswerForm(kind="letter" if is_letters else "choice", choices=choices)
+        return Question(row=row, form=form, completions=tuple(lead + one + end for one in choices))
     letters = tuple(dict.fromkeys(_LETTERS.findall(row.instruction)))
     if row.answer in letters and len(letters) > 1:
         return Question(row=row, form=AnswerForm(kind="letter", choices=letters))
     if not row.answer:
         return Question(row=row, form=AnswerForm(kind="none"))
-    return Question(row=row, form=AnswerForm(kind="text" if parse_number(row.answer) is None else "number"))
+    if parse_number(row.answer) is not None:
+        return Question(row=row, form=AnswerForm(kind="number"))
+    if "\n\n" in row.answer.strip():
+        raise UsageError(
+            f"{where}: the answer has several paragraphs, and one is what is read from a reply: shorten it, or leave "
+            "'answer' out to have the loss alone"
+        )
+    return Question(row=row, form=AnswerForm(kind="text"))
 
 
 def _choices_of(row: Row) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ _SAMPLED = 4096
 """Entries of a large tensor that go into its fingerprint one by one, beside the sum over all of its bits."""
 
 
-METHOD_VERSION = 4
+METHOD_VERSION = 5
 """Goes up when scoring, generation or extraction changes, so that no old example is taken for a new one."""
 
 
@@ -230,6 +230,7 @@ def evaluation_key(
         "rows": rows_md5(rows),
         "mode": mode,
         "template": None if mode == "text" else options.template,
+        "chat_template": tokenizer.chat_template if options.template == "chat" and mode != "text" else None,
         "max_new_tokens": options.tokens_for(task) if mode == "generation" else None,
         "base": identity.base_fingerprint,
         "adapter": identity.adapter_fingerprint,

@@ -19,7 +19,7 @@ from moa_peft.data.row import Row
 from moa_peft.data.templates import Template, render_prompt
 from moa_peft.data.tokenization import completion_ids, end_token_id, prompt_ids
 from moa_peft.errors import UsageError
-from moa_peft.evaluation.batching import longest_input, padded_call, plan_batches
+from moa_peft.evaluation.batching import longest_input, padded_call, plan_batches, rotary_switch
 from moa_peft.mixture.gate_cache import cache_of
 
 if TYPE_CHECKING:
@@ -141,6 +141,10 @@ def score_batch(model: Any, questions: Sequence[TokenQuestion]) -> list[list[lis
     Returns:
         Nats, by question, completion and token.
     """
+    switch = rotary_switch(model)
+    is_turned = switch is not None and any(one.num_tokens > switch for one in questions)
+    if is_turned and sum(len(one.completions) for one in questions) > 1:
+        return _scores_of_whole_texts(model, questions, at_once=1)
     shared = [one.num_shared for one in questions]
     begun = [[*one.prompt, *one.completions[0][:count]] for one, count in zip(questions, shared, strict=True)]
     call = padded_call(model, begun, keep=max(shared) + 1, prompts=[len(one.prompt) for one in questions])
@@ -156,7 +160,7 @@ def score_batch(model: Any, questions: Sequence[TokenQuestion]) -> list[list[lis
         return scores
     name, cache = cache_of(outcome)
     if cache is None or _has_states(cache):
-        return _scores_of_whole_texts(model, questions)
+        return _scores_of_whole_texts(model, questions, at_once=len(questions))
     tails = [list(questions[place].completions[choice][shared[place] :]) for place, choice in rest]
     found = _scores_of_tails(model, name, cache, call["attention_mask"], [place for place, _ in rest], tails)
     for (place, choice), values in zip(rest, found, strict=True):
@@ -211,15 +215,20 @@ def _has_states(cache: Any) -> bool:
     return linear or hasattr(cache, "linear_cache")
 
 
-def _scores_of_whole_texts(model: Any, questions: Sequence[TokenQuestion]) -> list[list[list[float]]]:
-    """Score each completion with its prompt in front: models with a recurrent state go on from it by one token at a time alone."""
+def _scores_of_whole_texts(
+    model: Any, questions: Sequence[TokenQuestion], *, at_once: int
+) -> list[list[list[float]]]:
+    """Score each completion with its prompt in front, where no cache of the prompt can be gone on from.
+
+    That of a recurrent state goes on by one token at a time alone.
+    """
     texts = [
         TokenQuestion(prompt=one.prompt, completions=(completion,))
         for one in questions
         for completion in one.completions
     ]
     found: dict[int, list[float]] = {}
-    for batch in plan(texts, len(questions)):
+    for batch in plan(texts, at_once):
         for place, (values,) in zip(batch, score_batch(model, [texts[one] for one in batch]), strict=True):
             found[place] = values
     scores = iter([found[place] for place in range(len(texts))])

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from moa_peft.data.loading import SUFFIXES, is_row_file, load_records, split_name
+from moa_peft.data.loading import SUFFIXES, is_row_file, load_records, refuse_split_of_file, split_name
 from moa_peft.errors import UsageError, expanded, unknown
 from moa_peft.evaluation.hub_tasks import HUB
 from moa_peft.evaluation.questions import Task, question_of
@@ -85,6 +85,9 @@ def load_tasks(
     sources: dict[str, str | None] = {}
     for one in wanted:
         sources |= _resolve(one, data_root)
+    if split is not None:
+        for source in sources:
+            refuse_split_of_file(source, split)
     return [load_task(source, split=split, limit=limit, name=name) for source, name in sources.items()]
 
 

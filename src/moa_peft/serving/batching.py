@@ -15,6 +15,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import cb_logits_processors as processors
 
 from moa_peft.errors import RunError
+from moa_peft.evaluation.batching import rotary_switch
 from moa_peft.mixture.block_hooks import packed_weights
 from moa_peft.serving.engines import STOP_S, Engine, Sampling
 
@@ -76,6 +77,8 @@ class Batched(Engine):
         bare = model.get_base_model() if hasattr(model, "get_base_model") else model
         if not getattr(bare, "_supports_attention_backend", False):
             raise RunError("its attention is not transformers' attention interface")
+        if rotary_switch(bare) is not None:
+            raise RunError("its rotary frequencies depend on the longest request of a batch (longrope)")
         # its errors are told to those who asked
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
         with ExitStack() as undo:

@@ -14,6 +14,8 @@ from moa_peft.errors import MoAError, unknown
 _IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 """Fields that say nothing of the answer."""
 
+_ROLES = ("system", "developer", "user", "assistant")
+
 COLDEST = 0.001
 """The lowest temperature to draw at; below it logits overflow, and the likeliest token is taken."""
 
@@ -192,6 +194,8 @@ def _turn(one: Any, place: int) -> dict[str, str]:
         content = "".join(part["text"] for part in content)
     if not isinstance(role, str) or not isinstance(content, str):
         raise ApiError(f"{where} must have a role and a content of text", parameter=where)
+    if role not in _ROLES:
+        raise ApiError(f"{where} has the role {role!r}: give {', '.join(_ROLES)}", parameter=where)
     if any(one.get(name) for name in ("tool_calls", "function_call", "audio")):
         raise ApiError(f"{where} has more than text, which is not supported", parameter=where)
     return {"role": "system" if role == "developer" else role, "content": content}

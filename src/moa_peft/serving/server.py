@@ -46,7 +46,8 @@ def build_app(models: Mapping[str, Served]) -> Starlette:
         served = served_as(asked.model)
         prompt = served.tokens(asked)
         sampling = served.sampling(asked, len(prompt))
-        text = AnswerText(served.tokenizer, served.ends, asked.stop)
+        before = () if asked.is_chat else prompt
+        text = AnswerText(served.tokenizer, served.ends, asked.stop, before)
         pieces = _pieces(served.engine, prompt, sampling, text)
         prefix = "chatcmpl" if asked.is_chat else "cmpl"
         answer = Answer(

@@ -7,6 +7,10 @@ _UNFINISHED = "\ufffd"
 """What a tokenizer writes for bytes that are no whole character yet."""
 
 
+_JOINED = 8
+"""So many tokens before an answer may join its first."""
+
+
 class AnswerText:
     """Turns new tokens into new text, and ends the answer where it ends.
 
@@ -14,18 +18,25 @@ class AnswerText:
         tokenizer: The model's.
         ends: Tokens that end an answer; they are no part of its text.
         stops: Texts that end it; neither are they.
+        before: The tokens that it goes on from, where it is the rest of a text: some tokenizers write a word without its space
+            where nothing stands before it.
 
     Attributes:
         reason: Why the answer has ended, in OpenAI's words; None while it goes on.
         count: Tokens so far, an end token included.
     """
 
-    def __init__(self, tokenizer: Any, ends: Collection[int], stops: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: Any, ends: Collection[int], stops: Sequence[str], before: Sequence[int] = ()
+    ) -> None:
         self.reason: str | None = None
         self.count = 0
         self._tokenizer, self._ends, self._stops = tokenizer, ends, stops
-        self._ids: list[int] = []
-        self._from = self._to = 0  # the last tokens that were written, which the next ones may join
+        self._ids = list(before[-_JOINED:])
+        self._from, self._to = (
+            0,
+            len(self._ids),
+        )  # the last tokens that were written, which the next ones may join
         self._held = ""  # may be the beginning of a stop
 
     def add(self, ids: Sequence[int]) -> str:
@@ -50,7 +61,8 @@ class AnswerText:
         whole = self._decode(self._ids[self._from :])
         if whole.endswith(_UNFINISHED) and not is_last:
             return ""
-        self._from, self._to = self._to, len(self._ids)
+        if whole != before:  # tokens without a text, such as special ones, leave the others where they are
+            self._from, self._to = self._to, len(self._ids)
         return whole[len(before) :]
 
     def _settled(self, text: str) -> str:
