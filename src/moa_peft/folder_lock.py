@@ -17,18 +17,19 @@ def claimed(folder: Path) -> Iterator[None]:
     """Hold a folder, so that no second process works in it; a kill gives it back. A process may claim its own again.
 
     Args:
-        folder: Made where it is missing, and removed again if nothing has been written into it.
+        folder: Made where it is missing, with those above it, and removed again with them if nothing has been written into it.
 
     Raises:
         UsageError: If another process holds it, or it is not a folder.
         OSError: If it cannot be made or written to.
     """
-    is_new = not folder.exists()
+    folder = folder.resolve()
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UsageError(f"{folder} is not a folder: choose another one") from error
-    lock = FileLock(folder.resolve() / LOCK_FILE, timeout=0, is_singleton=True)
+    lock = FileLock(folder / LOCK_FILE, timeout=0, is_singleton=True)
     try:
         lock.acquire()
     except Timeout as error:
@@ -41,6 +42,6 @@ def claimed(folder: Path) -> Iterator[None]:
         if lock.lock_counter == 1:
             with contextlib.suppress(OSError):  # Windows deletes no open file; rmdir only an empty folder
                 Path(lock.lock_file).unlink(missing_ok=True)
-                if is_new:
-                    folder.rmdir()
+                for one in new:
+                    one.rmdir()
         lock.release()

@@ -122,7 +122,7 @@ def test_every_form_of_record_becomes_the_row_it_means(
             r"line 2: has question, reply: a row needs instruction and output \(input and",
         ),
         ({"instruction": "a"}, "line 2: has instruction: a row needs"),
-        ({"prompt": "a", "completion": None}, "line 2: has prompt, completion: a row needs"),
+        ({"prompt": "a", "completion": None}, "line 2: has prompt, completion \\(null\\): a row needs"),
         ({}, "line 2: has no field at all: a row needs"),
         (["a", "b"], "line 2: is a list, not an object with fields: a row needs instruction and output"),
         ({"instruction": "a", "output": 3}, "line 2: output is 3: it must be text"),

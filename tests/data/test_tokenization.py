@@ -186,7 +186,8 @@ def test_when_every_answer_is_cut_away_the_error_names_a_length_that_keeps_half(
 ) -> None:
     rows = [row("q" * n, "cccc") for n in (50, 10, 40, 20, 30)]
     with pytest.raises(
-        UsageError, match=r"max_length 5 cuts away every answer \(5 rows\): give max_length \d+ or more"
+        UsageError,
+        match=r"max_length 5 cuts away every answer of the rows \(5\): give max_length \d+ or more",
     ) as told:
         encode_rows(rows, tokenizer, "paper", 5)
     named = int(str(told.value).split("give max_length ")[1].split()[0])

@@ -184,8 +184,9 @@ def test_an_order_of_rows_that_cannot_be_found_again_is_not_resumed(recipe_of: R
         train(recipe_of(**settings, resume=True))
 
 
-def test_the_best_weights_of_a_finished_run_are_found_where_its_folder_was_moved_to(
-    recipe_of: Recipes, rows_file: Path, tmp_path: Path
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "cut off"])
+def test_the_best_weights_of_a_run_are_found_where_its_folder_was_moved_to(
+    finished: bool, recipe_of: Recipes, rows_file: Path, tmp_path: Path
 ) -> None:
     settings = {
         "validation": str(rows_file), "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2,
@@ -194,6 +195,8 @@ def test_the_best_weights_of_a_finished_run_are_found_where_its_folder_was_moved
     train(recipe_of(**settings))
     best = weights_of(tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "moved")
+    if not finished:
+        checkpoints.unmark(tmp_path / "moved" / "checkpoint-4")
     train(recipe_of(**settings, resume=True, output_dir=str(tmp_path / "moved")))
     assert weights_of(tmp_path / "moved") == best != weights_of(tmp_path / "moved" / "checkpoint-4")
 

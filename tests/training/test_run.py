@@ -20,6 +20,7 @@ from moa_peft.training.checkpoints import find_checkpoints
 from moa_peft.training.recipe import Recipe
 from moa_peft.training.run import train
 from moa_peft.training.trainer_settings import trainer_fields
+from structures import text_model
 
 Recipes = Callable[..., Recipe]
 
@@ -53,8 +54,14 @@ def test_a_short_run_logs_and_writes_checkpoints_before_its_end_unless_the_recip
     settings_of: Callable[..., dict[str, Any]],
 ) -> None:
     """The loss last logged of nine steps was that of the first."""
-    settings = settings_of(max_steps=40)
-    for given, logging, saving in (({}, 8, 2), ({"logging_steps": 30, "save_steps": 7}, 30, 7)):
+    settings = settings_of(max_steps=40, validation=0.2)
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps"}
+    for given, logging, saving in (
+        ({}, 8, 2),
+        ({"logging_steps": 30, "save_steps": 7}, 30, 7),
+        (best | {"eval_steps": 13}, 8, 13),
+        (best, 8, 10),
+    ):
         own = {key: value for key, value in settings.items() if key != "logging_steps"} | given
         args = preparing.prepare(Recipe.from_mapping(own, trainer_fields())).trainer.args
         assert (args.logging_steps, args.save_steps) == (logging, saving)
@@ -192,6 +199,49 @@ def test_the_held_out_loss_is_the_mean_over_answer_tokens_whatever_the_batch(
         found.append(train(recipe).validation_loss or 0.0)
     assert found == pytest.approx([plain_loss(recipe)] * 3, rel=1e-3)  # the adapter's small start
     assert found == pytest.approx([found[0]] * 3, rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated")
+@pytest.mark.parametrize(
+    "loss", [{"label_smoothing_factor": 0.1}, {"loss_type": "dft"}], ids=["smoothed", "dft"]
+)
+def test_the_held_out_loss_is_the_negative_log_likelihood_whatever_is_trained(
+    loss: dict[str, Any], recipe_of: Recipes, rows_file: Path
+) -> None:
+    """The best of dft's was the worst model: it falls where the model is surer of wrong answers."""
+    recipe = recipe_of(validation=str(rows_file), learning_rate=0.0, max_steps=1, **loss)
+    assert train(recipe).validation_loss == pytest.approx(plain_loss(recipe), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("olmoe", {}), ("olmoe", {"router_aux_loss_coef": 0.1}), ("llama4_text", {}), ("doge", {})],
+)
+def test_of_a_base_with_routers_of_its_own_the_answers_alone_are_trained_and_judged(
+    name: str, settings: dict[str, Any], recipe_of: Recipes, rows_file: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """OLMoE's own balance loss was in every figure; Llama 4 and a dense Doge did not train."""
+    base = tmp_path / "base"
+    text_model(name).save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
+    recipe = recipe_of(
+        model=str(base),
+        validation=str(rows_file),
+        learning_rate=0.0,
+        max_steps=1,
+        per_device_train_batch_size=24,
+        **settings,
+    )
+    outcome = train(recipe)
+    assert outcome.validation_loss == pytest.approx(plain_loss(recipe), rel=1e-3)
+    if not settings:
+        assert outcome.final_loss == pytest.approx(outcome.validation_loss, rel=1e-3)
+
+
+def test_the_loss_of_the_first_step_is_not_that_of_the_end(recipe_of: Recipes) -> None:
+    recipe = recipe_of(logging_steps=100)
+    assert train(recipe).final_loss is None
+    assert "training loss" not in (Path(recipe.output_dir) / "README.md").read_text()
 
 
 def test_the_adapter_of_a_quantised_base_is_trained_in_float32(
@@ -341,7 +391,12 @@ def test_an_error_after_the_first_step_starts_on_a_line_of_its_own(
         ({"method": "soft-mao"}, "unknown method 'soft-mao': did you mean 'soft-moa'"),
         ({"mixture": {"rooter": {}}}, "unknown field of MoAConfig 'rooter': did you mean 'router'"),
         ({"mixture": {"experts": {"9": {"rank": 4}}}}, r"experts\.9 does not exist"),
-        ({"max_length": 4}, "max_length 4 cuts away every answer"),
+        ({"max_length": 4}, "max_length 4 cuts away every answer of the rows"),
+        (
+            {"max_length": 999, "validation": "long.json"},
+            "a row takes 3[0-9]+ tokens, and the model reads 256",
+        ),
+        ({"validation": "long.json"}, "max_length 96 cuts away every answer of the held-out rows"),
         ({"model": "./no/such/model"}, "cannot be loaded|does not exist|no model"),
         ({"data": "./no/such/rows.json"}, "does not exist|no such file|not found"),
         ({"learning_rate": "fast"}, "learning_rate is 'fast': give a number"),
@@ -352,8 +407,10 @@ def test_an_error_after_the_first_step_starts_on_a_line_of_its_own(
     ],
 )
 def test_a_recipe_that_cannot_be_followed_leaves_no_folder(
-    changes: dict[str, Any], message: str, recipe_of: Recipes
+    changes: dict[str, Any], message: str, recipe_of: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("long.json").write_text(json.dumps([{"instruction": "add " * 300, "output": "1"}]))
     recipe = recipe_of(**changes)
     with pytest.raises(UsageError, match=message):
         train(recipe)

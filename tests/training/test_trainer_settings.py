@@ -59,6 +59,20 @@ BY_MOA: tuple[tuple[dict[str, Any], str], ...] = (
     ({"padding_free": True}, "has an effect with packing alone"),
     ({"packing": True, "pad_to_multiple_of": 8}, "cannot tell the padding of packed rows from tokens"),
     ({"packing_strategy": "nope"}, "give bfd"),
+    (
+        {"packing": True, "packing_strategy": "wrapped", "method": "instance-moa"},
+        "one gate for each instance",
+    ),
+    (
+        {
+            "load_best_model_at_end": True,
+            "validation": 0.2,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "save_steps": 4,
+        },
+        "the best model may lie between two checkpoints",
+    ),
     ({"loss_type": "nope"}, "give nll"),
     ({"log_level": "nope"}, "give detail or debug"),
     ({"ddp_backend": "nope"}, "give nccl"),

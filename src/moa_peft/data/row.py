@@ -75,8 +75,8 @@ def as_row(record: Any, where: str) -> Row:
         )
     if record.get("messages") is not None:
         return _from_messages(record["messages"], extra, where)
-    given = ", ".join(str(name) for name in record) or "no field at all"
-    raise UsageError(f"{where}: has {given}: {NEEDED}")
+    given = ", ".join(f"{name} (null)" if one is None else str(name) for name, one in record.items())
+    raise UsageError(f"{where}: has {given or 'no field at all'}: {NEEDED}")
 
 
 def _text(record: Mapping[str, Any], name: str, where: str, *, optional: bool = False) -> str:

@@ -174,7 +174,11 @@ def encode(
 
 
 def encode_rows(
-    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", template: Template, max_length: int
+    rows: Sequence[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    template: Template,
+    max_length: int,
+    what: str = "rows",
 ) -> EncodedRows:
     """Turn rows into examples to train on or to measure the answer loss on.
 
@@ -183,6 +187,7 @@ def encode_rows(
         tokenizer: The base model's.
         template: How a row becomes text.
         max_length: Tokens kept of each example, counted from the start.
+        what: What the rows are called in an error.
 
     Returns:
         The examples with at least one answer token, and how many rows had none left.
@@ -206,7 +211,7 @@ def encode_rows(
     if not examples:
         enough = sorted(len(one.input_ids) for one in whole)[(len(whole) - 1) // 2]
         raise UsageError(
-            f"max_length {max_length} cuts away every answer ({len(rows)} rows): give max_length {enough} or more; "
+            f"max_length {max_length} cuts away every answer of the {what} ({len(rows)}): give max_length {enough} or more; "
             f"{enough} is the shortest that keeps half of the rows whole"
         )
     dropped = len(whole) - len(examples)

@@ -52,6 +52,11 @@ _CHOOSE_THE_BEST = frozenset(("save_steps", "save_strategy"))
 """Keys that decide which checkpoint is the best one, where a run ends with that (``load_best_model_at_end``)."""
 
 
+def moved(checkpoint: str, folder: Path) -> str:
+    """Where a checkpoint that a state names lies now that its run is in ``folder``."""
+    return str(folder / Path(checkpoint).name)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoints:
     """The checkpoints of a run, oldest first."""

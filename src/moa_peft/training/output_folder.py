@@ -95,8 +95,8 @@ def replacing(output_dir: Path) -> Iterator[Path]:
 def disk_errors_named(folder: Path) -> Iterator[None]:
     """Turn what the writers of weights raise on a full or closed disk into an `OSError` with its number.
 
-    safetensors states the number in its message; torch's writer raises a bare `RuntimeError`, so the free space
-    decides. Use it around writing alone.
+    safetensors and tokenizers state the number in their messages; torch's writer raises a bare `RuntimeError`, so there the free
+    space decides. Use it around writing alone.
 
     Args:
         folder: Where is written to; named in the error.
@@ -104,20 +104,17 @@ def disk_errors_named(folder: Path) -> Iterator[None]:
     Raises:
         OSError: Instead of such an error. Any other passes.
     """
-    from safetensors import SafetensorError
-
     try:
         yield
-    except SafetensorError as error:
+    except OSError:
+        raise
+    except Exception as error:  # tokenizers raises no other kind
         stated = re.search(r"os error (\d+)", str(error))
-        if stated is None:
+        is_full = isinstance(error, RuntimeError) and free_bytes(folder) <= 2**20
+        if stated is None and not is_full:
             raise
-        number = int(stated.group(1))
+        number = errno.ENOSPC if stated is None else int(stated[1])
         raise OSError(number, os.strerror(number), str(folder)) from error
-    except RuntimeError as error:
-        if free_bytes(folder) > 2**20:
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
 def free_bytes(folder: Path) -> int:

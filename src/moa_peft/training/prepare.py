@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import concatenate_datasets
 from transformers import PrinterCallback, ProgressCallback
 
 from moa_peft.data.base_loading import BaseSettings, find_base, load_base, load_tokenizer, told_init_kwargs
+from moa_peft.data.tokenization import IGNORED
 from moa_peft.errors import UsageError, expanded, library_errors
 from moa_peft.folder_lock import claimed
 from moa_peft.mixture.block_hooks import mixture_layers, mixtures_of
@@ -153,6 +155,7 @@ def _prepare(recipe: Recipe, folder: Path) -> Preparation:
     tokenizer = load_tokenizer(base)
     encoded = encode(rows, tokenizer)
     model = _load_model(base, tokenizer, recipe)
+    _check_lengths(model, encoded, recipe.max_length)
     method = build_peft_config(recipe)
     placements = tuple(find_placements(model, method))
     trainer, clock, progress = _build_trainer(recipe, model, tokenizer, encoded)
@@ -221,6 +224,13 @@ def _build_trainer(
     )
     peft_config = build_peft_config(recipe)
     peft_config.revision = (recipe.trainer.get("model_init_kwargs") or {}).get("revision")
+    router = peft_config.parts().router
+    by_instance = router is not None and router.granularity == "instance"
+    if by_instance and settings.packing and settings.packing_strategy == "wrapped":
+        raise UsageError(
+            "packing_strategy is wrapped, which joins examples to one sequence, and the method has one gate for each instance: give "
+            "packing_strategy bfd"
+        )
     trainer = AdapterTrainer(
         model=model,
         args=settings,
@@ -229,6 +239,8 @@ def _build_trainer(
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+    if trainer.eval_dataset is not None and settings.world_size > 1:
+        trainer.eval_dataset = _filled(trainer.eval_dataset, settings.eval_batch_size * settings.world_size)
     if any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)):
         for mixture in mixtures_of(trainer.wrapped):
             mixture.float()  # TRL has made it bfloat16, which rounds small steps away
@@ -248,9 +260,22 @@ def _build_trainer(
     return trainer, clock, progress
 
 
+def _filled(held_out: Any, at_once: int) -> Any:
+    """Held-out rows up to whole batches of all processes, by rows without an answer; accelerate would repeat some with theirs."""
+    missing = -len(held_out) % at_once
+    if not missing:
+        return held_out
+    without = held_out.select([0] * missing).map(lambda one: {"labels": [IGNORED] * len(one["labels"])})
+    return concatenate_datasets([held_out, without.cast(held_out.features)])
+
+
 def _load_model(base: BaseSettings, tokenizer: Any, recipe: Recipe) -> Any:
     """Load the base model, a float16 one in float32 unless fp16 scales the loss: small gradients would become 0."""
     model = load_base(base, tokenizer)
+    if model.base_model is model and hasattr(
+        model, "model"
+    ):  # Llama 4 names a prefix that it does not have, and TRL needs it
+        model.base_model_prefix = "model"
     if recipe.trainer.get("fp16") or all(one.dtype != torch.float16 for one in model.parameters()):
         return model
     if base.init_kwargs.get("dtype", "auto") != "auto" or getattr(model, "is_quantized", False):
@@ -259,6 +284,17 @@ def _load_model(base: BaseSettings, tokenizer: Any, recipe: Recipe) -> Any:
             "model_init_kwargs dtype float32 or bfloat16, or fp16 on a GPU"
         )
     return model.float()
+
+
+def _check_lengths(model: Any, encoded: TrainingRows, max_length: int) -> None:
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    parts = [one for one in (encoded.train, encoded.validation) if one is not None]
+    longest = max(len(ids) for one in parts for ids in one["input_ids"])
+    if most is not None and longest > most:
+        raise UsageError(
+            f"max_length is {max_length}, a row takes {longest} tokens, and the model reads {most}: give max_length {most}, or a model that "
+            "reads more"
+        )
 
 
 def _count_steps(trainer: AdapterTrainer) -> int:

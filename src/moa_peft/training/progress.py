@@ -4,10 +4,13 @@
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from moa_peft.training.checkpoints import moved
 
 _SHOWN = {
     "loss": "loss {:.4f}",
@@ -49,13 +52,18 @@ class StepClock(TrainerCallback):
 
 
 class OwnIntervals(TrainerCallback):
-    """Has a resumed run log, save and evaluate as its own recipe says; the trainer would go by the checkpoint's."""
+    """Has a resumed run log, save and evaluate as its own recipe says, and find its best checkpoint where its folder now lies.
+
+    The trainer would go by what the checkpoint says.
+    """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the intervals of the settings for those of the state."""
+        """Take the intervals and the folder of the settings for those of the state."""
         state.compute_steps(args, state.max_steps)
+        if state.best_model_checkpoint is not None:
+            state.best_model_checkpoint = moved(state.best_model_checkpoint, Path(args.output_dir or "."))
 
 
 class ProgressLines(TrainerCallback):

@@ -120,7 +120,9 @@ def encode(rows: Rows, tokenizer: Any) -> TrainingRows:
     train = encode_rows(rows.train, tokenizer, rows.recipe.template, rows.recipe.max_length)
     validation, validation_dropped = None, 0
     if rows.validation is not None:
-        held_out = encode_rows(rows.validation, tokenizer, rows.recipe.template, rows.recipe.max_length)
+        held_out = encode_rows(
+            rows.validation, tokenizer, rows.recipe.template, rows.recipe.max_length, "held-out rows"
+        )
         validation, validation_dropped = _dataset(held_out.examples), held_out.dropped
     return TrainingRows(
         train=_dataset(train.examples),

@@ -58,8 +58,7 @@ class AdapterTrainer(SFTTrainer):
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         best = self.state.best_model_checkpoint
         if self.args.load_best_model_at_end and best is not None:
-            # the folder may have been moved since
-            self.state.best_model_checkpoint = str(checkpoint.parent / Path(best).name)
+            self.state.best_model_checkpoint = checkpoints.moved(best, checkpoint.parent)
             self._load_best_model()
 
     def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:  # type: ignore[override]  # the factors are the instance's
@@ -106,14 +105,25 @@ class AdapterTrainer(SFTTrainer):
         counts = (inputs["labels"][:, 1:] != -100).sum(dim=-1)
         result = super().prediction_step(model, inputs, *args, **kwargs)
         counts = counts.to(result[0].device).float()
-        sums = torch.stack([result[0].float() * counts, counts], dim=-1)  # [B, 2]
+        losses = torch.where(counts > 0, result[0].float(), 0)  # rows that fill the last batch have no answer
+        sums = torch.stack([losses * counts, counts], dim=-1)  # [B, 2]
         self._held_out.append(cast("Tensor", self.accelerator.gather_for_metrics(sums)))
         return result
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as the trainer does, with the mean loss over tokens in the place of that over batches, which depends on their size."""
+        """Evaluate as the trainer does, with the mean loss over tokens in the place of that over batches, which depends on their size.
+
+        It is the negative log-likelihood, also where another loss is trained: one with label smoothing, dft, or that of the base's own
+        routers beside it tells less of how good the model is.
+        """
         self._held_out = []
-        output = super().evaluation_loop(*args, **kwargs)
+        settings: Any = self.args
+        trained = self.label_smoother, self.aux_loss_enabled, settings.loss_type
+        self.label_smoother, self.aux_loss_enabled, settings.loss_type = None, False, "nll"
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.label_smoother, self.aux_loss_enabled, settings.loss_type = trained
         loss, tokens = torch.cat(self._held_out).cpu().double().sum(dim=0).tolist()
         metrics = cast("dict[str, float]", output.metrics)
         metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss / tokens

@@ -131,10 +131,13 @@ def build_settings(recipe: Recipe, *, has_validation: bool, cuda: bool) -> "SFTC
     from trl.trainer.sft_config import SFTConfig
 
     values = {**TRAINER_DEFAULTS, "dataloader_pin_memory": cuda, "prediction_loss_only": True}
+    values["router_aux_loss_coef"] = 0.0  # that of the base's own routers, which are frozen
     if has_validation:
         values["eval_strategy"] = "epoch"
     values |= {key: value for key, value in recipe.trainer.items() if key not in REFUSED}
     values.pop("model_init_kwargs", None)  # the model is loaded before the trainer is made
+    if values.get("load_best_model_at_end") and "save_steps" not in recipe.trainer:
+        values["save_steps"] = values.get("eval_steps") or values["logging_steps"]
     values["save_total_limit"] = None  # checkpoints.prune deletes old ones, once the new one is complete
     values["logging_nan_inf_filter"] = False
     packing = bool(values.get("packing"))
@@ -176,6 +179,12 @@ def _check_possible(settings: "SFTConfig", *, has_validation: bool) -> None:
     if (settings.eval_strategy != "no" or settings.eval_on_start) and not has_validation:
         raise UsageError(
             "eval_strategy or eval_on_start asks for held-out rows: give them (--validation 0.1, or a source), or leave it out"
+        )
+    by_steps = settings.save_strategy == "steps" and settings.save_steps != settings.eval_steps
+    if settings.load_best_model_at_end and by_steps:
+        raise UsageError(
+            f"load_best_model_at_end is true, eval_steps is {settings.eval_steps:g} and save_steps {settings.save_steps:g}: the best model may "
+            "lie between two checkpoints; give both the same, or save_strategy best"
         )
     if settings.packing and settings.pad_to_multiple_of:
         raise UsageError(
