@@ -34,7 +34,7 @@ def test_an_experiment_trains_as_many_parameters_as_the_entry_that_it_is_compare
     trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
     assert trained == pytest.approx(LORA_RANK_64, rel=0.05)
     rank = int(name.rpartition("rank")[2])
-    assert {expert.rank for expert in config.parts().experts if hasattr(expert, "rank")} == {rank}
+    assert {expert.rank for expert in config.experts if hasattr(expert, "rank")} == {rank}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -233,7 +233,7 @@ def others(family: Any) -> MoAConfig:
     """The kinds beyond the paper's that vLLM can serve."""
     full = METHODS["extra-kinds"](family)
     return MoAConfig(
-        experts=[one for one in full.parts().experts if one.kind != "dora"],
+        experts=[one for one in full.experts if one.kind != "dora"],
         router=RouterConfig(kind="linear"),
     )
 

@@ -144,7 +144,7 @@ class MoAModel(BaseTuner):
         """Plan the whole mixture before the first block is touched, so that an error leaves the model as it was."""
         _check_names(peft_config, [name for name, _ in model.named_modules()])
         self._check_architecture(peft_config)
-        self._blocks = chosen_blocks(find_blocks(model, peft_config.parts().architecture), peft_config)
+        self._blocks = chosen_blocks(find_blocks(model, peft_config.architecture), peft_config)
         head = _head_of(model, TaskType(peft_config.task_type).value)
         check_targets(list(self._blocks.values()), peft_config)
         plan = {path: placed_experts(block, peft_config) for path, block in self._blocks.items()}
@@ -170,7 +170,7 @@ class MoAModel(BaseTuner):
         others = [
             one for one in self.peft_config.values() if isinstance(one, MoAConfig) and one is not config
         ]
-        if any(one.parts().architecture != config.parts().architecture for one in others):
+        if any(one.architecture != config.architecture for one in others):
             raise UsageError("architecture differs from that of the adapter that is there: one model has one")
 
     def _create_and_replace(
@@ -191,7 +191,7 @@ class MoAModel(BaseTuner):
         elif not layer.moa_mixture:  # the last one may have had another architecture
             layer.disconnect()
             layer.block = self._blocks[current_key]
-        layer.add_mixture(adapter_name, self._plan[current_key], peft_config.parts().router)
+        layer.add_mixture(adapter_name, self._plan[current_key], peft_config.router)
         if layer.has_prompts_of(adapter_name) and not layer.watch.numbering:  # once for all blocks
             layer.watch.numbering = number_positions(self._watched[1])
         mixture = layer.mixtures()[adapter_name]
@@ -377,7 +377,7 @@ def _check_names(config: MoAConfig, modules: Sequence[str]) -> None:
 
 def _check_router_input(block: Block, config: MoAConfig) -> None:
     """Refuse to read gates off a module that is not there, or that PEFT will wrap and copy."""
-    router = config.parts().router
+    router = config.router
     router_input = "projection" if router is None else router.router_input
     if router_input == "block" and block.block_input is None:
         raise UsageError(

@@ -37,30 +37,22 @@ BLOCKS_MARK = "(?#moa)"
 """Starts the pattern of blocks that `MoAModel` writes into ``target_modules`` for PEFT's own matching."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MixtureParts:
-    """The frozen parts of a `MoAConfig`."""
-
-    experts: tuple[ExpertConfig, ...]
-    router: RouterConfig | None
-    architecture: ArchitectureConfig
-
-
 @dataclass
 class MoAConfig(PeftConfig):
     """A mixture of adapters as a PEFT method.
 
     Give ``experts`` (and a ``router``, or take the default), or start from a method of the family with `preset`.
-    ``target_modules`` is not for the user: experts name their targets.
+    ``target_modules`` is not for the user: experts name their targets. Experts, router and architecture may be given as a file
+    has them, as mappings; they become configs, which check themselves.
 
     Raises:
         UsageError: If a field is unknown or wrong; the message lists every problem.
     """
 
-    experts: Sequence[ExpertConfig | Mapping[str, Any]] = ()
+    experts: Sequence[ExpertConfig] = ()
     """The experts of each decoder block, in the order of their gates: configs, or mappings with a "kind"."""
 
-    router: RouterConfig | Mapping[str, Any] | None = field(default_factory=RouterConfig)
+    router: RouterConfig | None = field(default_factory=RouterConfig)
     """The router of each block; None gives every expert the gate 1."""
 
     layers_to_transform: list[int] | int | None = None
@@ -72,7 +64,7 @@ class MoAConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     """Modules of the base model that are trained and saved whole beside the mixture."""
 
-    architecture: ArchitectureConfig | Mapping[str, Any] = field(default_factory=ArchitectureConfig)
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     """Where the parts of a block are, for a family that is not known."""
 
     target_modules: str | None = None
@@ -90,19 +82,12 @@ class MoAConfig(PeftConfig):
                 "experts=[LoraExpert(targets=['q_proj', 'v_proj'])]"
             )
         self.target_modules = None
-        parts = self.parts()
-        self.experts, self.router, self.architecture = list(parts.experts), parts.router, parts.architecture
-        reject("MoAConfig", self._problems())
-
-    def parts(self) -> MixtureParts:
-        """The frozen parts: mappings from files become configs, which check themselves."""
         if not isinstance(self.experts, list | tuple):
             raise UsageError(f"experts is {self.experts!r}: give a list of LoraExpert(...) and the like")
-        return MixtureParts(
-            experts=tuple(_expert(one) for one in self.experts),
-            router=None if self.router is None else _config(RouterConfig, self.router, "router field"),
-            architecture=_config(ArchitectureConfig, self.architecture or {}, "architecture field"),
-        )
+        self.experts = [_expert(one) for one in self.experts]
+        self.router = None if self.router is None else _config(RouterConfig, self.router, "router field")
+        self.architecture = _config(ArchitectureConfig, self.architecture or {}, "architecture field")
+        reject("MoAConfig", self._problems())
 
     def _problems(self) -> list[str]:
         wrong: list[str] = []
@@ -164,12 +149,11 @@ class MoAConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON holds them; each expert with its kind."""
-        parts = self.parts()
         return {
             **{one.name: getattr(self, one.name) for one in dataclasses.fields(self)},
-            "experts": [expert.to_dict() for expert in parts.experts],
-            "router": None if parts.router is None else dataclasses.asdict(parts.router),
-            "architecture": dataclasses.asdict(parts.architecture),
+            "experts": [expert.to_dict() for expert in self.experts],
+            "router": None if self.router is None else dataclasses.asdict(self.router),
+            "architecture": dataclasses.asdict(self.architecture),
             "target_modules": None,
         }
 

@@ -47,7 +47,7 @@ def find_placements(model: nn.Module, config: MoAConfig) -> list[Placement]:
     Raises:
         UsageError: As `get_peft_model` raises it.
     """
-    blocks = chosen_blocks(find_blocks(model, config.parts().architecture), config)
+    blocks = chosen_blocks(find_blocks(model, config.architecture), config)
     check_targets(list(blocks.values()), config)
     groups: dict[tuple[str, tuple[str, ...], tuple[str, ...]], list[int]] = {}
     for block in blocks.values():
@@ -70,7 +70,7 @@ def chosen_blocks(blocks: list[Block], config: MoAConfig) -> dict[str, Block]:
     known = {block.index for block in blocks}
     wanted = known if config.layers_to_transform is None else config.layers_to_transform
     indices = {wanted} if isinstance(wanted, int) else set(wanted)
-    layers = {index for expert in config.parts().experts for index in expert.layers or ()}
+    layers = {index for expert in config.experts for index in expert.layers or ()}
     beyond = sorted((indices | layers) - known)
     if beyond:
         last = max(known)
@@ -93,7 +93,7 @@ def placed_experts(block: Block, config: MoAConfig) -> list[PlacedExpert]:
 
 def _experts_of(block: Block, config: MoAConfig) -> list[ExpertConfig]:
     """The experts whose layers include a block."""
-    return [one for one in config.parts().experts if one.layers is None or block.index in one.layers]
+    return [one for one in config.experts if one.layers is None or block.index in one.layers]
 
 
 def check_targets(blocks: list[Block], config: MoAConfig) -> None:
@@ -102,7 +102,7 @@ def check_targets(blocks: list[Block], config: MoAConfig) -> None:
     Raises:
         UsageError: With the nearest target, or with what the blocks lack.
     """
-    for expert in config.parts().experts:
+    for expert in config.experts:
         own = [one for one in blocks if expert.layers is None or one.index in expert.layers]
         if not own:
             raise UsageError(
@@ -133,7 +133,7 @@ def check_tokens(block: Block, config: MoAConfig) -> None:
     Raises:
         UsageError: For a balance loss or instance gates in a block without attention.
     """
-    routers = [config.parts().router, *(one.copies()[1] for one in _experts_of(block, config))]
+    routers = [config.router, *(one.copies()[1] for one in _experts_of(block, config))]
     if block.attention is None and any(one is not None and needs_tokens(one) for one in routers):
         raise UsageError(
             f"{block.path} ({block.kind}) has no softmax attention, which is told which tokens are real: there can be no balance "

@@ -90,7 +90,7 @@ def export_official(
     check_file(out, overwrite=overwrite)
     check_apart(out, adapter.path)
     config = read_mixture_config(adapter)
-    chosen = _layout(layout, config.parts().router)
+    chosen = _layout(layout, config.router)
     if wrong := list(problems(config, chosen)):
         raise UsageError(f"the official code has no such adapter: {'; '.join(wrong)}")
     if out.suffix not in _ENDINGS[chosen]:
@@ -194,7 +194,7 @@ def official_weights(
     Raises:
         UsageError: If a weight has no official name.
     """
-    router = config.parts().router
+    router = config.router
     experts = {block: _experts_of_block(config, block, weights) for block, _ in weights}
     names: dict[str, tuple[int, str]] = {}
     for place in sorted(weights):

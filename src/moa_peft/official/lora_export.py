@@ -154,7 +154,7 @@ def export_lora(
 
 def _check_adapter(adapter: AdapterFolder) -> None:
     config = read_mixture_config(adapter)
-    kinds = sorted({own.kind for own in config.parts().experts})
+    kinds = sorted({own.kind for own in config.experts})
     if "lora" not in kinds:
         raise UsageError(
             f"{adapter.name} has no LoRA, only {', '.join(kinds)}: there is nothing that a plain LoRA could hold"

@@ -17,7 +17,7 @@ Arguments = Mapping[str, float | int | str]
 
 def method_of(config: MoAConfig) -> str:
     """Name the method that a config stands for, as `moa methods` does; "mixture" where it is none of them."""
-    router, experts = config.parts().router, config.parts().experts
+    router, experts = config.router, config.experts
     kinds = {one.kind for one in experts}
     if router is None:
         return _routerless_method(kinds, experts)
@@ -49,15 +49,14 @@ def named_experts(config: MoAConfig) -> list[tuple[str, ExpertConfig]]:
     """The experts of a config by the names they have in a mixture, as "lora_q_proj", in the order of their gates."""
     return [
         (own.kind if site in ("mlp", "attention") else f"{own.kind}_{site}", own)
-        for own in config.parts().experts
+        for own in config.experts
         for site in own.site_names()
     ]
 
 
 def problems(config: MoAConfig, layout: Layout) -> Iterator[str]:
     """Say what the official code of a layout has no name for, a sentence each."""
-    parts = config.parts()
-    for own in parts.experts:
+    for own in config.experts:
         if type(own) not in (LoraExpert, PromptExpert, ParallelAdapterExpert):
             yield f"the expert kind {own.kind!r} is not in it (it has lora, prompt, parallel_adapter)"
         elif isinstance(own, CopiedExpertConfig):
@@ -65,10 +64,10 @@ def problems(config: MoAConfig, layout: Layout) -> Iterator[str]:
     names = [name for name, _ in named_experts(config)]
     if twice := sorted({one for one in names if names.count(one) > 1}):
         yield f"it has one of each expert, {', '.join(twice)} is there twice"
-    yield from _lora_problems([own for own in parts.experts if isinstance(own, LoraExpert)])
-    kinds = sorted({own.kind for own in parts.experts})
-    if parts.router is not None:
-        yield from _router_problems(parts.router, kinds)
+    yield from _lora_problems([own for own in config.experts if isinstance(own, LoraExpert)])
+    kinds = sorted({own.kind for own in config.experts})
+    if config.router is not None:
+        yield from _router_problems(config.router, kinds)
     elif len(kinds) > 1:
         yield f"experts of several kinds ({', '.join(kinds)}) need a router of the block in it"
     if config.modules_to_save:
@@ -123,8 +122,8 @@ def _copy_problems(own: CopiedExpertConfig) -> Iterator[str]:
 
 
 def _fork_problems(config: MoAConfig) -> Iterator[str]:
-    router = config.parts().router
-    if any(own.copies()[0] > 1 for own in config.parts().experts):
+    router = config.router
+    if any(own.copies()[0] > 1 for own in config.experts):
         yield "the fork's experts have no copies"
     if router is not None and router.gate_of == "kind":
         yield "the fork has no gates of kinds"
@@ -137,7 +136,7 @@ def _fork_problems(config: MoAConfig) -> Iterator[str]:
 def arguments(config: MoAConfig) -> dict[str, float | int | str]:
     """The official code's own arguments for an adapter, as far as they are not the model's."""
     found: dict[str, float | int | str] = {}
-    for own in config.parts().experts:
+    for own in config.experts:
         if isinstance(own, LoraExpert):
             found |= {"lora_rank": own.rank, "lora_alpha": own.alpha}
             if own.num_experts > 1:
@@ -148,7 +147,7 @@ def arguments(config: MoAConfig) -> dict[str, float | int | str]:
             found["prompt_len"] = own.length
         elif isinstance(own, ParallelAdapterExpert):
             found["p_adapter_size"] = own.size
-    router = config.parts().router
+    router = config.router
     if router is not None and router.gate_of == "expert":
         found["swi_x"] = (router.hidden_per_expert or 4) if router.kind == "swiglu" else 0
     threshold = None if router is None else router.threshold
@@ -161,7 +160,7 @@ def arguments(config: MoAConfig) -> dict[str, float | int | str]:
 
 def differences(config: MoAConfig) -> Iterator[str]:
     """Say where the official code with an adapter's weights computes something else than this package does."""
-    router = config.parts().router
+    router = config.router
     if router is None:
         return
     if router.threshold is not None and router.threshold.at_least_one:

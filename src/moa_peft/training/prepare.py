@@ -224,7 +224,7 @@ def _build_trainer(
     )
     peft_config = build_peft_config(recipe)
     peft_config.revision = (recipe.trainer.get("model_init_kwargs") or {}).get("revision")
-    router = peft_config.parts().router
+    router = peft_config.router
     by_instance = router is not None and router.granularity == "instance"
     if by_instance and settings.packing and settings.packing_strategy == "wrapped":
         raise UsageError(

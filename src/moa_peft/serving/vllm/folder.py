@@ -34,8 +34,7 @@ def served_config(adapter: AdapterFolder) -> MoAConfig:
         UsageError: If it is no mixture, or has a part that would come out wrong; the message names it.
     """
     config = read_mixture_config(adapter)
-    parts = config.parts()
-    routers = [parts.router, *(one.copies()[1] for one in parts.experts)]
+    routers = [config.router, *(one.copies()[1] for one in config.experts)]
     wrong: list[str] = []
     if any(one is not None and one.granularity == "instance" for one in routers):
         wrong.append(
@@ -45,7 +44,7 @@ def served_config(adapter: AdapterFolder) -> MoAConfig:
         wrong.append(f"it has trained {', '.join(config.modules_to_save)} as a whole (modules_to_save)")
     wrong += [
         f"expert {one.kind!r} reads the frozen weights in each call, and vLLM repacks them"
-        for one in parts.experts
+        for one in config.experts
         if one.reads_frozen_weights
     ]
     others = [key for key in read_weights(adapter) if ".moa.moa_mixture." not in key]

@@ -92,7 +92,7 @@ class MoAForCausalLM(TransformersForCausalLM):
 
     def _add_mixtures(self) -> None:
         config = served_config(read_adapter(self.model_config.model))
-        named = config.parts().architecture
+        named = config.architecture
         found = find_blocks(self.model, replace(named, fused={**named.fused, **self._merged()}))
         blocks = chosen_blocks(found, config)
         check_targets(list(blocks.values()), config)
@@ -104,7 +104,7 @@ class MoAForCausalLM(TransformersForCausalLM):
                 if placed := placed_experts(block, config):
                     layer = MoALayer(block, watch)
                     block.module.add_module(CHILD, layer)
-                    layer.add_mixture(_ADAPTER, placed, config.parts().router)
+                    layer.add_mixture(_ADAPTER, placed, config.router)
                     layer.set_adapter(_ADAPTER, inference_mode=True)
                     for router in layer.mixtures()[_ADAPTER].routers().values():
                         router.has_losses = False  # they cost time in each step, and nothing is trained here
