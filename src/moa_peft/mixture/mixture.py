@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from moa_peft.errors import UsageError
 from moa_peft.mixture.config import ExpertConfig, RouterConfig
 from moa_peft.mixture.experts.base import AttentionExpert, Bottleneck, LinearExpert, ScaledPrompt
-from moa_peft.mixture.precision import cast, in_float32, is_autocast
-from moa_peft.mixture.router import Router, Routing, joined_bias, needs_tokens
+from moa_peft.mixture.precision import cast, is_autocast
+from moa_peft.mixture.router import Router, Routing, needs_tokens
 from moa_peft.mixture.sites import MIXER_INPUT, AttentionSite, LinearSite, Slot
 from moa_peft.mixture.token_masks import CallTokens
 
@@ -57,8 +57,8 @@ class Place:
 class Readers:
     """Everything that multiplies one input by a weight."""
 
-    runs: list[list[Place]] = field(default_factory=list)
-    """Bottlenecks. Those of a run are gated by one product: plain ones of one size, in neighbouring columns of the gates."""
+    joined: list[Place] = field(default_factory=list)
+    """Bottlenecks."""
     routers: list[str] = field(default_factory=list)
     """By name: "" for the block's, the expert's for that of its copies."""
 
@@ -83,19 +83,10 @@ class Down(NamedTuple):
     """The weights of everything that reads one input, as one."""
 
     weight: Tensor
-    """[K in all, D_in]: the rows of bottlenecks, then those of routers."""
-    bias: Tensor | None
-    """[K in all], of an only bottleneck; every other bias is added after the product."""
+    """[K in all, D_in]: the rows of each bottleneck, then those of each layer of each router."""
     sizes: list[int]
-    """Rows of each run of bottlenecks, then of all routers together, if there are any."""
-    runs: list[tuple[list[Place], Bottleneck]]
-    """Experts that are gated together, and the first one's weights."""
-    router_bias: Tensor | None
-    """At least float32, [rows of all routers]."""
-    router_sizes: list[int]
-    """Rows of each layer of each router."""
-    routers: list[tuple[str, Router, int]]
-    """Names, routers, and the number of layers of each."""
+    """Rows of each."""
+    bottlenecks: list[Bottleneck]
 
 
 class Mixture(nn.Module):
@@ -108,8 +99,6 @@ class Mixture(nn.Module):
         copy_routers: Routers of the experts with several copies at their site, by the expert's name.
         readers: What reads each input, by the input's name.
         modules_changed: What changes each module's output, by the module's path.
-        gate_widths: Into how wide pieces the block's gates are cut: one column, or those of a run.
-        gate_at: The piece of each column, and the column's place in it.
     """
 
     def __init__(
@@ -135,7 +124,6 @@ class Mixture(nn.Module):
         self.readers: dict[str, Readers] = {}
         self.modules_changed: dict[str, AtModule] = {}
         self._find_readers()
-        self.gate_widths, self.gate_at = self._find_gate_pieces()
         self._packed: dict[object, Any] | None = None
         self._num_packers = 0
 
@@ -239,27 +227,11 @@ class Mixture(nn.Module):
         return packed[key]
 
     def _join_down(self, readers: Readers, dtype: torch.dtype) -> Down:
-        bottlenecks = [[self._bottleneck(place) for place in run] for run in readers.runs]
-        found = self.routers()
-        layers = {name: found[name].projections() for name in readers.routers}
-        routed = [layer for of_router in layers.values() for layer in of_router]
-        weights = [one.down for run in bottlenecks for one in run] + [one.weight for one in routed]
-        first = [run[0] for run in bottlenecks]
-        bias = first[0].down_bias if first and len(weights) == 1 else None
-        if bias is not None:  # added by the product
-            first, bias = [first[0]._replace(down_bias=None)], bias.to(dtype)
-        sizes = [sum(len(one.down) for one in run) for run in bottlenecks]
-        if routed:
-            sizes.append(sum(len(one.weight) for one in routed))
-        return Down(
-            weight=_joined(weights, 0).to(dtype),
-            bias=bias,
-            sizes=sizes,
-            runs=list(zip(readers.runs, first, strict=True)),
-            router_bias=joined_bias(routed),
-            router_sizes=[len(one.weight) for one in routed],
-            routers=[(name, found[name], len(of_router)) for name, of_router in layers.items()],
-        )
+        routers = self.routers()
+        bottlenecks = [self._bottleneck(place) for place in readers.joined]
+        weights = [one.down for one in bottlenecks]
+        weights += [layer.weight for name in readers.routers for layer in routers[name].projections()]
+        return Down(_joined(weights, 0).to(dtype), [len(one) for one in weights], bottlenecks)
 
     def _join_up(self, places: Sequence[Place], dtype: torch.dtype) -> Tensor:
         """Those of a fused layer's projections have zeros in the rows of the others."""
@@ -283,36 +255,12 @@ class Mixture(nn.Module):
             changes = self.modules_changed.setdefault(place.site.path, AtModule(place.input_name))
             expert = self.experts[place.name]
             if isinstance(expert, LinearExpert) and expert.bottleneck() is not None:
-                self._add_to_run(self.readers.setdefault(place.input_name, Readers()).runs, place)
+                self.readers.setdefault(place.input_name, Readers()).joined.append(place)
                 changes.joined.append(place)
             else:
                 changes.others.append(place)
             if place.name in self.copy_routers:
                 self.readers.setdefault(place.input_name, Readers()).routers.append(place.name)
-
-    def _add_to_run(self, runs: list[list[Place]], place: Place) -> None:
-        """Gate a bottleneck together with its neighbour, if that is possible."""
-        if runs:
-            last = runs[-1][-1]
-            one, other = self._bottleneck(last), self._bottleneck(place)
-            alike = one.down.shape == other.down.shape and one.scale == other.scale
-            plain = one.is_plain and other.is_plain and not {last.name, place.name} & set(self.copy_routers)
-            own = len(self.gate_names) == len(self.places)  # no two experts share a gate
-            if plain and alike and own and place.column == last.column + 1:
-                runs[-1].append(place)
-                return
-        runs.append([place])
-
-    def _find_gate_pieces(self) -> tuple[list[int], dict[int, tuple[int, int]]]:
-        """Cut the block's gates for those that use them: the widths of the pieces, and each column's piece and place in it."""
-        runs = {run[0].column: len(run) for reader in self.readers.values() for run in reader.runs}
-        widths: list[int] = []
-        at: dict[int, tuple[int, int]] = {}
-        while len(at) < len(self.gate_names):
-            width = runs.get(len(at), 1)
-            at |= {len(at) + offset: (len(widths), offset) for offset in range(width)}
-            widths.append(width)
-        return widths, at
 
     def _column(self, name: str, kind: str, router: RouterConfig | None) -> int:
         gate_name = kind if router is not None and router.gate_of == "kind" else name
@@ -352,8 +300,9 @@ class MixturePass:
         self.adapter, self.mixture, self._key = adapter, mixture, key
         self._call, self._tell = call or CallTokens(), tell
         self._read: dict[str, Tensor] = {}  # inputs whose products are made
-        # by router, float32, [B, T or 1, N]; the block's in pieces
-        self._gates: dict[str, Sequence[Tensor]] = {}
+        self._routed: set[str] = set()  # routers, by name, whose gates are made
+        # by expert, float32, [B, T or 1, N]: the block's times its copies'
+        self._gates: dict[str, Tensor] = {}
         self._inner: dict[str, Tensor] = {}  # by expert, [B, T, K]
 
     def route(self, x: Tensor, block_input: Tensor | None) -> None:
@@ -375,7 +324,7 @@ class MixturePass:
             if router.config.granularity == "token":
                 self._note("", router(routed, self._call.real))
             elif earlier is not None:  # observers were told of these in the first call on the cache
-                self._gates[""] = earlier.to(x.device).split_with_sizes(self.mixture.gate_widths, -1)
+                self._weigh("", earlier.to(x.device))
             else:
                 self._note("", self._instance_routing(router, routed))
         self._multiply(MIXER_INPUT, x)
@@ -408,15 +357,7 @@ class MixturePass:
 
     def gate(self, place: Place) -> Tensor | None:
         """The gate of an expert, float32, [B, T or 1, N]: the block's times that of its copies; None for 1."""
-        block = None
-        if "" in self._gates:
-            piece, column = self.mixture.gate_at[place.column]
-            block = self._gates[""][piece]
-            block = block if block.shape[-1] == 1 else block[..., column : column + 1]
-        copies = self._gates.get(place.name)
-        if copies is None:
-            return block
-        return copies[0] if block is None else block * copies[0]
+        return self._gates.get(place.name)
 
     def gate_or_one(self, place: Place, like: Tensor) -> Tensor:
         """The gate of an expert, or a 1, [1, 1, 1], on the device of ``like``."""
@@ -428,36 +369,31 @@ class MixturePass:
         if self._read.get(input_name) is x or input_name not in self.mixture.readers:
             return
         self._read[input_name] = x
+        readers, routers = self.mixture.readers[input_name], self.mixture.routers()
         down = self.mixture.down(input_name, x.dtype)
-        product = F.linear(x, down.weight, down.bias)
-        parts = [product] if len(down.sizes) == 1 else product.split_with_sizes(down.sizes, -1)
-        if down.routers:
-            routed = in_float32(parts[-1], down.router_bias).split_with_sizes(down.router_sizes, -1)
-            for name, router, layers in down.routers:
-                # one that reads a second tensor of that name has its gates already
-                if name not in self._gates:
-                    self._note(name, router(x, self._call.real, routed[:layers]))
-                routed = routed[layers:]
-        for (places, first), part in zip(down.runs, parts, strict=False):
-            if len(places) == 1:
-                self._inner[places[0].name] = first.gated(part, self.gate(places[0]))
-            else:
-                self._gate_run(places, part.unflatten(-1, (len(places), -1)), first.scale)
-
-    def _gate_run(self, places: list[Place], inner: Tensor, scale: float) -> None:
-        """Gate the vectors [B, T, N, K] of a run of N plain bottlenecks, and round them to the dtype of the next product."""
-        rows = inner if scale == 1 else inner * scale
-        if "" in self._gates:
-            piece, _ = self.mixture.gate_at[places[0].column]
-            rows = cast(rows * self._gates[""][piece].unsqueeze(-1), inner.dtype)
-        self._inner.update(zip([one.name for one in places], rows.unbind(-2), strict=True))
+        parts = F.linear(x, down.weight).split_with_sizes(down.sizes, -1)
+        products = iter(parts[len(readers.joined) :])
+        for name in readers.routers:
+            own = [next(products) for _ in routers[name].projections()]
+            if name not in self._routed:  # one that reads a second tensor of that name has its gates already
+                self._note(name, routers[name](x, self._call.real, own))
+        for place, bottleneck, inner in zip(readers.joined, down.bottlenecks, parts, strict=False):
+            self._inner[place.name] = bottleneck.gated(inner, self.gate(place))
 
     def _note(self, router: str, routing: Routing) -> None:
-        self._gates[router] = (
-            (routing.gates,) if router else routing.gates.split_with_sizes(self.mixture.gate_widths, -1)
-        )
+        self._weigh(router, routing.gates)
         if self._tell is not None:
             self._tell(self.adapter, router, routing)
+
+    def _weigh(self, router: str, gates: Tensor) -> None:
+        """Multiply the gates of a router's experts by what it gives them."""
+        self._routed.add(router)
+        given = {router: gates}
+        if router == "":
+            columns = gates.split(1, -1)
+            given = {place.name: columns[place.column] for place in self.mixture.places}
+        for name, gate in given.items():
+            self._gates[name] = self._gates[name] * gate if name in self._gates else gate
 
     def _instance_routing(self, router: Router, x: Tensor) -> Routing:
         """One gate for a whole instance, from its mean prompt token; kept for later calls on the same cache."""

@@ -6,7 +6,7 @@ Sizes: B rows, T tokens of a row, D inputs, H outputs of a linear layer, E exper
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,11 @@ from moa_peft.mixture.balance_loss import attach_loss, default_loss_scale
 from moa_peft.mixture.config import GATES, RouterConfig
 from moa_peft.mixture.gate_functions import load_balancing_loss
 from moa_peft.mixture.gates import Gate, GateResult, Projection, add_projection, projection
-from moa_peft.mixture.precision import at_least_float32, in_float32, without_autocast
+from moa_peft.mixture.precision import in_float32, without_autocast
 
 
 class LinearLogits(nn.Module):
     """Logits ``W x + b``; the bias starts at ``start``."""
-
-    num_projections: ClassVar[int] = 1
 
     def __init__(self, inputs: int, num_experts: int, config: RouterConfig, start: float) -> None:
         super().__init__()
@@ -47,8 +45,6 @@ class SwiGLULogits(nn.Module):
 
     Source: the official code's math setting (MoA, arXiv 2506.05928).
     """
-
-    num_projections: ClassVar[int] = 2
 
     def __init__(self, inputs: int, num_experts: int, config: RouterConfig, start: float) -> None:
         super().__init__()
@@ -84,14 +80,6 @@ def linear(x: Tensor, layer: Projection) -> Tensor:
     if x.dtype == layer.weight.dtype and x.dtype in (torch.float32, torch.float64):
         return F.linear(x, *layer)
     return in_float32(F.linear(x, layer.weight.to(x.dtype)), layer.bias)
-
-
-def joined_bias(layers: Sequence[Projection]) -> Tensor | None:
-    """Join the biases of layers, zeros where one has none, at least float32; None where none has any."""
-    if all(one.bias is None for one in layers):
-        return None
-    biases = [one.weight.new_zeros(len(one.weight)) if one.bias is None else one.bias for one in layers]
-    return at_least_float32(biases[0] if len(biases) == 1 else torch.cat(biases))
 
 
 def _kind(config: RouterConfig) -> type[Gate]:
@@ -153,7 +141,7 @@ class Router(nn.Module):
         Args:
             x: Float, [B, T, D], what the router reads.
             counted: Bool, [B, T]; tokens that count in the balance loss. None counts all.
-            products: The outputs of each of `projections`, float32, where they are made already.
+            products: ``x`` times the weight of each of `projections`, where that is made already.
 
         Returns:
             The gates, [B, T, E]; in training their gradient carries that of the losses.
@@ -163,10 +151,13 @@ class Router(nn.Module):
         """
         scale = self._scale(x.device) if self.has_losses else None
         with without_autocast(x.device):  # it would round the float32 part again
+            layers = self.projections()
             if products is None:
-                products = [linear(x, one) for one in self.projections()]
-            first = self.logits.num_projections
-            weights = self.gate(self.logits(*products[:first]), *products[first:])
+                read = [linear(x, one) for one in layers]
+            else:
+                read = [in_float32(one, layer.bias) for one, layer in zip(products, layers, strict=True)]
+            first = len(self.logits.projections())
+            weights = self.gate(self.logits(*read[:first]), *read[first:])
             self._check(weights)
             if not self.has_losses:
                 return Routing(weights.gates, weights.threshold, None)

@@ -47,16 +47,6 @@ class Bottleneck(NamedTuple):
     """[D_out, N]."""
     activation: Callable[[Tensor], Tensor] | None = None
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether its gate is all that is between its two products: one copy, no bias, no activation."""
-        return (
-            self.activation is None
-            and self.down_bias is None
-            and self.up_bias is None
-            and len(self.down) == self.up.shape[1]
-        )
-
     def gated(self, inner: Tensor, gate: Tensor | None) -> Tensor:
         """Go from what the down-projection gives to what multiplies `ups`.
 
