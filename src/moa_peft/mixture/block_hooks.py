@@ -87,7 +87,7 @@ class _State(threading.local):
         """Forget the pass."""
         self.in_call, self.routed, self.call, self.block_input, self.passes = False, False, None, None, ()
 
-    def __reduce__(self) -> tuple[type, tuple[()]]:
+    def __reduce__(self) -> tuple[type, tuple[()]]:  # gates of a pass cut short are of no use to a copy
         return _State, ()
 
 
@@ -146,7 +146,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
         self._hook_pre(block.projection_input, self._route)
         for path, site in {place.site.path: place.site for one in mixtures for place in one.places}.items():
             if site.name == "attention":
-                add_prompts(site.module, self)
+                add_prompts(site.module, self.attend)
             else:
                 self._handles.append(site.module.register_forward_hook(partial(self._add, path)))
 
@@ -161,7 +161,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
             remove_prompts(attention.module)
 
     def attend(self, output: Tensor, query: Tensor, scaling: float) -> Tensor:
-        """Add the prompts' changes to the attention's output; see `PromptSource`."""
+        """Add the prompts' changes to the attention's output; see `moa_peft.mixture.prompt_attention.add_prompts`."""
         path = self.block.sites["attention"].path
         for one in self._take(path):
             output = one.add_prompts(path, query, scaling, output)
@@ -213,15 +213,12 @@ class MoALayer(nn.Module, BaseTunerLayer):
             "one GPU with CUDA_VISIBLE_DEVICES=0"
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_state": _State()}  # gates of a pass cut short are of no use to a copy
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         if memo and id(self.block.module) not in memo:
             return self  # one of the block's modules is copied, as for modules_to_save: it keeps its hooks
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
         return copied
 
     @property

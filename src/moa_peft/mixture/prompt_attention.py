@@ -7,7 +7,7 @@ for each attention module keeps the model's own choice (sdpa, eager, flash, page
 import copy
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -16,30 +16,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 NAME = "moa_prompt"
 
 
-class PromptSource(Protocol):
-    """What holds the prompts of a block."""
+class _Prompted(NamedTuple):
+    """What an attention module needs to call its model's attention and then its prompts."""
 
-    def attend(self, output: Tensor, query: Tensor, scaling: float) -> Tensor:
-        """Add the prompts' changes to the attention's output.
-
-        Args:
-            output: Float, [B, T, H, D].
-            query: Float, [B, H, T, D], after rotary embedding.
-            scaling: Factor of the attention scores.
-
-        Returns:
-            [B, T, H, D] in the dtype of ``output``.
-        """
-        ...
-
-
-class _Prompted:
-    """What an attention module needs to call its model's attention and then its prompts; no module, no parameters."""
-
-    def __init__(self, source: PromptSource, config: Any, eager: Callable[..., Any]) -> None:
-        self.source = source
-        self.config = config
-        self.eager = eager
+    add: Callable[[Tensor, Tensor, float], Tensor]
+    config: Any
+    eager: Callable[..., Any]
 
 
 def attend_with_prompts(
@@ -73,16 +55,22 @@ def attend_with_prompts(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if output.dim() != 4:  # vLLM's has [T, H * D]
         output = output.view(query.shape[0], query.shape[2], query.shape[1], -1)
-    return prompted.source.attend(output, query, scaling), weights
+    return prompted.add(output, query, scaling), weights
 
 
-def add_prompts(module: nn.Module, source: PromptSource) -> None:
-    """Make an attention module ask ``source`` for its prompts."""
+def add_prompts(module: nn.Module, add: Callable[[Tensor, Tensor, float], Tensor]) -> None:
+    """Have an attention module call ``add`` after its model's attention.
+
+    Args:
+        module: The attention module.
+        add: Takes the output, float [B, T, H, D], the query, float [B, H, T, D] after rotary embedding, and the factor of the
+            attention scores; gives the output with the prompts' changes, in its dtype.
+    """
     if "moa_prompted" in module.__dict__:
         return
     original = module.config
     eager = sys.modules[type(module).__module__].eager_attention_forward
-    module.__dict__["moa_prompted"] = _Prompted(source, original, eager)
+    module.__dict__["moa_prompted"] = _Prompted(add, original, eager)
     replacement: Any = copy.copy(original)
     replacement._attn_implementation_internal = NAME
     module.config = replacement

@@ -88,10 +88,14 @@ def _kind(config: RouterConfig) -> type[Gate]:
     return kind
 
 
+def balance_of(config: RouterConfig) -> float:
+    """The coefficient of a router's balance loss."""
+    return _kind(config).default_balance if config.balance is None else config.balance
+
+
 def has_losses(config: RouterConfig) -> bool:
     """Whether a loss of its own trains a router beside the model's."""
-    balance = _kind(config).default_balance if config.balance is None else config.balance
-    return balance > 0 or _kind(config).has_penalty(config)
+    return balance_of(config) > 0 or _kind(config).has_penalty(config)
 
 
 def needs_tokens(config: RouterConfig) -> bool:
@@ -125,7 +129,7 @@ class Router(nn.Module):
         kind = _kind(config)
         self.logits = _LOGITS[config.kind](inputs, num_experts, config, kind.initial_logit(config))
         self.gate: Gate = kind(inputs, num_experts, config)
-        self.balance = kind.default_balance if config.balance is None else config.balance
+        self.balance = balance_of(config)
         self.has_losses = has_losses(config)
         self.loss_scale: float | Tensor | None = None
 
