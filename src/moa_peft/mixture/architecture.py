@@ -7,8 +7,8 @@ are found by the names of `moa_peft.mixture.families` or those that `Architectur
 import dis
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,25 +45,6 @@ from moa_peft.mixture.sites import (
 _QUERY_NORMS = ("q_norm", "q_layernorm", "query_layernorm")
 _OTHER_NORMS = ("attn_sub_norm", "q_a_layernorm", "kv_a_layernorm")
 """Norms of attention that do not touch the keys that a prompt brings."""
-
-
-@dataclass(slots=True)
-class _Found:
-    """What has been found of a block so far."""
-
-    kinds: list[str] = field(default_factory=list)
-    sites: dict[str, Site] = field(default_factory=dict)
-    stand_ins: dict[str, list[str]] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
-    attention: nn.Module | None = None
-    reader: LinearSite | None = None
-    """The first layer that reads the mixer's input."""
-
-    def stand_in(self, targets: Sequence[str], site: LinearSite) -> None:
-        self.sites[site.name] = site
-        for target in targets:
-            if target != site.name:
-                self.stand_ins.setdefault(target, []).append(site.name)
 
 
 def find_blocks(model: nn.Module, named: ArchitectureConfig | None = None) -> list[Block]:
@@ -106,8 +87,8 @@ def find_blocks(model: nn.Module, named: ArchitectureConfig | None = None) -> li
             "Give each place a block of its own, such as a copy"
         )
     _check_names(path, blocks, named)
-    found = [_block(model, f"{path}.{i}", i, one, named, text) for i, one in enumerate(blocks)]
-    known = [one for one in found if one is not None]
+    read = [_BlockReader(one, f"{path}.{i}", i, named, model, text).read() for i, one in enumerate(blocks)]
+    known = [one for one in read if one is not None]
     if not known:
         raise UsageError(
             f"the blocks of {text.model_type} ({type(blocks[0]).__name__}) have no mixer and no MLP with known names: "
@@ -162,248 +143,320 @@ def _child(module: nn.Module, path: str | None) -> nn.Module | None:
     return module if path else None
 
 
-def _block(
-    model: nn.Module, path: str, index: int, module: nn.Module, named: ArchitectureConfig, text: Any
-) -> Block | None:
-    found = _Found()
-    mixers = _find_mixers(module, path, found, named, model, text)
-    _find_mlp(module, path, found, named, text, beside=mixers)
-    _name_sites(module, path, found, named, text)
-    if "attention" not in found.sites and "attention" not in found.missing:
-        found.missing["attention"] = "it has no softmax attention"
-    reader = found.reader or next(
-        (one for one in found.sites.values() if isinstance(one, LinearSite) and one.name != "mlp"), None
-    )
-    if reader is None:
-        return None
-    norm = named.norm or next((name for name in PRE_NORMS if _child(module, name) is not None), None)
-    plain = norm is None and text.model_type in POST_NORM_FAMILIES
-    return Block(
-        index=index,
-        path=path,
-        module=module,
-        family=text.model_type,
-        kind=", ".join(found.kinds) or "named parts",
-        hidden_size=reader.in_features,
-        attention=found.attention,
-        projection_input=reader.module,
-        projection_input_path=reader.path,
-        block_input=reader.module if plain else _child(module, norm),
-        block_input_path=reader.path if plain else f"{path}.{norm}",
-        sites=found.sites,
-        stand_ins={target: tuple(names) for target, names in found.stand_ins.items()},
-        missing={target: why for target, why in found.missing.items() if target not in found.sites},
-    )
+@dataclass(slots=True)
+class _BlockReader:
+    """Finds the parts of one block; paths within the block are called ``where``."""
 
+    block: nn.Module
+    path: str
+    index: int
+    named: ArchitectureConfig
+    model: nn.Module
+    text: Any
+    """The config of the language model."""
 
-def _find_mixers(
-    block: nn.Module, path: str, found: _Found, named: ArchitectureConfig, model: nn.Module, text: Any
-) -> list[str]:
-    """Find what mixes tokens in a block; several read its input one after the other (Falcon-H1). Gives their names."""
-    mixers: list[str] = []
-    named_one = _child(block, named.attention)
-    if named.attention:
-        children = [] if named_one is None else [(named.attention, named_one)]
-    else:
-        children = list(block.named_children())
-    for name, child in children:
-        if mixers and ("cross" in name or "encoder" in name):
-            continue  # beside a block's own attention, one to an encoder's tokens, which no decoder alone has
-        reads = name if mixers else MIXER_INPUT
-        layers = dict(child.named_children())
-        fused = _fused_layer(name, layers, named, text)
-        recurrence = next(
-            (one for one in RECURRENCES if all(layer in layers for layer in one.known_by)), None
+    kinds: list[str] = field(default_factory=list)
+    sites: dict[str, Site] = field(default_factory=dict)
+    stand_ins: dict[str, list[str]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    attention: nn.Module | None = None
+    reader: LinearSite | None = None
+    """The first layer that reads the mixer's input."""
+
+    def read(self) -> Block | None:
+        """The block; None for one without a known part."""
+        self._find_mlp(beside=self._find_mixers())
+        self._take_named()
+        if "attention" not in self.sites:
+            self.missing.setdefault("attention", "it has no softmax attention")
+        linear = (one for one in self.sites.values() if isinstance(one, LinearSite) and one.name != "mlp")
+        reader = self.reader or next(linear, None)
+        if reader is None:
+            return None
+        norm = self.named.norm or next(
+            (name for name in PRE_NORMS if _child(self.block, name) is not None), None
         )
-        if "kv_a_proj_with_mqa" in layers:
-            _latent_attention(child, f"{path}.{name}", found, reads, model, text)
-        elif recurrence is not None and "q_proj" not in layers and not fused:
-            _recurrence(child, f"{path}.{name}", found, reads, recurrence)
-        elif "q_proj" in layers or fused:
-            _attention(child, f"{path}.{name}", found, reads, model, text, fused)
-        elif named.attention:
-            found.kinds.append("attention")
-            found.attention = child
-        else:
-            continue
-        mixers.append(name)
-    return mixers
-
-
-def _fused_layer(
-    attention: str, layers: Mapping[str, nn.Module], named: ArchitectureConfig, text: Any
-) -> tuple[str, Fused] | None:
-    """The layer that holds an attention's queries among others, and its order: as it is named, or as the family has it."""
-    for layer in layers:
-        order = named.fused.get(f"{attention}.{layer}", ())
-        if "q_proj" in order:
-            return layer, Fused(order=tuple(order), groups=named.fused_groups)
-    known = FUSED_ATTENTION.get(text.model_type)
-    return known if known is not None and known[0] in layers else None
-
-
-def _attention(
-    child: nn.Module,
-    path: str,
-    found: _Found,
-    reads: str,
-    model: nn.Module,
-    text: Any,
-    fused: tuple[str, Fused] | None,
-) -> None:
-    layers = dict(child.named_children())
-    crossed = "cross" in path.rpartition(".")[2]
-    found.kinds.append("cross-attention" if crossed else "attention")
-    sites: dict[str, LinearSite] = {}
-    if fused is not None:
-        name, parts = fused
-        sites = _fused_sites(parts, layers[name], f"{path}.{name}", reads, _heads(child, text))
-    for name in QKV:
-        if name in layers and not (crossed and name != "q_proj"):
-            sites[name] = _linear(name, layers[name], f"{path}.{name}", reads)
-    found.reader = found.reader or sites["q_proj"]
-    found.sites |= sites
-    for name in ("k_proj", "v_proj"):
-        if name not in sites:
-            found.missing[name] = (
-                "its keys and values are made of other tokens"
-                if crossed
-                else "it takes them from another projection or block"
-            )
-    _output(child, path, found)
-    if crossed:
-        found.missing["attention"] = "it attends to other tokens than the text's"
-        return
-    keys = (sites["k_proj"], sites.get("v_proj", sites["k_proj"])) if "k_proj" in sites else None
-    _softmax(AttentionSite, child, path, found, reads, model, text, keys)
-
-
-def _softmax(
-    kind: type[AttentionSite],
-    child: nn.Module,
-    path: str,
-    found: _Found,
-    reads: str,
-    model: nn.Module,
-    text: Any,
-    keys: tuple[LinearSite, LinearSite] | None,
-) -> None:
-    """Note a block's softmax attention: as a place for prompts, with what makes keys and values, or why it is none."""
-    found.attention = child
-    reason = _no_prompt(model, child, text)
-    if reason or keys is None:
-        found.missing["attention"] = reason or "it has no keys of its own: they are another block's"
-        return
-    heads, key_value_heads = _heads(child, text)
-    found.sites["attention"] = kind(
-        name="attention",
-        module=child,
-        path=path,
-        num_heads=heads,
-        num_key_value_heads=key_value_heads,
-        key=keys[0],
-        value=keys[1],
-        reads=reads,
-    )
-
-
-def _latent_attention(
-    child: nn.Module, path: str, found: _Found, reads: str, model: nn.Module, text: Any
-) -> None:
-    found.kinds.append("latent attention")
-    layers = dict(child.named_children())
-    first = "q_proj" if "q_proj" in layers else "q_a_proj"
-    query = _linear(first, layers[first], f"{path}.{first}", reads)
-    key = _linear("kv_a_proj_with_mqa", layers["kv_a_proj_with_mqa"], f"{path}.kv_a_proj_with_mqa", reads)
-    found.stand_in(("q_proj",), query)
-    if "q_b_proj" in layers:
-        found.stand_in(("q_proj",), _linear("q_b_proj", layers["q_b_proj"], f"{path}.q_b_proj", "q_b_proj"))
-    found.stand_in(("k_proj", "v_proj"), key)
-    found.missing["kv_b_proj"] = (
-        "it expands the whole cache in each call, whose earlier tokens have no gates then"
-    )
-    found.reader = found.reader or query
-    _output(child, path, found)
-    value = _linear("kv_b_proj", layers["kv_b_proj"], f"{path}.kv_b_proj", "kv_b_proj")
-    _softmax(LatentAttentionSite, child, path, found, reads, model, text, (key, value))
-
-
-def _recurrence(child: nn.Module, path: str, found: _Found, reads: str, known: Recurrence) -> None:
-    found.kinds.append(known.name)
-    layers = dict(child.named_children())
-    for name in known.inputs:
-        site = _linear(name, layers[name], f"{path}.{name}", reads)
-        found.stand_in(QKV, site)
-        found.reader = found.reader or site
-    if known.output is None:
-        found.missing.setdefault(
-            "o_proj", f"a kernel of its {known.name} reads the layer's weight and does not call it"
-        )
-    else:
-        found.stand_in(
-            ("o_proj",), _linear(known.output, layers[known.output], f"{path}.{known.output}", known.output)
+        plain = norm is None and self.text.model_type in POST_NORM_FAMILIES
+        return Block(
+            index=self.index,
+            path=self.path,
+            module=self.block,
+            family=self.text.model_type,
+            kind=", ".join(self.kinds) or "named parts",
+            hidden_size=reader.in_features,
+            attention=self.attention,
+            projection_input=reader.module,
+            projection_input_path=reader.path,
+            block_input=reader.module if plain else _child(self.block, norm),
+            block_input_path=reader.path if plain else f"{self.path}.{norm}",
+            sites=self.sites,
+            stand_ins={target: tuple(names) for target, names in self.stand_ins.items()},
+            missing={target: why for target, why in self.missing.items() if target not in self.sites},
         )
 
+    def _find_mixers(self) -> list[str]:
+        """Find what mixes tokens; several read the block's input one after the other (Falcon-H1). Gives their names."""
+        mixers: list[str] = []
+        given = self.named.attention
+        children = dict(self.block.named_children()) if not given else {given: _child(self.block, given)}
+        for where, child in children.items():
+            if child is None or (mixers and ("cross" in where or "encoder" in where)):
+                continue  # beside a block's own attention, one to an encoder's tokens, which no decoder alone has
+            reads = where if mixers else MIXER_INPUT
+            layers = dict(child.named_children())
+            fused = self._fused_layer(where, layers)
+            recurrence = next((one for one in RECURRENCES if layers.keys() >= set(one.known_by)), None)
+            if "kv_a_proj_with_mqa" in layers:
+                self._add_latent_attention(where, child, reads)
+            elif recurrence is not None and "q_proj" not in layers and not fused:
+                self._add_recurrence(where, reads, recurrence)
+            elif "q_proj" in layers or fused:
+                self._add_attention(where, child, reads, fused)
+            elif given:
+                self.kinds.append("attention")
+                self.attention = child
+            else:
+                continue
+            mixers.append(where)
+        return mixers
 
-def _output(child: nn.Module, path: str, found: _Found) -> None:
-    name = next((one for one in OUTPUTS if isinstance(getattr(child, one, None), nn.Module)), None)
-    if name is not None:
-        found.sites["o_proj"] = _linear("o_proj", child.get_submodule(name), f"{path}.{name}", "o_proj")
+    def _fused_layer(self, attention: str, layers: Collection[str]) -> tuple[str, Fused] | None:
+        """The layer that holds an attention's queries among others, and its order: as it is named, or as the family has it."""
+        for layer in layers:
+            order = self.named.fused.get(f"{attention}.{layer}", ())
+            if "q_proj" in order:
+                return layer, Fused(order=tuple(order), groups=self.named.fused_groups)
+        known = FUSED_ATTENTION.get(self.text.model_type)
+        return known if known is not None and known[0] in layers else None
 
-
-def _find_mlp(
-    block: nn.Module, path: str, found: _Found, named: ArchitectureConfig, text: Any, beside: Sequence[str]
-) -> None:
-    """Find a block's MLP: a dense one, else one with routed experts, else layers of the block itself."""
-    children = [(name, one) for name, one in block.named_children() if name not in beside]
-    if named.mlp:
-        one = _child(block, named.mlp)
-        if one is None:
-            found.missing["mlp"] = (
-                f"its block has no module {named.mlp!r}; name one in ArchitectureConfig(mlp=...)"
-            )
+    def _add_attention(
+        self, where: str, child: nn.Module, reads: str, fused: tuple[str, Fused] | None
+    ) -> None:
+        crossed = "cross" in where.rpartition(".")[2]
+        self.kinds.append("cross-attention" if crossed else "attention")
+        sites: dict[str, LinearSite] = {}
+        if fused is not None:
+            name, parts = fused
+            sites = self._fused(parts, f"{where}.{name}", reads, _heads(child, self.text))
+        for name in QKV:
+            if _child(child, name) is not None and not (crossed and name != "q_proj"):
+                sites[name] = self._linear(name, f"{where}.{name}", reads)
+        self.reader = self.reader or sites["q_proj"]
+        self.sites |= sites
+        for name in ("k_proj", "v_proj"):
+            if name not in sites:
+                self.missing[name] = (
+                    "its keys and values are made of other tokens"
+                    if crossed
+                    else "it takes them from another projection or block"
+                )
+        self._add_output(where, child)
+        if crossed:
+            self.missing["attention"] = "it attends to other tokens than the text's"
             return
-        children = [(named.mlp, one)]
-    dense = [(name, one) for name, one in children if _mlp_layers(one)]
-    routed = [(name, one) for name, one in children if hasattr(one, "experts")]
-    if dense or routed or (named.mlp and children):
-        name, mlp = (dense or routed or children)[0]
-        found.kinds.append("routed MLP" if not dense and routed else "MLP")
-        hidden = int(text.hidden_size)
-        found.sites["mlp"] = LinearSite(
-            name="mlp",
-            module=mlp,
-            path=f"{path}.{name}",
-            in_features=hidden,
-            out_features=hidden,
-            reads=MLP_INPUT,
+        keys = (sites["k_proj"], sites.get("v_proj", sites["k_proj"])) if "k_proj" in sites else None
+        self._add_prompt_site(AttentionSite, where, child, reads, keys)
+
+    def _add_latent_attention(self, where: str, child: nn.Module, reads: str) -> None:
+        self.kinds.append("latent attention")
+        first = "q_proj" if _child(child, "q_proj") is not None else "q_a_proj"
+        query = self._linear(first, f"{where}.{first}", reads)
+        key = self._linear("kv_a_proj_with_mqa", f"{where}.kv_a_proj_with_mqa", reads)
+        self._add_stand_in(("q_proj",), query)
+        if _child(child, "q_b_proj") is not None:
+            self._add_stand_in(("q_proj",), self._linear("q_b_proj", f"{where}.q_b_proj", "q_b_proj"))
+        self._add_stand_in(("k_proj", "v_proj"), key)
+        self.missing["kv_b_proj"] = (
+            "it expands the whole cache in each call, whose earlier tokens have no gates then"
         )
-        shared = next((one for one in SHARED_EXPERTS if not dense and _child(mlp, one) is not None), None)
-        inside, where = (
-            (mlp, f"{path}.{name}") if shared is None else (_child(mlp, shared), f"{path}.{name}.{shared}")
+        self.reader = self.reader or query
+        self._add_output(where, child)
+        value = self._linear("kv_b_proj", f"{where}.kv_b_proj", "kv_b_proj")
+        self._add_prompt_site(LatentAttentionSite, where, child, reads, (key, value))
+
+    def _add_prompt_site(
+        self,
+        kind: type[AttentionSite],
+        where: str,
+        child: nn.Module,
+        reads: str,
+        keys: tuple[LinearSite, LinearSite] | None,
+    ) -> None:
+        """Note the softmax attention: as a place for prompts, with what makes keys and values, or why it is none."""
+        self.attention = child
+        reason = _no_prompt(self.model, child, self.text)
+        if reason or keys is None:
+            self.missing["attention"] = reason or "it has no keys of its own: they are another block's"
+            return
+        heads, key_value_heads = _heads(child, self.text)
+        self.sites["attention"] = kind(
+            name="attention",
+            module=child,
+            path=f"{self.path}.{where}",
+            num_heads=heads,
+            num_key_value_heads=key_value_heads,
+            key=keys[0],
+            value=keys[1],
+            reads=reads,
         )
-        reads = MLP_INPUT if shared is None else shared
-    elif _mlp_layers(block):
-        inside, where, reads = block, path, MLP_INPUT
-        found.kinds.append("MLP")
-        found.missing["mlp"] = "the layers of its MLP are the block's own: no module holds them"
-    else:
-        found.missing |= dict.fromkeys((*MLP_LAYERS, "mlp"), "it has no MLP")
-        return
-    assert inside is not None, "it was found above"
-    layers = _mlp_layers(inside)
-    for target, (name, part) in layers.items():
-        module = inside.get_submodule(name)
-        own = target if target == "down_proj" else reads
-        if part is None:
-            found.sites[target] = _linear(target, module, f"{where}.{name}", own)
+
+    def _add_recurrence(self, where: str, reads: str, known: Recurrence) -> None:
+        self.kinds.append(known.name)
+        for name in known.inputs:
+            site = self._linear(name, f"{where}.{name}", reads)
+            self._add_stand_in(QKV, site)
+            self.reader = self.reader or site
+        if known.output is None:
+            why = f"a kernel of its {known.name} reads the layer's weight and does not call it"
+            self.missing.setdefault("o_proj", why)
         else:
-            found.sites |= {target: _fused_sites(part, module, f"{where}.{name}", own, (1, 1))[target]}
-    if not layers:
-        why = "the weights of its routed experts are stacked: no linear layer holds them"
-        found.missing |= dict.fromkeys(MLP_LAYERS, why)
-    elif "gate_proj" not in layers:
-        found.missing["gate_proj"] = "its MLP has no gate"
+            output = self._linear(known.output, f"{where}.{known.output}", known.output)
+            self._add_stand_in(("o_proj",), output)
+
+    def _add_stand_in(self, targets: Sequence[str], site: LinearSite) -> None:
+        self.sites[site.name] = site
+        for target in targets:
+            if target != site.name:
+                self.stand_ins.setdefault(target, []).append(site.name)
+
+    def _add_output(self, where: str, child: nn.Module) -> None:
+        name = next((one for one in OUTPUTS if _child(child, one) is not None), None)
+        if name is not None:
+            self.sites["o_proj"] = self._linear("o_proj", f"{where}.{name}", "o_proj")
+
+    def _find_mlp(self, beside: Sequence[str]) -> None:
+        """Find the MLP: a dense one, else one with routed experts, else layers of the block itself."""
+        children = [(name, one) for name, one in self.block.named_children() if name not in beside]
+        if self.named.mlp:
+            one = _child(self.block, self.named.mlp)
+            if one is None:
+                self.missing["mlp"] = (
+                    f"its block has no module {self.named.mlp!r}; name one in ArchitectureConfig(mlp=...)"
+                )
+                return
+            children = [(self.named.mlp, one)]
+        dense = [(name, one) for name, one in children if _mlp_layers(one)]
+        routed = [(name, one) for name, one in children if hasattr(one, "experts")]
+        reads = MLP_INPUT
+        if dense or routed or (self.named.mlp and children):
+            where, inside = (dense or routed or children)[0]
+            self.kinds.append("routed MLP" if not dense and routed else "MLP")
+            hidden = int(self.text.hidden_size)
+            self.sites["mlp"] = LinearSite(
+                name="mlp",
+                module=inside,
+                path=f"{self.path}.{where}",
+                in_features=hidden,
+                out_features=hidden,
+                reads=MLP_INPUT,
+            )
+            shared = next(
+                (one for one in SHARED_EXPERTS if not dense and _child(inside, one) is not None), None
+            )
+            if shared is not None:
+                inside, where, reads = inside.get_submodule(shared), f"{where}.{shared}", shared
+        elif _mlp_layers(self.block):
+            inside, where = self.block, ""
+            self.kinds.append("MLP")
+            self.missing["mlp"] = "the layers of its MLP are the block's own: no module holds them"
+        else:
+            self.missing |= dict.fromkeys((*MLP_LAYERS, "mlp"), "it has no MLP")
+            return
+        layers = _mlp_layers(inside)
+        for target, (name, part) in layers.items():
+            layer, own = f"{where}.{name}".lstrip("."), target if target == "down_proj" else reads
+            if part is None:
+                self.sites[target] = self._linear(target, layer, own)
+            else:
+                self.sites[target] = self._fused(part, layer, own, (1, 1))[target]
+        if not layers:
+            why = "the weights of its routed experts are stacked: no linear layer holds them"
+            self.missing |= dict.fromkeys(MLP_LAYERS, why)
+        elif "gate_proj" not in layers:
+            self.missing["gate_proj"] = "its MLP has no gate"
+
+    def _take_named(self) -> None:
+        """Take what the config names, and check that its size is the one that the name says."""
+        named, heads = self.named, _heads(self.attention or self.block, self.text)
+        fused = {
+            name: (layer, Fused(order=tuple(order), groups=named.fused_groups))
+            for layer, order in named.fused.items()
+            for name in order
+        }
+        for name, where in {
+            **named.projections,
+            **{name: layer for name, (layer, _) in fused.items()},
+        }.items():
+            module = _child(self.block, where)
+            if module is None:
+                continue
+            if not hasattr(module, "weight"):
+                raise UsageError(
+                    f"{name} is {where!r}: {self.path}.{where} is no linear layer, but {type(module).__name__}"
+                )
+            reads = MIXER_INPUT if name in QKV else MLP_INPUT if name in ("gate_proj", "up_proj") else name
+            if name in fused:
+                site = self._fused(fused[name][1], where, reads, heads)[name]
+            else:
+                site = self._linear(name, where, reads)
+            self._check_size(site, heads)
+            self.sites[name] = site
+        query = self.sites.get("q_proj")
+        if query is not None and ("q_proj" in named.projections or "q_proj" in fused):
+            assert isinstance(query, LinearSite)
+            self.reader = query
+
+    def _check_size(self, site: LinearSite, heads: tuple[int, int]) -> None:
+        hidden = int(self.text.hidden_size)
+        given = getattr(self.attention, "head_dim", None) or getattr(self.text, "head_dim", None)
+        head_size = int(given or hidden // heads[0])
+        reads_hidden = site.name in (*QKV, "gate_proj", "up_proj")
+        writes = {
+            "q_proj": heads[0] * head_size,
+            "k_proj": heads[1] * head_size,
+            "v_proj": heads[1] * head_size,
+        }
+        expected = writes.get(site.name, hidden if site.name in ("o_proj", "down_proj") else None)
+        if (reads_hidden and site.in_features != hidden) or (
+            expected is not None and site.out_features != expected
+        ):
+            raise UsageError(
+                f"{site.name} is {site.path}, {site.in_features} to {site.out_features} features: {site.name} of this model has "
+                f"{hidden if reads_hidden else 'any number of'} to {expected or 'any number of'}. For a layer that holds several "
+                "projections give ArchitectureConfig(fused={'path.in.block': ['q_proj', 'k_proj', 'v_proj']})"
+            )
+
+    def _linear(self, name: str, where: str, reads: str) -> LinearSite:
+        module = self.block.get_submodule(where)
+        inputs, outputs = _features(module)
+        return LinearSite(
+            name=name,
+            module=module,
+            path=f"{self.path}.{where}",
+            in_features=inputs,
+            out_features=outputs,
+            reads=reads,
+        )
+
+    def _fused(self, fused: Fused, where: str, reads: str, heads: tuple[int, int]) -> dict[str, LinearSite]:
+        """The projections that a layer holds, by name."""
+        whole = self._linear("", where, reads)
+        shares = {"q_proj": heads[0], "k_proj": heads[1], "v_proj": heads[1]}
+        counts = {"layer": 1, "head": heads[0], "key_value_head": heads[1]}
+        groups = counts[fused.groups] if isinstance(fused.groups, str) else fused.groups
+        every = [shares.get(name, 1) for name in fused.order]
+        sizes = [whole.out_features * share // sum(every) // groups for share in every]
+        return {
+            name: replace(
+                whole,
+                name=name,
+                out_features=groups * sizes[i],
+                slot=Slot(
+                    groups=groups, width=whole.out_features // groups, start=sum(sizes[:i]), size=sizes[i]
+                ),
+            )
+            for i, name in enumerate(fused.order)
+        }
 
 
 def _mlp_layers(module: nn.Module | None) -> dict[str, tuple[str, Fused | None]]:
@@ -427,52 +480,6 @@ def _is_linear(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     # three dimensions where routed experts are stacked; one under ZeRO-3
     return isinstance(weight, Tensor) and weight.dim() != 3
-
-
-def _name_sites(block: nn.Module, path: str, found: _Found, named: ArchitectureConfig, text: Any) -> None:
-    """Take what the config names, and check that its size is the one that the name says."""
-    fused = {
-        name: (layer, Fused(order=tuple(order), groups=named.fused_groups))
-        for layer, order in named.fused.items()
-        for name in order
-    }
-    for name, where in {**named.projections, **{name: layer for name, (layer, _) in fused.items()}}.items():
-        module = _child(block, where)
-        if module is None:
-            continue
-        if not hasattr(module, "weight"):
-            raise UsageError(
-                f"{name} is {where!r}: {path}.{where} is no linear layer, but {type(module).__name__}"
-            )
-        reads = MIXER_INPUT if name in QKV else MLP_INPUT if name in ("gate_proj", "up_proj") else name
-        heads = _heads(found.attention or block, text)
-        if name in fused:
-            site = _fused_sites(fused[name][1], module, f"{path}.{where}", reads, heads)[name]
-        else:
-            site = _linear(name, module, f"{path}.{where}", reads)
-        _check_size(site, heads, int(text.hidden_size), found, text)
-        found.sites[name] = site
-    query = found.sites.get("q_proj")
-    if query is not None and ("q_proj" in named.projections or "q_proj" in fused):
-        assert isinstance(query, LinearSite)
-        found.reader = query
-
-
-def _check_size(site: LinearSite, heads: tuple[int, int], hidden: int, found: _Found, text: Any) -> None:
-    head_size = int(
-        getattr(found.attention, "head_dim", None) or getattr(text, "head_dim", None) or hidden // heads[0]
-    )
-    reads_hidden = site.name in (*QKV, "gate_proj", "up_proj")
-    writes = {"q_proj": heads[0] * head_size, "k_proj": heads[1] * head_size, "v_proj": heads[1] * head_size}
-    expected = writes.get(site.name, hidden if site.name in ("o_proj", "down_proj") else None)
-    if (reads_hidden and site.in_features != hidden) or (
-        expected is not None and site.out_features != expected
-    ):
-        raise UsageError(
-            f"{site.name} is {site.path}, {site.in_features} to {site.out_features} features: {site.name} of this model has "
-            f"{hidden if reads_hidden else 'any number of'} to {expected or 'any number of'}. For a layer that holds several "
-            "projections give ArchitectureConfig(fused={'path.in.block': ['q_proj', 'k_proj', 'v_proj']})"
-        )
 
 
 def _no_prompt(model: nn.Module, attention: nn.Module, text: Any) -> str:
@@ -517,13 +524,6 @@ def _heads(attention: nn.Module, text: Any) -> tuple[int, int]:
     return heads, key_value_heads or heads
 
 
-def _linear(name: str, module: nn.Module, path: str, reads: str) -> LinearSite:
-    inputs, outputs = _features(module)
-    return LinearSite(
-        name=name, module=module, path=path, in_features=inputs, out_features=outputs, reads=reads
-    )
-
-
 _SIZES = (("in_features", "out_features"), ("nx", "nf"), ("input_size", "output_size"))
 """What linear layers call their sizes: torch's, transformers' Conv1D, vLLM's."""
 
@@ -533,26 +533,3 @@ def _features(module: Any) -> tuple[int, int]:
     if names is None:
         raise UsageError(f"{type(module).__name__} is no linear layer whose sizes are known: {_NAME_THEM}")
     return int(getattr(module, names[0])), int(getattr(module, names[1]))
-
-
-def _fused_sites(
-    fused: Fused, module: nn.Module, path: str, reads: str, heads: tuple[int, int]
-) -> dict[str, LinearSite]:
-    inputs, outputs = _features(module)
-    shares = {"q_proj": heads[0], "k_proj": heads[1], "v_proj": heads[1]}
-    counts = {"layer": 1, "head": heads[0], "key_value_head": heads[1]}
-    groups = counts[fused.groups] if isinstance(fused.groups, str) else fused.groups
-    every = [shares.get(name, 1) for name in fused.order]
-    sizes = [outputs * share // sum(every) // groups for share in every]
-    return {
-        name: LinearSite(
-            name=name,
-            module=module,
-            path=path,
-            in_features=inputs,
-            out_features=groups * sizes[i],
-            reads=reads,
-            slot=Slot(groups=groups, width=outputs // groups, start=sum(sizes[:i]), size=sizes[i]),
-        )
-        for i, name in enumerate(fused.order)
-    }
