@@ -259,6 +259,9 @@ def test_numbers_are_compared_by_value_and_words_without_case() -> None:
         ("The answer is Paris.\nI do not think the answer is Rome", "Paris"),
         ("\\boxed{Paris} it is", "Paris"),
         ("Paris\n\nIt lies in France.", "Paris"),
+        ("Paris\n\nOther choices are Rome.", "Paris"),
+        ("Solution: water and salt", "Solution: water and salt"),
+        ("result = a + b", "result = a + b"),
     ],
 )
 def test_a_text_is_that_after_the_last_lead_or_the_first_paragraph(reply: str, answer: str) -> None:
@@ -361,6 +364,9 @@ def test_of_a_reply_its_first_characters_are_read_and_the_last_answer_in_them_co
         ("The answer is 18 dollars (18 / 2 = 9 each)", "18"),
         ("The answer is 8 (3 + 4 = 7, plus 1).", "8"),
         ("The answer is (3 + 4 = 7)", "7"),
+        ("The answer is (3 + 4 = 7) apples in 2 bags.", "7"),
+        ("The answer is \\(x = 18\\), which is 6 less than 24.", "18"),
+        ("The answer is \\(5 + 3 = 8\\) apples for 2 children.", "8"),
         ("The answer is 3 * (1 + 1) = 6", "6"),
         ("The area is 25 m^2.", "25"),
         ("The area is 25 m^{2}", "25"),
@@ -370,6 +376,11 @@ def test_of_a_reply_its_first_characters_are_read_and_the_last_answer_in_them_co
 )
 def test_the_number_is_that_of_the_answer_and_not_of_its_working(reply: str, number: str | None) -> None:
     assert stated_number(reply, AnswerForm(kind="number")) == number
+
+
+@pytest.mark.parametrize("reply", ["The answer is \u0131.", "The answer is \u0130.", "\u0131"])
+def test_a_letter_of_another_alphabet_is_none(reply: str) -> None:
+    assert stated_letter(reply, AnswerForm(kind="letter", choices=tuple("ABCDEFGHI"))) is None
 
 
 def test_what_a_reply_thinks_first_is_no_answer() -> None:

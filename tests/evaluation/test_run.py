@@ -433,6 +433,34 @@ def code_task() -> Task:
     )
 
 
+def test_a_reply_that_is_the_text_wanted_is_right_whatever_it_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said = ["The answer is Paris", "The answer is: 'tea, milk'.", "It is so."]
+    rows = [
+        Row(instruction=f"row {place}", input="", output=one, answer=one) for place, one in enumerate(said)
+    ]
+    monkeypatch.setattr(
+        "moa_peft.evaluation.question_runner.generate_batch",
+        lambda model, prompts, **rest: [
+            [*next(one for n, one in enumerate(said) if f"row {n}".encode() in bytes(ids)).encode(), 256]
+            for ids in prompts
+        ],
+    )
+    monkeypatch.setattr(TOKENIZER, "decode", lambda ids, **rest: bytes(ids).decode())
+    monkeypatch.setattr(
+        "moa_peft.evaluation.question_runner.prompt_ids", lambda text, *rest: [*text.encode()]
+    )
+    assert evaluate(tiny_llama(), TOKENIZER, task(rows), options(tmp_path)).row.accuracy == 1
+
+
+def test_answers_of_several_paragraphs_have_a_loss_and_no_accuracy() -> None:
+    asked = task([Row(instruction="Why?", input="", output="a\n\nb", answer="a\n\nb")])
+    with pytest.raises(UsageError, match="task 'mine' has answers of several paragraphs"):
+        evaluate(tiny_llama(), TOKENIZER, asked, options())
+    assert evaluate(tiny_llama(), TOKENIZER, asked, options(mode="likelihood")).row.answer_loss is not None
+
+
 def test_programs_are_run_only_when_that_is_allowed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"task 'coded' runs the programs .*--allow-code-execution"):
         evaluate(tiny_llama(), TOKENIZER, code_task(), options(tmp_path))

@@ -88,19 +88,35 @@ def test_replies_are_as_trained_unless_they_give_the_answer_away(
     assert as_question(row("Which?\n\nAnswer format: red/blue", "red", output)).completions == replies
 
 
-def test_choices_of_one_letter_are_read_as_letters() -> None:
-    for choices in ("A/B/C", "a/b/c"):
-        asked = as_question(row(f"Which?\n\nAnswer format: {choices}", choices[0]))
-        assert len(asked.completions) == 3
-        assert stated("It is a hard one.", asked.form) is None
-        assert stated("I have no idea, a mystery.", asked.form) is None
-        assert stated("The answer is B.", asked.form) == choices[2]
-        assert stated("c", asked.form) == choices[4]
+@pytest.mark.parametrize(
+    ("reply", "place"),
+    [
+        ("It is a hard one.", None),
+        ("I have no idea, a mystery.", None),
+        ("A train is not C.", None),
+        ("A mystery to me; b", 1),
+        ("The answer is B.", 1),
+        ("the answer is c", 2),
+        ("B is correct.", 1),
+        ("A is correct.", 0),
+        ("Option B", 1),
+        ("B, because it fits.", 1),
+        ("B", 1),
+        ("A", 0),
+    ],
+)
+def test_of_choices_of_one_letter_an_article_is_none(reply: str, place: int | None) -> None:
+    for choices in ("ABC", "abc"):
+        said = reply if choices == "ABC" else reply.replace("B", "b").replace("C", "c")
+        said = said.replace("A is", "a is") if choices == "abc" else said.replace("; b", "; B")
+        asked = as_question(row(f"Which?\n\nAnswer format: {'/'.join(choices)}", choices[0]))
+        assert stated(said, asked.form) == (None if place is None else choices[place]), said
+    assert stated("a", as_question(row("Which?\n\nAnswer format: A/B", "A")).form) == "A"
 
 
-def test_an_answer_of_several_paragraphs_is_refused() -> None:
-    with pytest.raises(UsageError, match="the answer has several paragraphs"):
-        as_question(row("Why?", "Because.\n\nAnd so."))
+def test_an_article_before_the_answer_gives_no_letter_away() -> None:
+    asked = as_question(row("Which?\n\nAnswer format: A/B", "B", "Here is a short answer: B"))
+    assert asked.completions == ("Here is a short answer: A", "Here is a short answer: B")
 
 
 def test_letters_numbers_text_and_no_answer_are_told_apart() -> None:

@@ -78,3 +78,10 @@ def test_a_special_token_takes_no_space_away() -> None:
     world, rest = (tokenizer(one, add_special_tokens=False)["input_ids"] for one in ("world", "is"))
     answer = AnswerText(tokenizer, {END}, ())
     assert "".join(answer.add([one]) for one in [*world, tokenizer.unk_token_id, *rest]) == "world is"
+
+
+def test_a_prompt_that_ends_within_a_character_is_gone_on_from() -> None:
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("日本語ab")["input_ids"]
+    answer = AnswerText(tokenizer, {END}, (), ids[:8])
+    assert "".join([*(answer.add([one]) for one in ids[8:]), answer.finish("length")]) == "語ab"

@@ -396,6 +396,7 @@ def test_an_error_after_the_first_step_starts_on_a_line_of_its_own(
             {"max_length": 999, "validation": "long.json"},
             "a row takes 3[0-9]+ tokens, and the model reads 256",
         ),
+        ({"max_length": 999, "packing": True, "packing_strategy": "wrapped"}, "and the model reads 256"),
         ({"validation": "long.json"}, "max_length 96 cuts away every answer of the held-out rows"),
         ({"model": "./no/such/model"}, "cannot be loaded|does not exist|no model"),
         ({"data": "./no/such/rows.json"}, "does not exist|no such file|not found"),

@@ -17,8 +17,8 @@ _NEXT_QUESTION = re.compile(
     r"|(?:Question|Instruction|Input|Q)\s*:)"
 )
 _ASIDE = re.compile(r"(?:\(\s*|\b)(?:if|when|where|because|since)\b", re.IGNORECASE)
-_CHECK = re.compile(r"\([^()=]*=[^()]*\)")
-"""An equation in parentheses, beside what is said."""
+_CHECK = re.compile(r"(?<!\\)\([^()=]*=[^()]*\)")
+"""An equation in parentheses, which may stand beside what is said."""
 _MORE = re.compile(r"[.!?]\s+\S|\n\s*\S")
 _MARKS = r"(?:[\s\"'`*_()\[\]{}$:=]|\\(?:text|textbf|mathrm|mathbf)\{)*"
 _LEAD = re.compile(
@@ -73,15 +73,18 @@ def stated_choice(text: str, form: AnswerForm) -> str | None:
     reply = own_reply(text)
     words = {_bare(one): one for one in form.choices}
     found = [
-        (match.start(), words[_bare(match[0])])
+        (match, words[_bare(match[0])])
         for match in word_pattern(form.choices).finditer(reply)
         # the pattern knows letters that are the same without case, casefold does not
-        if _bare(match[0]) in words and not _is_denied(reply, match.start())
+        if _bare(match[0]) in words
+        and not _is_denied(reply, match.start())
+        and not (len(match[0]) == 1 and _is_article(reply, match))
     ]
-    stated = [word for start, word in found if _follows_lead(reply, start)]
+    stated = [word for match, word in found if _follows_lead(reply, match.start())]
     if stated:
         return stated[-1]
-    distinct = {word for _, word in found}
+    alone = len(reply.strip()) == 1
+    distinct = {word for match, word in found if len(word) > 1 or match[0] == word or alone}
     return distinct.pop() if len(distinct) == 1 else None
 
 
@@ -105,11 +108,11 @@ def stated_letter(text: str, form: AnswerForm) -> str | None:
         match = one.match(reply, lead.end())
         if match is None or _is_denied(reply, lead.start()) or _is_article(reply, match):
             continue
-        stated.append(written[match[1].casefold()])
+        stated.append(match[1])
     if stated:
-        return stated[-1]
+        return written.get(stated[-1].casefold())
     alone = re.match(rf"\s*[\"'`*(\[]*([{letters}])[\"'`*\])]*(?:\s*$|[.):]|\s*\n)", reply, re.IGNORECASE)
-    return written[alone[1].casefold()] if alone else None
+    return written.get(alone[1].casefold()) if alone else None  # IGNORECASE also takes a dotless i for I
 
 
 def stated_number(text: str, form: AnswerForm) -> str | None:  # noqa: ARG001  # the form of a rule
@@ -153,7 +156,8 @@ def _announced_number(reply: str, lead: re.Match[str]) -> str | None:
         return None
     if is_expression(line) and (value := expression_value(line)) is not None:
         return value
-    said = _ASIDE.split(_CHECK.sub("", line), maxsplit=1)[0]
+    has_check = _numbers(_CHECK.split(line)[0]) != []
+    said = _ASIDE.split(_CHECK.sub("", line) if has_check else line, maxsplit=1)[0]
     said = said if _numbers(said) else line
     # "is 3 + 4 = 7": what stands after the last equals sign is the answer
     return next(iter(_numbers(said.rpartition("=")[2]) or _numbers(said)), None)
@@ -167,6 +171,8 @@ def stated_text(text: str, form: AnswerForm) -> str | None:  # noqa: ARG001  # t
     reply = own_reply(text).strip()
     said = reply.split("\n\n")[0]
     for lead in _LEAD.finditer(reply):
+        if not re.match(r"answer|\\boxed|####", lead[0], re.IGNORECASE):
+            continue  # prose has options, results and solutions of its own
         line = reply[lead.end() :].lstrip(" \t\n:").partition("\n")[0]
         if line and not _is_denied(reply, lead.start()):
             said = braced(line) if lead[0].endswith("{") else line
@@ -212,9 +218,10 @@ def _follows_lead(reply: str, start: int) -> bool:
 
 
 def _is_article(reply: str, match: re.Match[str]) -> bool:
-    """Whether an A after "the answer is" begins a phrase: "the answer is a train"."""
-    bare = reply[match.start() : match.end()].strip() == match[1]
-    return match[1] in "aAiI" and bare and re.match(r"\s+[a-z]", reply[match.end() :]) is not None
+    """Whether an A or I begins a phrase, as in "the answer is a train", and is no letter that stands for an answer."""
+    bare = match[0].strip()
+    goes_on = re.match(r"\s+(?!(?:is|was|as|because|since)\b)[a-z]", reply[match.end() :])
+    return bare in tuple("aAiI") and goes_on is not None
 
 
 def _numbers(text: str) -> list[str]:

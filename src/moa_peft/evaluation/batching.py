@@ -137,10 +137,8 @@ def rotary_switch(model: Any) -> int | None:
     Beyond it a text's numbers depend on the longest of its batch, and a cache from before it is no longer right. None for none.
     """
     given: Mapping[str, Any] = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [
-        given,
-        *(one for one in given.values() if isinstance(one, Mapping)),
-    ]  # of all layers, or by their kind
+    # of all layers, or by their kind
+    kinds = [given, *(one for one in given.values() if isinstance(one, Mapping))]
     return next(
         (one["original_max_position_embeddings"] for one in kinds if one.get("rope_type") == "longrope"), None
     )

@@ -110,8 +110,8 @@ class EvaluationOptions:
         """Check that what a task needs is there: texts of choices, a reader of numbers, leave to run programs and a place.
 
         Raises:
-            UsageError: As `text_questions`; if math-verify is not installed, programs may not be run, or cannot be
-                isolated here.
+            UsageError: As `text_questions`; if an answer has several paragraphs, math-verify is not installed, programs may not be
+                run, or cannot be isolated here.
         """
         if self.mode_for(task) == "text":
             # its tokens need torch, which options do not
@@ -120,6 +120,11 @@ class EvaluationOptions:
             text_questions(task)
         if self.mode_for(task) != "generation":
             return
+        if any(one.form.kind == "text" and "\n\n" in one.row.answer.strip() for one in task.questions):
+            raise UsageError(
+                f"task {task.name!r} has answers of several paragraphs, and of a reply one is read: shorten them, or take --mode "
+                "likelihood for their loss alone"
+            )
         if any(one.form.kind == "number" for one in task.questions):
             # not only once an expression turns up: a score must not depend on what is installed
             require("math_verify", f"reading the numbers of task {task.name!r} out of replies")

@@ -12,7 +12,7 @@ from moa_peft.evaluation.answer_forms import same_answer
 from moa_peft.evaluation.batching import rows_at_once
 from moa_peft.evaluation.code_answers import has_ended
 from moa_peft.evaluation.code_execution import run_programs
-from moa_peft.evaluation.extraction_rules import RULES
+from moa_peft.evaluation.extraction_rules import RULES, stated
 from moa_peft.evaluation.generation import as_generation, end_ids, generate_batch, plan_prompts
 from moa_peft.evaluation.questions import Question, Task
 from moa_peft.evaluation.scoring import (
@@ -218,6 +218,8 @@ class GenerationExaminer:
         rules = {} if question.form.kind == "none" else RULES
         extracted = {name: rule(reply.text, question.form) for name, rule in rules.items()}
         answer = question.row.answer
+        if question.form.kind == "text":
+            answer = stated(answer, question.form) or answer
         whole = question.code is not None and has_ended(reply.text, question.form)
         return {
             "output": reply.text,

@@ -100,10 +100,10 @@ def as_question(row: Row, where: str = "row") -> Question:
     Returns:
         The question. Its completions are the row's own output with each choice in the place of the answer, where nothing but
         marks and spaces follows it; an output that names a choice before that has a rationale. For such and all others
-        `DEFAULT_LEAD` stands. Choices that are single letters are read from a reply as letters.
+        `DEFAULT_LEAD` stands.
 
     Raises:
-        UsageError: If the answer is not one of the choices, or a text of several paragraphs.
+        UsageError: If the answer is not one of the choices.
     """
     choices = _choices_of(row) if row.answer else ()
     if choices:
@@ -112,25 +112,18 @@ def as_question(row: Row, where: str = "row") -> Question:
                 f"{where}: the answer is {row.answer!r}, its answer format allows {', '.join(choices)}"
             )
         lead, found, end = row.output.rpartition(row.answer)
-        gives_away = word_pattern(choices).search(lead)  # in a rationale
+        names = word_pattern(choices).finditer(lead)
+        gives_away = any(len(one[0]) > 1 or one[0] in choices for one in names)  # in a rationale
         if gives_away or not found or re.search(r"\w", end):
             lead, end = DEFAULT_LEAD, ""
-        is_letters = all(len(one) == 1 and one.isalpha() for one in choices)
-        form = AnswerForm(kind="letter" if is_letters else "choice", choices=choices)
+        form = AnswerForm(kind="choice", choices=choices)
         return Question(row=row, form=form, completions=tuple(lead + one + end for one in choices))
     letters = tuple(dict.fromkeys(_LETTERS.findall(row.instruction)))
     if row.answer in letters and len(letters) > 1:
         return Question(row=row, form=AnswerForm(kind="letter", choices=letters))
     if not row.answer:
         return Question(row=row, form=AnswerForm(kind="none"))
-    if parse_number(row.answer) is not None:
-        return Question(row=row, form=AnswerForm(kind="number"))
-    if "\n\n" in row.answer.strip():
-        raise UsageError(
-            f"{where}: the answer has several paragraphs, and one is what is read from a reply: shorten it, or leave "
-            "'answer' out to have the loss alone"
-        )
-    return Question(row=row, form=AnswerForm(kind="text"))
+    return Question(row=row, form=AnswerForm(kind="text" if parse_number(row.answer) is None else "number"))
 
 
 def _choices_of(row: Row) -> tuple[str, ...]:

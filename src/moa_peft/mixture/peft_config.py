@@ -50,7 +50,7 @@ class MoAConfig(PeftConfig):
     """
 
     experts: Sequence[ExpertConfig] = ()
-    """The experts of each decoder block, in the order of their gates: configs, or mappings with a "kind"."""
+    """The experts of each decoder block, in the order of their gates; a mapping with a "kind" becomes a config."""
 
     router: RouterConfig | None = field(default_factory=RouterConfig)
     """The router of each block; None gives every expert the gate 1."""

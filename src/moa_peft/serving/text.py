@@ -33,10 +33,10 @@ class AnswerText:
         self.count = 0
         self._tokenizer, self._ends, self._stops = tokenizer, ends, stops
         self._ids = list(before[-_JOINED:])
-        self._from, self._to = (
-            0,
-            len(self._ids),
-        )  # the last tokens that were written, which the next ones may join
+        # the last tokens that were written, which the next ones may join; a prompt may end within a character
+        ends = range(len(self._ids), -1, -1)
+        whole = (one for one in ends if not self._decode(self._ids[:one]).endswith(_UNFINISHED))
+        self._from, self._to = 0, next(whole)
         self._held = ""  # may be the beginning of a stop
 
     def add(self, ids: Sequence[int]) -> str:

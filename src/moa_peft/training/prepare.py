@@ -155,7 +155,7 @@ def _prepare(recipe: Recipe, folder: Path) -> Preparation:
     tokenizer = load_tokenizer(base)
     encoded = encode(rows, tokenizer)
     model = _load_model(base, tokenizer, recipe)
-    _check_lengths(model, encoded, recipe.max_length)
+    _check_lengths(model, encoded, recipe)
     method = build_peft_config(recipe)
     placements = tuple(find_placements(model, method))
     trainer, clock, progress = _build_trainer(recipe, model, tokenizer, encoded)
@@ -272,10 +272,8 @@ def _filled(held_out: Any, at_once: int) -> Any:
 def _load_model(base: BaseSettings, tokenizer: Any, recipe: Recipe) -> Any:
     """Load the base model, a float16 one in float32 unless fp16 scales the loss: small gradients would become 0."""
     model = load_base(base, tokenizer)
-    if model.base_model is model and hasattr(
-        model, "model"
-    ):  # Llama 4 names a prefix that it does not have, and TRL needs it
-        model.base_model_prefix = "model"
+    if model.base_model is model and hasattr(model, "model"):
+        model.base_model_prefix = "model"  # Llama 4 names one that it does not have, and TRL needs it
     if recipe.trainer.get("fp16") or all(one.dtype != torch.float16 for one in model.parameters()):
         return model
     if base.init_kwargs.get("dtype", "auto") != "auto" or getattr(model, "is_quantized", False):
@@ -286,14 +284,16 @@ def _load_model(base: BaseSettings, tokenizer: Any, recipe: Recipe) -> Any:
     return model.float()
 
 
-def _check_lengths(model: Any, encoded: TrainingRows, max_length: int) -> None:
+def _check_lengths(model: Any, encoded: TrainingRows, recipe: Recipe) -> None:
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     parts = [one for one in (encoded.train, encoded.validation) if one is not None]
     longest = max(len(ids) for one in parts for ids in one["input_ids"])
-    if most is not None and longest > most:
+    if recipe.trainer.get("packing") and recipe.trainer.get("packing_strategy") == "wrapped":
+        longest = max(longest, recipe.max_length)  # other packed rows start anew at each example
+    if most is not None and 0 < most < longest:
         raise UsageError(
-            f"max_length is {max_length}, a row takes {longest} tokens, and the model reads {most}: give max_length {most}, or a model that "
-            "reads more"
+            f"max_length is {recipe.max_length}, a row takes {longest} tokens, and the model reads {most}: give max_length {most}, or a "
+            "model that reads more"
         )
 
 

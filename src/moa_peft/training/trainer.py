@@ -105,8 +105,7 @@ class AdapterTrainer(SFTTrainer):
         counts = (inputs["labels"][:, 1:] != -100).sum(dim=-1)
         result = super().prediction_step(model, inputs, *args, **kwargs)
         counts = counts.to(result[0].device).float()
-        losses = torch.where(counts > 0, result[0].float(), 0)  # rows that fill the last batch have no answer
-        sums = torch.stack([losses * counts, counts], dim=-1)  # [B, 2]
+        sums = torch.stack([result[0].float() * counts, counts], dim=-1)  # [B, 2]
         self._held_out.append(cast("Tensor", self.accelerator.gather_for_metrics(sums)))
         return result
 
