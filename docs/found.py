@@ -34,6 +34,7 @@ FINALISTS = {
     "lora-s4": "LoRA, the paper's layers",
     "lora-all-s4": "LoRA, all linear layers",
     DEFAULT: "`soft-lora` of rank 9, all linear layers",
+    "soft-lora-rank1": "LoRA with a gate for each rank, all linear layers",
     "soft-moa": "Soft MoA, the paper's setting",
     "soft-moa-s4": "Soft MoA, LoRA's scale",
     "soft-moa-all-s4": "Soft MoA, all linear layers",
@@ -45,8 +46,9 @@ FINALISTS = {
     "adamole-6x2-s4": "AdaMoLE",
     "adamole-8x8": "AdaMoLE, the paper's size",
 }
-"""The finalists and the default, as the first page calls them."""
-ON_ALL_LAYERS = ("soft-moa-all-s4", "soft-lora-all-s4", DEFAULT)
+"""The finalists and the ideas that went on, as the first page calls them."""
+IDEAS = (DEFAULT, "soft-lora-rank1")
+ON_ALL_LAYERS = ("soft-moa-all-s4", "soft-lora-all-s4", *IDEAS)
 QUESTIONS = (
     ("Is Soft MoA's loss below LoRA's on the same layers?", LOSS, SAME_LAYERS),
     ("Is that of the paper's own setting?", LOSS, (("soft-moa", "lora-s4"),)),
@@ -82,7 +84,7 @@ def first_page() -> str:
 
 
 def finalists(labels: Sequence[str] = tuple(FINALISTS)) -> str:
-    """One row a finalist, and the default: losses, and the difference from LoRA on the same layers.
+    """One row a finalist or idea: losses, and the difference from LoRA on the same layers.
 
     Losses of code after training on it make a column once they are there.
     """
@@ -94,7 +96,7 @@ def finalists(labels: Sequence[str] = tuple(FINALISTS)) -> str:
     for label in labels:
         name = FINALISTS[label]
         other = "lora-all-s4" if label in ON_ALL_LAYERS else "lora-s4"
-        domain = "math-ideas" if label == DEFAULT else "math-finals"
+        domain = "math-ideas" if label in IDEAS else "math-finals"
         (one,) = (method for method in summary_of(domain, other).methods if method.label == label)
         difference, detectable, told = NONE, NONE, NONE
         if label not in (FROZEN, other):
@@ -109,12 +111,13 @@ def finalists(labels: Sequence[str] = tuple(FINALISTS)) -> str:
     return table((*head, *(("loss, code, trained on it",) if learnt_code else ())), rows)
 
 
-def claims() -> str:
-    """One row a comparison of mathematics, by the questions of the study; nothing is claimed before all seeds are run."""
+def claims(domain: str = "math-finals") -> str:
+    """One row a comparison of a domain's methods, by the questions of the study; nothing is claimed before all seeds are run."""
+    run = {one.label for one in summary_of(domain).config.methods}
     rows = []
     for question, measure, pairs in QUESTIONS:
-        for place, (label, other) in enumerate(pairs):
-            told = _comparison(measure, label, other, "math-finals")
+        for place, (label, other) in enumerate(pair for pair in pairs if run.issuperset(pair)):
+            told = _comparison(measure, label, other, domain)
             rows.append(("" if place else question, f"`{label}` less `{other}`", *told))
     return table(("question", "methods", "difference", "detectable", "p", "claim"), rows)
 

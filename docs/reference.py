@@ -234,6 +234,7 @@ GENERATED: Mapping[str, Any] = {
     "served": served,
     "found_choices": choices,
     "found_claims": claims,
+    "found_code": lambda: claims("code"),
     "found_default": default,
     "found_finalists": finalists,
     "found_final_routers": final_routers,
