@@ -378,11 +378,6 @@ def test_the_number_is_that_of_the_answer_and_not_of_its_working(reply: str, num
     assert stated_number(reply, AnswerForm(kind="number")) == number
 
 
-@pytest.mark.parametrize("reply", ["The answer is \u0131.", "The answer is \u0130.", "\u0131"])
-def test_a_letter_of_another_alphabet_is_none(reply: str) -> None:
-    assert stated_letter(reply, AnswerForm(kind="letter", choices=tuple("ABCDEFGHI"))) is None
-
-
 def test_what_a_reply_thinks_first_is_no_answer() -> None:
     letters = AnswerForm(kind="letter", choices=("A", "B", "C"))
     assert stated_letter("<think>The answer is A or C?</think>\n\nB", letters) == "B"

@@ -93,13 +93,13 @@ def stated_letter(text: str, form: AnswerForm) -> str | None:
 
     Args:
         text: The reply.
-        form: Its choices are the letters.
+        form: Its choices are the letters, in capitals.
 
     Returns:
-        The letter as ``form`` writes it; None where none is stated. A letter in running text ("A train ...") is not a statement.
+        The letter; None where none is stated. A letter in running text ("A train ...") is not a statement.
     """
     reply = own_reply(text)
-    letters, written = "".join(form.choices), {one.casefold(): one for one in form.choices}
+    letters = "".join(form.choices)
     one = re.compile(
         rf"{_MARKS}(?:(?:option|choice|letter){_MARKS})?([{letters}])(?![A-Za-z0-9'\u2019])", re.IGNORECASE
     )
@@ -108,11 +108,11 @@ def stated_letter(text: str, form: AnswerForm) -> str | None:
         match = one.match(reply, lead.end())
         if match is None or _is_denied(reply, lead.start()) or _is_article(reply, match):
             continue
-        stated.append(match[1])
+        stated.append(match[1].upper())
     if stated:
-        return written.get(stated[-1].casefold())
-    alone = re.match(rf"\s*[\"'`*(\[]*([{letters}])[\"'`*\])]*(?:\s*$|[.):]|\s*\n)", reply, re.IGNORECASE)
-    return written.get(alone[1].casefold()) if alone else None  # IGNORECASE also takes a dotless i for I
+        return stated[-1]
+    alone = re.match(rf"\s*[\"'`*(\[]*([{letters}])[\"'`*\])]*(?:\s*$|[.):]|\s*\n)", reply)
+    return alone[1] if alone else None
 
 
 def stated_number(text: str, form: AnswerForm) -> str | None:  # noqa: ARG001  # the form of a rule

@@ -98,9 +98,8 @@ def _run(preparation: Preparation) -> TrainingOutcome:
 def _outcome(preparation: Preparation, train_s: float) -> TrainingOutcome:
     trainer, plan = preparation.trainer, preparation.plan
     history = trainer.state.log_history
-    first = (
-        1 if trainer.state.global_step > 1 else 0
-    )  # the loss of the first step alone says nothing of the end
+    # the loss of the first of several steps says nothing of the end
+    first = min(1, trainer.state.global_step - 1)
     losses = [one["loss"] for one in history if "loss" in one and one["step"] > first]
     held_out = [one for one in history if "eval_loss" in one]
     validation_loss = held_out[-1]["eval_loss"] if held_out else None
