@@ -136,8 +136,6 @@ def test_every_verb_loads_the_base_model_that_the_adapter_was_trained_on(
         run,
         "--data",
         data,
-        "--split",
-        "train",
         "--out",
         "a.html",
         "--json",
