@@ -44,6 +44,7 @@ FINALISTS = {
     "hydralora-8x3": "HydraLoRA",
     "topk-6x2": "top-k of LoRA",
     "adamole-6x2-s4": "AdaMoLE",
+    "molora-8x8": "MoLoRA, the paper's size",
     "adamole-8x8": "AdaMoLE, the paper's size",
 }
 """The finalists and the ideas that went on, as the first page calls them."""
