@@ -56,7 +56,7 @@ class Conversation:
         import torch
         from transformers import TextStreamer
 
-        from moa_peft.evaluation.batching import longest_input
+        from moa_peft.data.base_loading import longest_input
         from moa_peft.evaluation.generation import end_ids, generation_config
 
         model, tokenizer = self.loaded.model, self.loaded.tokenizer

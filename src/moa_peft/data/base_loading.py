@@ -287,3 +287,9 @@ def _unreadable(what: str, base: BaseSettings, error: Exception) -> UsageError:
         )
     nowhere = f"; there is no folder {' or '.join(base.looked_in)} either" if base.looked_in else ""
     return UsageError(f"{what} cannot be loaded: {first_line(error) or type(error).__name__}{nowhere}")
+
+
+def longest_input(model: Any) -> int | None:
+    """The most tokens that a model reads; None for one that does not say, or has no such limit."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return most if most is not None and most > 0 else None

@@ -126,11 +126,6 @@ def padded_call(
     }
 
 
-def longest_input(model: Any) -> int | None:
-    """The most tokens that a model reads; None for one that does not say, or has no such limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
 def rotary_switch(model: Any) -> int | None:
     """The length from which on a model turns all positions of a call by other frequencies, as Phi-3 and Phi-4-mini do (longrope).
 

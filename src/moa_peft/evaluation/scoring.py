@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from moa_peft.data.base_loading import longest_input
 from moa_peft.data.row import Row
 from moa_peft.data.templates import Template, render_prompt
 from moa_peft.data.tokenization import completion_ids, end_token_id, prompt_ids
 from moa_peft.errors import UsageError
-from moa_peft.evaluation.batching import longest_input, padded_call, plan_batches, rotary_switch
+from moa_peft.evaluation.batching import padded_call, plan_batches, rotary_switch
 from moa_peft.mixture.gate_cache import cache_of
 
 if TYPE_CHECKING:

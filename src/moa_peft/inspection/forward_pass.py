@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moa_peft.data.base_loading import longest_input
 from moa_peft.errors import RunError, UsageError
-from moa_peft.evaluation.batching import evaluating, longest_input, padded_call, plan_batches, rows_at_once
+from moa_peft.evaluation.batching import evaluating, padded_call, plan_batches, rows_at_once
 from moa_peft.inspection.observer import Batch, Observed, Observer
 
 TOKEN_BUDGET = 1024

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from moa_peft.data.base_loading import longest_input
 from moa_peft.data.templates import Template
 from moa_peft.data.tokenization import conversation_ids, prompt_ids
 from moa_peft.errors import first_line
-from moa_peft.evaluation.batching import longest_input
 from moa_peft.evaluation.generation import end_ids
 from moa_peft.evaluation.loading import conversation_template, load, read_adapter
 from moa_peft.mixture.token_watch import pools

@@ -13,7 +13,14 @@ import torch
 from datasets import concatenate_datasets
 from transformers import PrinterCallback, ProgressCallback
 
-from moa_peft.data.base_loading import BaseSettings, find_base, load_base, load_tokenizer, told_init_kwargs
+from moa_peft.data.base_loading import (
+    BaseSettings,
+    find_base,
+    load_base,
+    load_tokenizer,
+    longest_input,
+    told_init_kwargs,
+)
 from moa_peft.data.tokenization import IGNORED
 from moa_peft.errors import UsageError, expanded, library_errors
 from moa_peft.folder_lock import claimed
@@ -285,12 +292,12 @@ def _load_model(base: BaseSettings, tokenizer: Any, recipe: Recipe) -> Any:
 
 
 def _check_lengths(model: Any, encoded: TrainingRows, recipe: Recipe) -> None:
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = longest_input(model)
     parts = [one for one in (encoded.train, encoded.validation) if one is not None]
     longest = max(len(ids) for one in parts for ids in one["input_ids"])
     if recipe.trainer.get("packing") and recipe.trainer.get("packing_strategy") == "wrapped":
         longest = max(longest, recipe.max_length)  # other packed rows start anew at each example
-    if most is not None and 0 < most < longest:
+    if most is not None and longest > most:
         raise UsageError(
             f"max_length is {recipe.max_length}, a row takes {longest} tokens, and the model reads {most}: give max_length {most}, or a "
             "model that reads more"
