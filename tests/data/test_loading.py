@@ -49,6 +49,15 @@ def test_a_folder_gives_the_split_that_is_asked_for(tmp_path: Path) -> None:
     assert load_rows(str(tmp_path), split="test") == ROWS[3:]
 
 
+def test_files_that_are_no_splits_are_left_alone(tmp_path: Path) -> None:
+    """What macOS leaves beside a file, and the description of an older data set of the hub."""
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "train-00000-of-00001.jsonl", as_lines(RECORDS))
+    write(tmp_path / "dataset_infos.json", "{}")
+    write(tmp_path / "._train.jsonl", "\0")
+    assert load_rows(str(tmp_path)) == ROWS
+
+
 def test_the_demo_data_is_one_of_several_sources(tmp_path: Path) -> None:
     file = write(tmp_path / "mine.jsonl", as_lines(RECORDS))
     rows = load_rows(f"demo, {file}", limit=4)
@@ -106,6 +115,17 @@ def test_a_folder_names_its_splits_when_asked_for_another(tmp_path: Path) -> Non
             },
             Row(instruction="a", input="", output="b", answer="", system="s"),
         ),
+        (
+            {"instruction": "a", "output": "b", "system": "s", "history": [], "tools": "[]"},
+            Row(instruction="a", input="", output="b", answer="", system="s"),
+        ),
+        (
+            {
+                "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+                "system": "s",
+            },
+            Row(instruction="a", input="", output="b", answer="", system="s"),
+        ),
     ],
 )
 def test_every_form_of_record_becomes_the_row_it_means(
@@ -155,6 +175,36 @@ def test_every_form_of_record_becomes_the_row_it_means(
             r"line 2: has images, and moa reads text alone: .* TRL's SFTTrainer with the model's processor",
         ),
         ({"instruction": "a\ud83d", "output": "b"}, "line 2: instruction holds half of a character"),
+        (
+            RECORDS[0] | {"history": [["a", "b"]]},
+            "line 2: has history, which moa does not read: a row holds one",
+        ),
+        (RECORDS[0] | {"tools": '[{"name": "add"}]'}, "line 2: has tools, which moa does not read"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]},
+                ]
+            },
+            "line 2: has tool_calls, which moa does not read",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b", "thinking": "c"},
+                ]
+            },
+            "line 2: has thinking, which moa does not read",
+        ),
+        (
+            {
+                "system": "s",
+                "messages": [{"role": one, "content": "a"} for one in ("system", "user", "assistant")],
+            },
+            "line 2: has a system turn, and another text in system: keep one",
+        ),
     ],
 )
 def test_a_record_that_is_no_row_is_named_with_its_line(tmp_path: Path, record: Any, says: str) -> None:

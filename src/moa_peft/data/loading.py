@@ -179,7 +179,8 @@ def _records_of_one(source: str, split: str) -> Iterable[tuple[str, Any]]:
         return ((f"demo, row {place}", dataclasses.asdict(row)) for place, row in rows)
     path = expanded(source)
     if source and path.is_dir():
-        found = [one for one in sorted(path.iterdir()) if is_row_file(one.name) and one.is_file()]
+        names = [one for one in sorted(path.iterdir()) if not one.name.startswith(".")]
+        found = [one for one in names if is_row_file(one.name) and one.is_file()]
         files = {split_name(one): one for one in found}
         same = [one.name for one in found if split_name(one) == split]
         if len(same) > 1:
@@ -188,7 +189,7 @@ def _records_of_one(source: str, split: str) -> Iterable[tuple[str, Any]]:
             )
         if split in files:
             return read_records(files[split])
-        made_by_datasets = {"dataset_dict", "dataset_info", "state"} & files.keys()
+        made_by_datasets = {"dataset_dict", "dataset_info", "dataset_infos", "state"} & files.keys()
         if files and not made_by_datasets:
             raise UsageError(f"{unknown('split', split, files)} (in the folder {path})")
         return _from_datasets(str(path), None, split)

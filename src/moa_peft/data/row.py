@@ -32,6 +32,10 @@ class Row:
 
 _MEDIA = ("image", "images", "video", "videos", "audio")
 """Fields of what is no text, as TRL names them."""
+_UNREAD = ("tools", "history")
+"""Fields of a row that would be trained on without what they hold."""
+_UNREAD_OF_TURNS = ("tool_calls", "function_call", "thinking", "reasoning_content")
+"""The same of a turn of messages."""
 
 NEEDED = (
     "a row needs instruction and output (input and answer may be added), or prompt and completion, or messages of one "
@@ -43,7 +47,7 @@ def as_row(record: Any, where: str) -> Row:
     """Turn one record of a file or of `datasets` into a row.
 
     Args:
-        record: A mapping with instruction and output, or prompt and completion, or messages; input and answer may be
+        record: A mapping with instruction and output, or prompt and completion, or messages; input, answer and system may be
             added, and other fields count for nothing.
         where: The place of the record, for errors.
 
@@ -61,7 +65,8 @@ def as_row(record: Any, where: str) -> Row:
             f"{where}: has {media[0]}, and moa reads text alone: train with pictures in Python, by TRL's SFTTrainer with the model's "
             "processor and peft_config=MoAConfig.preset(...), as docs/quickstart.md shows"
         )
-    extra = {name: _text(record, name, where, optional=True) for name in ("input", "answer")}
+    _refuse_unread(record, _UNREAD, where)
+    extra = {name: _text(record, name, where, optional=True) for name in ("input", "answer", "system")}
     if record.get("instruction") is not None and record.get("output") is not None:
         return Row(
             instruction=_text(record, "instruction", where), output=_text(record, "output", where), **extra
@@ -77,6 +82,15 @@ def as_row(record: Any, where: str) -> Row:
         return _from_messages(record["messages"], extra, where)
     given = ", ".join(f"{name} (null)" if one is None else str(name) for name, one in record.items())
     raise UsageError(f"{where}: has {given or 'no field at all'}: {NEEDED}")
+
+
+def _refuse_unread(fields: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    unread = [name for name in names if fields.get(name) and fields[name] not in ("[]", "{}", "null")]
+    if unread:
+        raise UsageError(
+            f"{where}: has {unread[0]}, which moa does not read: a row holds one question and its reply as text. Write what the model "
+            "is to see and to say into them, or take the field out"
+        )
 
 
 def _text(record: Mapping[str, Any], name: str, where: str, *, optional: bool = False) -> str:
@@ -119,8 +133,14 @@ def _from_messages(messages: Any, extra: Mapping[str, str], where: str) -> Row:
             f"{where}: messages has the turns {', '.join(roles) or '(none)'}: a row holds one question and its reply, "
             "so give (system,) user, assistant"
         )
+    for turn in messages:
+        _refuse_unread(turn, _UNREAD_OF_TURNS, where)
     *system, question, reply = [_whole(turn["content"], "messages", where) for turn in messages]
-    return Row(instruction=question, output=reply, system="".join(system), **extra)
+    if system and extra["system"] not in ("", system[0]):
+        raise UsageError(f"{where}: has a system turn, and another text in system: keep one")
+    return Row(
+        **{**extra, "instruction": question, "output": reply, "system": "".join(system) or extra["system"]}
+    )
 
 
 def rows_md5(rows: Sequence[Row]) -> str:
