@@ -561,6 +561,62 @@ def test_only_an_adapter_is_overwritten_and_only_when_asked(
         call(*words[:-1], tmp_path / "full" / "thesis.tex", "--overwrite")
 
 
+def test_what_belongs_to_an_overwritten_adapter_does_not_stay_beside_the_new_one(
+    official: Callable[[str], Golden], tmp_path: Path
+) -> None:
+    """A tokenizer and a config left there by `moa export --format vllm` were then read for the new adapter."""
+    one, out = official("llama3-prompt-tuning"), tmp_path / "adapter"
+    words = ["import", one.checkpoint, "--base", one.base, "--out", out, "--overwrite"]
+    call(*words)
+    new = {file.name for file in out.iterdir()}
+    for name in (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ):
+        (out / name).write_text("{}")
+    (out / "additional_chat_templates").mkdir()
+    call(*words)
+    assert {file.name for file in out.iterdir()} == new
+
+
+def test_the_revision_of_the_base_model_goes_into_the_adapter(
+    official: Callable[[str], Golden], tmp_path: Path
+) -> None:
+    one, out = official("llama3-prompt-tuning"), tmp_path / "adapter"
+    call(
+        "import",
+        one.checkpoint,
+        "--base",
+        one.base,
+        "--out",
+        out,
+        "--model-init-kwargs",
+        '{"revision": "v1"}',
+    )
+    assert json.loads((out / "adapter_config.json").read_text())["revision"] == "v1"
+
+
+def test_an_adapter_is_written_into_a_folder_that_cannot_be_renamed(
+    official: Callable[[str], Golden], tmp_path: Path
+) -> None:
+    """A mount point or a link: nothing beside it is written, and what a killed command was writing there is no obstacle."""
+    one, folder, out = official("llama3-prompt-tuning"), tmp_path / "folder", tmp_path / "link"
+    (folder / ".adapter-killed").mkdir(parents=True)
+    out.symlink_to(folder)
+    before = set(tmp_path.iterdir())
+    call("import", one.checkpoint, "--base", one.base, "--out", out)
+    assert set(tmp_path.iterdir()) == before
+    assert out.is_symlink()
+    assert {file.name for file in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+    }
+
+
 def save_mixture(folder: Path, config: MoAConfig, family: str = "llama") -> Path:
     """A tiny model and a mixture on it, as folders."""
     model = base_model(family)

@@ -74,6 +74,15 @@ def test_answers_end_where_the_template_of_the_training_ends_them(base: Path, te
     assert ends == ([256, 257] if template == "chat" else 256)
 
 
+def test_settings_of_generation_that_transformers_reads_and_does_not_save_are_written(base: Path) -> None:
+    settings = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [256]}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    out = export(save_adapter(base.parent / "adapter", base))
+    found = json.loads((out / "generation_config.json").read_text())
+    assert {name: found[name] for name in settings} == settings
+    assert "trust_remote_code" not in found
+
+
 @pytest.mark.parametrize("system", ["", "Be brief."])
 def test_an_adapter_trained_with_the_papers_template_is_asked_by_it(base: Path, system: str) -> None:
     out = export(save_adapter(base.parent / "adapter", base, model=str(base), template="paper"))

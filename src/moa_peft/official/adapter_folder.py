@@ -1,14 +1,23 @@
 """Where an adapter that is made of another one is written: whole or not at all."""
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from moa_peft.errors import UsageError
 from moa_peft.provenance import RECIPE_FILE
-from moa_peft.training.output_folder import ADAPTER_CONFIG, disk_errors_named, replacing
+from moa_peft.training.output_folder import ADAPTER_CONFIG, DRAFT, disk_errors_named, replacing, sweep
+
+_REPLACED = (
+    "adapter_model*",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "*chat_template*",
+)
+"""Files of an adapter's folder that are read with it; those of the old one do not stay beside a new one."""
 
 
 def check_folder(out: Path, *, overwrite: bool) -> None:
@@ -21,7 +30,7 @@ def check_folder(out: Path, *, overwrite: bool) -> None:
         return
     if not out.is_dir():
         raise UsageError(f"--out {out} is a file: choose a folder")
-    if not any(out.iterdir()):
+    if all(one.name.startswith(DRAFT) for one in out.iterdir()):
         return
     if (out / RECIPE_FILE).exists():
         raise UsageError(f"--out {out} holds a training run: choose another folder")
@@ -47,31 +56,26 @@ def check_apart(out: Path, adapter: Path) -> None:
 
 @contextmanager
 def adapter_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Give a temporary folder that becomes ``out`` when its files are written; in an old one the adapter is replaced.
+    """Give a temporary folder whose files become the adapter in ``out`` when all are written.
 
     Yields:
-        The folder to write into. After an error it is gone and ``out`` as before.
+        The folder to write into. After an error it is gone, with ``out`` if that was made for it, and an old adapter as before.
 
     Raises:
         UsageError: As `check_folder`.
         OSError: If the disk is full or closed.
     """
-    out = out.absolute()  # "." has no name
     check_folder(out, overwrite=overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.is_dir() and any(out.iterdir()):
-        with disk_errors_named(out), replacing(out) as draft:
-            yield draft
-        return
-    around = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    is_new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    sweep(out)
     try:
-        draft = around / out.name
-        draft.mkdir()
-        with disk_errors_named(out.parent):
+        with disk_errors_named(out), replacing(out, gone=_REPLACED) as draft:
             yield draft
-        draft.replace(out)
-    finally:
-        shutil.rmtree(around, ignore_errors=True)
+    except BaseException:
+        if is_new:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def check_file(out: Path, *, overwrite: bool) -> None:

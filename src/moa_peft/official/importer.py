@@ -95,6 +95,7 @@ def import_checkpoint(
     settings, defaults = _completed(found, settings, placed)
     blocks = _blocks(placed, num_blocks, base)
     config = read_config(found.weights, placed, settings)
+    config.revision = dict(init_kwargs or {}).get("revision")
     config.layers_to_transform = None if len(blocks) == num_blocks else list(blocks)
     wrapped = get_peft_model(model, config)
     assert isinstance(wrapped, PeftModel)

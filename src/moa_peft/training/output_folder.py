@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from moa_peft.json_lines import read_object, written_whole
 from moa_peft.provenance import RECIPE_FILE
 
 ADAPTER_CONFIG = "adapter_config.json"
-_DRAFT = ".adapter-"
+DRAFT = ".adapter-"
+"""What the name of a temporary folder begins with."""
 
 
 def check_unused(output_dir: Path) -> None:
@@ -39,7 +40,7 @@ def sweep(output_dir: Path) -> None:
     """Remove what a killed run was writing: drafts of files and of the adapter."""
     for draft in output_dir.glob(".*.tmp"):
         draft.unlink(missing_ok=True)
-    for draft in output_dir.glob(f"{_DRAFT}*"):
+    for draft in output_dir.glob(f"{DRAFT}*"):
         shutil.rmtree(draft, ignore_errors=True)
 
 
@@ -64,31 +65,40 @@ def read_recipe(output_dir: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def replacing(output_dir: Path) -> Iterator[Path]:
-    """Give a temporary folder whose files move into the run's folder when all of them are written.
+def replacing(output_dir: Path, gone: Iterable[str] = ()) -> Iterator[Path]:
+    """Give a temporary folder whose files move into another folder when all of them are written.
 
     PEFT takes a folder for an adapter when it holds an `adapter_config.json`: an old one goes first and the new one
     comes last, so an adapter is there whole or not at all.
 
     Args:
-        output_dir: The run's folder.
+        output_dir: That folder.
+        gone: Patterns of files of an old adapter that do not stay beside the new one.
 
     Yields:
-        The folder to write into. After an error it is gone and the run's folder as before.
+        The folder to write into. After an error it is gone and the other folder as before.
     """
-    draft = Path(tempfile.mkdtemp(dir=output_dir, prefix=_DRAFT))
+    draft = Path(tempfile.mkdtemp(dir=output_dir, prefix=DRAFT))
     try:
         yield draft
         (output_dir / ADAPTER_CONFIG).unlink(missing_ok=True)
+        for pattern in gone:
+            for old in output_dir.glob(pattern):
+                _remove(old)
         for file in sorted(draft.iterdir(), key=lambda one: one.name == ADAPTER_CONFIG):
             old = output_dir / file.name
-            if (
-                old.is_dir()
-            ):  # a tokenizer's further chat templates: a folder cannot be replaced while it holds files
-                shutil.rmtree(old)
+            if old.is_dir():  # a tokenizer's further chat templates: not replaced while it holds files
+                _remove(old)
             file.replace(old)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 @contextmanager

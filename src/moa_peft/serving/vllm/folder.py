@@ -143,7 +143,8 @@ def export_vllm(
                 (draft / file.name).write_bytes(file.read_bytes())
         tokenizer.save_pretrained(draft)
         served.save_pretrained(draft)
-        generation.save_pretrained(draft)
+        # not save_pretrained, which refuses what it reads: a temperature without do_sample
+        (draft / "generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
     return VllmReport(
         folder=str(out), base_model=base.path, num_parameters=sum(one.numel() for one in weights.values())
     )
@@ -163,7 +164,8 @@ def chat_ends(adapter: AdapterFolder, base: BaseSettings) -> dict[str, list[int]
 
 def _generation_config(base: BaseSettings) -> GenerationConfig:
     """The base's own, by which vLLM draws and ends an answer."""
+    where = {key: value for key, value in base.file_kwargs().items() if key != "trust_remote_code"}
     try:
-        return GenerationConfig.from_pretrained(base.path, **base.file_kwargs())
+        return GenerationConfig.from_pretrained(base.path, **where)
     except OSError:  # it has none
         return GenerationConfig.from_model_config(base_config(base))
