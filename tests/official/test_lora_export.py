@@ -1,5 +1,6 @@
 """`moa export --format lora`: the LoRA part of a mixture as plain LoRA of PEFT."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -276,6 +277,18 @@ def test_the_losses_are_those_of_the_written_files_on_the_held_out_rows(tmp_path
         (figures,) = [one for one in found["experts"] if one["name"] == name]
         assert line[1:] == [fate, f"{figures['mean_gate']:.3f}", f"{figures['gate_deviation']:.3f}", "2"]
     assert "lossy" in told
+
+
+def test_rows_that_are_too_long_for_the_model_are_left_out_and_counted(tmp_path: Path, base: Path) -> None:
+    adapter = save_mixture(tmp_path / "adapter", base, mixed())
+    long = [dataclasses.replace(row, instruction="a" * 1100) for row in number_rows(2)]
+    words = ["export", adapter, "--format", "lora", "--out", tmp_path / "plain", "--data"]
+    data = write_rows(tmp_path / "train.json", [*number_rows(10), *long])
+    words += [data, "--held-out", write_rows(tmp_path / "validation.json", number_rows(3)), "--json"]
+    found = json.loads(call(*words).stdout)
+    assert (found["rows"], found["losses"]["rows"], found["rows_dropped"]) == (10, 3, 2)
+    with pytest.raises(UsageError, match="no row to hold out is short enough: the model reads 1024 tokens"):
+        call(*words[:-2], write_rows(tmp_path / "validation.json", long), "--overwrite")
 
 
 def test_a_fifth_of_the_rows_is_held_out_of_the_means(tmp_path: Path, base: Path) -> None:

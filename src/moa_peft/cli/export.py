@@ -177,7 +177,8 @@ def print_lora(report: "LoraReport", template: str) -> None:
         left=("model",),
     )
     print_table(
-        f"gates over {report.rows:,} rows ({report.tokens:,} tokens)",
+        f"gates over {report.rows:,} rows ({report.tokens:,} tokens)"
+        + (f"; {report.rows_dropped:,} rows are too long for the model" if report.rows_dropped else ""),
         ("expert", "in the export", "mean gate", "deviation", "blocks"),
         [
             (

@@ -7,6 +7,7 @@ modules are padded with zeros to one rank, so that ``lora_alpha = r`` and server
 Sizes: N copies of an expert, r rank.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,13 +20,14 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moa_peft.data.base_loading import longest_input
 from moa_peft.data.loading import load_rows
 from moa_peft.data.row import Row
 from moa_peft.data.templates import Template, render_completion
 from moa_peft.errors import UsageError
 from moa_peft.evaluation.batching import rows_at_once
 from moa_peft.evaluation.loading import AdapterFolder, add_adapter, load, read_adapter
-from moa_peft.evaluation.scoring import TokenQuestion, check_lengths, plan, score_batch, token_question
+from moa_peft.evaluation.scoring import TokenQuestion, plan, score_batch, token_question
 from moa_peft.mixture.experts.lora import LowRankChange
 from moa_peft.mixture.sites import LinearSite
 from moa_peft.official.adapter_folder import adapter_folder, check_apart, check_folder
@@ -75,6 +77,8 @@ class LoraReport:
     """Rows that the gates' means are over."""
     tokens: int
     """Their tokens."""
+    rows_dropped: int
+    """Rows left out, of both kinds: longer than what the model reads."""
     losses: Losses
     experts: tuple[ExpertFigures, ...]
     """Every expert of the mixture, kept or dropped."""
@@ -110,7 +114,7 @@ def export_lora(
         overwrite: Whether an adapter in the folder may be replaced.
 
     Raises:
-        UsageError: If the adapter has no LoRA or is no mixture, the rows are too few or too long, or the folder cannot
+        UsageError: If the adapter has no LoRA or is no mixture, too few rows are short enough for the model, or the folder cannot
             be used.
     """
     check_folder(out, overwrite=overwrite)
@@ -118,12 +122,16 @@ def export_lora(
     _check_adapter(adapter)
     rows = _rows(data, held_out, limit)
     loaded = load(model, adapter, dtype=dtype, init_kwargs=init_kwargs)
-    measured, tested = (
+    most = longest_input(loaded.model) or math.inf
+    asked = (
         [token_question(row, [render_completion(row)], loaded.tokenizer, template) for row in some]
         for some in rows
     )
-    for questions in (measured, tested):
-        check_lengths(loaded.model, [one.num_tokens for one in questions])
+    measured, tested = ([one for one in some if one.num_tokens <= most] for some in asked)
+    if not measured or not tested:
+        raise UsageError(
+            f"no row {'to hold out' if measured else 'for the means of the gates'} is short enough: the model reads {most} tokens"
+        )
     means = gate_means(loaded.model, measured, batch_size)
     mixture = _answer_loss(loaded.model, tested, batch_size, "mixture")
     with loaded.model.disable_adapter():
@@ -147,6 +155,7 @@ def export_lora(
         num_parameters=parameters,
         rows=len(measured),
         tokens=sum(one.num_tokens for one in measured),
+        rows_dropped=sum(map(len, rows)) - len(measured) - len(tested),
         losses=Losses(mixture=mixture, export=export, frozen=frozen, rows=len(tested), tokens=tokens),
         experts=tuple(figures),
     )
