@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,8 @@ def test_a_yaml_file_is_read_with_the_same_scalars(tmp_path: Path) -> None:
     }
     file.write_text("# nothing\n")
     assert load_yaml(file) == {}
+    file.write_text(json.dumps({"data": "🦊.jsonl"}))  # as JSON escapes it, in two halves
+    assert load_yaml(file) == {"data": "🦊.jsonl"}
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,16 @@ def test_an_unknown_key_in_a_file_is_refused_before_anything_is_loaded(
         raise done.exception or AssertionError(done.output)
 
 
+def test_an_unknown_flag_without_a_value_is_unknown_before_it_has_no_value(app: typer.Typer) -> None:
+    for flag, says in (
+        ("--bf1", "unknown recipe key 'bf1': did you mean 'bf16'"),
+        ("--seed", "--seed has no value"),
+    ):
+        done = CliRunner().invoke(app, ["--data", "demo", flag])
+        with pytest.raises(UsageError, match=says):
+            raise done.exception or AssertionError(done.output)
+
+
 def test_a_wrong_method_ends_in_one_line_and_exit_code_2(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

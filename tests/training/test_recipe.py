@@ -264,6 +264,12 @@ def test_an_unknown_field_of_the_mixture_is_named(mixture: dict[str, Any], messa
         build_peft_config(Recipe(data="demo", output_dir="x", mixture=mixture))
 
 
+def test_a_number_of_a_file_and_of_a_flag_are_the_same_key() -> None:
+    """The recipe that a run writes held "0" twice, and only the last was read."""
+    merged = merge({"experts": {0: {"rank": 4}}}, {"experts": {"0": {"alpha": 8}}})
+    assert merged == {"experts": {0: {"rank": 4, "alpha": 8}}}
+
+
 def test_merging_changes_neither_argument_and_goes_into_lists_by_number() -> None:
     settings: dict[str, Any] = {"a": {"b": 1, "c": 2}, "list": [{"x": 1}, {"x": 2}], "d": 3}
     changes: dict[str, Any] = {"a": {"b": 5}, "list": {"1": {"y": 7}}, "d": {"e": 1}}

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import re
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,15 +24,17 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  # PyYAML's own shape
 
     def construct_scalar(self, node: Any) -> Any:
-        """Read a scalar; half of a character, as an escape can make one, is an error with its line."""
+        """Read a scalar; half of a character, as an escape can make one, is an error with its line.
+
+        JSON writes a character beyond the first 65,536 as two halves, which belong together.
+        """
         text = super().construct_scalar(node)
         try:
-            str(text).encode()
-        except UnicodeEncodeError as error:
+            return str(text).encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+        except UnicodeDecodeError as error:
             raise yaml.constructor.ConstructorError(
                 None, None, f"{text!r} holds half of a character: write it whole", node.start_mark
             ) from error
-        return text
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping; a key given twice is an error with its line."""
@@ -136,7 +138,11 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return settings
 
 
-def parse_flags(arguments: Sequence[str], switches: Collection[str] = ()) -> dict[str, Any]:
+def parse_flags(
+    arguments: Sequence[str],
+    switches: Collection[str] = (),
+    check_keys: Callable[[Collection[str]], None] = lambda _: None,
+) -> dict[str, Any]:
     """Read ``--any.field value`` and ``--any.field=value`` into a nested mapping.
 
     Dashes and underscores are the same in a name. Nothing may be abbreviated. A value is a YAML scalar, whole: a # in
@@ -145,6 +151,7 @@ def parse_flags(arguments: Sequence[str], switches: Collection[str] = ()) -> dic
     Args:
         arguments: What the command line holds.
         switches: Names that may stand without a value, which then is true.
+        check_keys: Refuses unknown keys; asked before a missing value is.
 
     Returns:
         The settings.
@@ -164,6 +171,7 @@ def parse_flags(arguments: Sequence[str], switches: Collection[str] = ()) -> dic
             has_value, value = True, arguments[position]
             position += 1
         if not has_value and name not in switches:
+            check_keys([name.partition(".")[0]])
             raise UsageError(f"{token} has no value: give {token} VALUE")
         if name in given:
             raise UsageError(f"--{name} is given twice: give it once")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moa_peft.cli.overrides import key_lines, load_yaml, parse_flags
-from moa_peft.training.recipe import TRAINER_DEFAULTS, Recipe, merge
+from moa_peft.training.recipe import TRAINER_DEFAULTS, Recipe, check_keys, merge
 
 if TYPE_CHECKING:
     from moa_peft.training.prepare import Plan, TrainingOutcome
@@ -52,8 +52,9 @@ def train(
     settings = load_yaml(config) if config is not None else {}
     from moa_peft.training.trainer_settings import switch_names, trainer_fields
 
-    settings = merge(settings, parse_flags(context.args, switch_names()))
-    recipe = Recipe.from_mapping(settings, trainer_fields())
+    known = trainer_fields()
+    flags = parse_flags(context.args, switch_names(), partial(check_keys, trainer_fields=known))
+    recipe = Recipe.from_mapping(merge(settings, flags), known)
 
     from moa_peft.training.prepare import is_main, prepare
     from moa_peft.training.run import run

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Self
@@ -176,10 +176,8 @@ class Recipe:
             UsageError: If a key is unknown (with the nearest known one), a required one is missing, or a value is
                 wrong.
         """
+        check_keys(settings, trainer_fields)
         own = own_fields()
-        unknown = [key for key in settings if key not in own and key not in trainer_fields]
-        if unknown:
-            raise UsageError(unknown_key(unknown[0], own, trainer_fields))
         missing = [name for name in ("data", "output_dir") if settings.get(name) is None]
         if missing:
             raise UsageError(f"the recipe has no {' and no '.join(missing)}: give --{missing[0]} VALUE")
@@ -197,20 +195,20 @@ def own_fields() -> list[str]:
     return [one.name for one in dataclasses.fields(Recipe) if one.name != "trainer"]
 
 
-def unknown_key(given: str, own: Collection[str], trainer_fields: Collection[str]) -> str:
-    """The message for an unknown key of a recipe, with the nearest known one.
+def check_keys(given: Iterable[str], trainer_fields: Collection[str]) -> None:
+    """Check that keys are those of a recipe or of its trainer.
 
-    Args:
-        given: The key.
-        own: The recipe's own keys.
-        trainer_fields: The trainer's, too many to list.
-
-    Returns:
-        One sentence for an error message.
+    Raises:
+        UsageError: If one is not, with the nearest known one.
     """
-    near = [_SHORT[given]] if given in _SHORT else get_close_matches(given, [*own, *trainer_fields], n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown recipe key {given!r}: {hint}known: {', '.join(own)}, and every field of trl.SFTConfig"
+    own = own_fields()
+    for key in given:
+        if key not in own and key not in trainer_fields:
+            near = [_SHORT[key]] if key in _SHORT else get_close_matches(key, [*own, *trainer_fields], n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UsageError(
+                f"unknown recipe key {key!r}: {hint}known: {', '.join(own)}, and every field of trl.SFTConfig"
+            )
 
 
 def factor_problems(name: str, factor: object) -> list[str]:
@@ -276,8 +274,10 @@ def merge(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
         UsageError: If a list has no entry of the given number.
     """
     merged = dict(settings)
+    same = {str(key): key for key in merged}  # 0 in a file is "0" in a flag
     for key, value in changes.items():
-        merged[key] = _merged(key, merged.get(key), value)
+        known = same.get(str(key), key)
+        merged[known] = _merged(key, merged.get(known), value)
     return merged
 
 
