@@ -156,6 +156,22 @@ def test_packed_sequences_are_instances_of_their_own(family: str, method: str) -
             assert (model(input_ids=row, labels=own).logits - logits[:, part]).abs().max() < 1e-4
 
 
+def test_packed_sequences_are_told_apart_by_their_lengths_where_there_are_no_positions() -> None:
+    """As `DataCollatorWithFlattening` gives them to flash attention; the attention used here reads across, so the first block counts."""
+    model, ids = mixture_model("llama", "instance-moa"), tokens(1, 11)
+    ends = torch.tensor([0, 6, 11], dtype=torch.int32)
+    labels = torch.where(torch.tensor([0, 1, 1, 1, 0, 0, 0, 1, 1, 0, 0]).bool(), -100, ids)
+
+    positions = torch.cat([torch.arange(6), torch.arange(5)]).unsqueeze(0)
+    seen: list[Tensor] = []
+    mixture_layers(model)[0][1].observer = lambda record: seen.append(record.gates)
+    for packed in ({"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}, {"position_ids": positions}):
+        model(input_ids=ids, labels=labels, use_cache=False, **packed)
+    by_lengths, by_positions = seen
+    assert same(by_lengths, by_positions)
+    assert not same(by_lengths[:, 0], by_lengths[:, 10])
+
+
 def test_prompt_length_with_packed_sequences_is_refused() -> None:
     model = mixture_model("llama", "instance-moa")
     positions = torch.tensor([[0, 1, 2, 0, 1]])

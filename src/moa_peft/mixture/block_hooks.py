@@ -114,6 +114,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self._active_adapter = []
         self._disable_adapters = False
+        self.cast_input_dtype_enabled = True  # PEFT's helper switches it; nothing is cast by it
         self._needs_tokens = False
         self._handles: list[RemovableHandle] = []
         self._state = _State()

@@ -290,6 +290,8 @@ def _sequences(
 ) -> Tensor | None:
     """Number the packed sequences of each row by the positions, which begin again at each; None for one a row.
 
+    Where there are no positions they are told apart by ``cu_seq_lens_q``, where each begins, as flash attention takes it.
+
     Raises:
         UsageError: If sequences stand in a row whose attention transformers does not part by them.
     """
@@ -301,6 +303,8 @@ def _sequences(
         positions = positions[0]  # Qwen-VL's: of the text, then of pictures in time, height and width
     if isinstance(positions, Tensor) and positions.dim() == 2:
         parted.append(positions[:, 1:] != positions[:, :-1] + 1)
+    elif isinstance(ends := call.get("cu_seq_lens_q"), Tensor):
+        parted.append(torch.isin(torch.arange(1, shape[1], device=ends.device), ends).unsqueeze(0))
     if mask is None and not keeps_cache:
         if not parted or holds(~parted[0].any()):
             return None
