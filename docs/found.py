@@ -45,26 +45,38 @@ FINALISTS = {
     "topk-6x2": "top-k of LoRA",
     "adamole-6x2-s4": "AdaMoLE",
     "molora-8x8": "MoLoRA, the paper's size",
+    "hydralora-8x8": "HydraLoRA, the paper's size",
+    "topk-8x8": "top-k of LoRA, the paper's size",
     "adamole-8x8": "AdaMoLE, the paper's size",
 }
 """The finalists and the ideas that went on, as the first page calls them."""
 IDEAS = (DEFAULT, "soft-lora-rank1")
 ON_ALL_LAYERS = ("soft-moa-all-s4", "soft-lora-all-s4", *IDEAS)
 QUESTIONS = (
-    ("Is Soft MoA's loss below LoRA's on the same layers?", LOSS, SAME_LAYERS),
-    ("Is that of the paper's own setting?", LOSS, (("soft-moa", "lora-s4"),)),
-    ("Does a router alone lower LoRA's loss?", LOSS, (("soft-lora-all-s4", "lora-all-s4"),)),
-    ("Is Soft MoA's below that of copies of LoRA?", LOSS, [("soft-moa-s4", one) for one in COPIES]),
+    ("Is Soft MoA better than LoRA on the same layers?", LOSS, (("soft-moa", "lora-s4"), *SAME_LAYERS)),
+    ("Do gates alone lower LoRA's loss?", LOSS, (("soft-lora-all-s4", "lora-all-s4"),)),
+    ("Is Soft MoA better than copies of LoRA?", LOSS, [("soft-moa-s4", one) for one in COPIES]),
     (
-        "Is it above those with four times its parameters?",
+        "... than copies of the paper's size, with more parameters?",
         LOSS,
         [("soft-moa-s4", one) for one in LARGE_COPIES],
     ),
-    ("What does Sparse MoA lose?", LOSS, (("sparse-moa-s4", "soft-moa-s4"),)),
-    ("Does Soft MoA lose less of the other domain, in loss?", OTHER_LOSS, SAME_LAYERS),
-    ("Does it forget less, in points of accuracy?", FORGETTING, SAME_LAYERS),
+    ("Is Sparse MoA better than Soft MoA?", LOSS, (("sparse-moa-s4", "soft-moa-s4"),)),
+    ("Does Soft MoA lose less of the other domain?", OTHER_LOSS, SAME_LAYERS),
+    ("Does it forget less of other tasks, in points of accuracy?", FORGETTING, SAME_LAYERS),
 )
-"""What the study asks in each domain, named before its runs with three seeds: by which measure, and a method less another."""
+"""What the study asks in each domain, named before its runs with three seeds: by which measure, and a method minus another."""
+OF_THE_DEFAULT = (
+    ("Is the default better than LoRA on the same layers?", LOSS, ((DEFAULT, "lora-all-s4"),)),
+    ("Is the default better than the paper's setting?", LOSS, ((DEFAULT, "soft-moa"),)),
+)
+"""Asked before the runs on code and on several domains, not before those on mathematics."""
+OF_LAYERS = (
+    ("Is LoRA better on all linear layers than on the paper's?", LOSS, (("lora-all-s4", "lora-s4"),)),
+)
+"""Not asked beforehand."""
+NOT_PLANNED = "†"
+"""Marks the verdict of a comparison that was not named before its runs: seen, and not claimed."""
 
 
 @cache
@@ -89,7 +101,6 @@ def finalists(labels: Sequence[str] = tuple(FINALISTS)) -> str:
 
     Losses of code after training on it make a column once they are there.
     """
-    asked = [pair for _, measure, pairs in QUESTIONS if measure == LOSS for pair in pairs]
     learnt_code = {
         one.label: one.losses[TESTS["code"][LOSS]] for one in summary_of("code").methods if one.losses
     }
@@ -102,25 +113,45 @@ def finalists(labels: Sequence[str] = tuple(FINALISTS)) -> str:
         difference, detectable, told = NONE, NONE, NONE
         if label not in (FROZEN, other):
             difference, detectable, _, told = _comparison(LOSS, label, other, domain)
-            if (label, other) not in asked:
-                told = "not asked"
         size = NONE if label == FROZEN else count(one.rows[0].trainable_parameters)
         own, lost = (nats(one.losses[TESTS["math"][measure]]) for measure in (LOSS, OTHER_LOSS))
         learnt = (nats(learnt_code[label]) if label in learnt_code else NONE,) if learnt_code else ()
         rows.append((name, size, own, difference, detectable, told, lost, *learnt))
-    head = ("method", "trained", "loss, mathematics", "over LoRA", "detectable", "claim", "loss, code")
+    head = ("method", "trained", "loss, mathematics", "minus LoRA", "detectable", "verdict", "loss, code")
     return table((*head, *(("loss, code, trained on it",) if learnt_code else ())), rows)
 
 
+def answers() -> str:
+    """One row a question: in each domain its differences, by their verdict."""
+    rows = []
+    for question, measure, pairs in (*OF_THE_DEFAULT, *OF_LAYERS, *QUESTIONS):
+        mathematics = "math-ideas" if any(DEFAULT in pair for pair in pairs) else "math-finals"
+        rows.append((question, *(_answer(measure, pairs, domain) for domain in (mathematics, "code"))))
+    return table(("question", "trained on mathematics", "trained on code"), rows)
+
+
+def _answer(measure: str, pairs: Sequence[tuple[str, str]], domain: str) -> str:
+    told: dict[str, list[str]] = {}
+    for label, other in _run(pairs, domain):
+        value, _, _, verdict = _comparison(measure, label, other, domain)
+        told.setdefault(verdict, []).append(value)
+    return "; ".join(f"{verdict}: {', '.join(values)}" for verdict, values in told.items()) or NONE
+
+
+def _run(pairs: Sequence[tuple[str, str]], domain: str) -> list[tuple[str, str]]:
+    """Those whose methods a domain has."""
+    labels = {one.label for one in summary_of(domain, "lora-all-s4").config.methods}
+    return [pair for pair in pairs if labels.issuperset(pair)]
+
+
 def claims(domain: str = "math-finals") -> str:
-    """One row a comparison of a domain's methods, by the questions of the study; nothing is claimed before all seeds are run."""
-    run = {one.label for one in summary_of(domain).config.methods}
+    """One row a planned comparison of a domain's methods; nothing is claimed before all seeds are run."""
     rows = []
     for question, measure, pairs in QUESTIONS:
-        for place, (label, other) in enumerate(pair for pair in pairs if run.issuperset(pair)):
+        for place, (label, other) in enumerate(_run(pairs, domain)):
             told = _comparison(measure, label, other, domain)
-            rows.append(("" if place else question, f"`{label}` less `{other}`", *told))
-    return table(("question", "methods", "difference", "detectable", "p", "claim"), rows)
+            rows.append(("" if place else question, f"`{label}` minus `{other}`", *told))
+    return table(("question", "methods", "difference", "detectable", "p", "verdict"), rows)
 
 
 def default() -> str:
@@ -128,7 +159,7 @@ def default() -> str:
     rows = []
     for domain, folder in (("math", "math-ideas"), ("code", "code")):
         for label, other in ((DEFAULT, "soft-moa"), (DEFAULT, "lora-all-s4"), ("lora-all-s4", "soft-moa")):
-            named = (NAMES[TESTS[domain][LOSS]], f"`{label}` less `{other}`")
+            named = (NAMES[TESTS[domain][LOSS]], f"`{label}` minus `{other}`")
             chosen = summary_of(folder, other).choices
             if label in chosen and chosen[label].versus is not None:
                 mean, error = choice_cells(chosen[label].versus)
@@ -137,24 +168,27 @@ def default() -> str:
                 test = TESTS[domain].get(measure)
                 what = "accuracy on other tasks, points" if test is None else f"loss, {NAMES[test]}"
                 rows.append((*named, what, *_comparison(measure, label, other, folder)))
-    head = ("trained on", "methods", "measure", "difference", "detectable", "p", "claim")
+    head = ("trained on", "methods", "measure", "difference", "detectable", "p", "verdict")
     return table(head, rows)
 
 
 def _comparison(measure: str, label: str, other: str, domain: str) -> tuple[str, str, str, str]:
-    """The difference with its error, the detectable one, the p of one comparison, and what is claimed."""
+    """The difference with its error, the detectable one, the p of one comparison, and the verdict."""
     summary = summary_of(domain, other)
     method = next((one for one in summary.methods if one.label == label), None)
     one = None
     if method is not None:
         test = TESTS[domain.partition("-")[0]].get(measure, "")
         one = method.forgetting_versus if measure == FORGETTING else method.losses_versus.get(test)
-    mean, error, _, _, detectable, seeds, claim = difference_cells(one, is_loss=measure != FORGETTING)
+    mean, error, _, _, detectable, seeds, verdict = difference_cells(one, is_loss=measure != FORGETTING)
     if one is None or one.seeds < len(summary.config.seeds):
-        claim = f"under way, {seeds} seeds" if one else "under way"
-    elif not one.is_found:
-        claim = "not decided"
-    return f"{mean} ± {error}" if one else NONE, detectable, _p(one), claim
+        return NONE, NONE, NONE, f"under way, {seeds} seeds" if one else "under way"
+    planned = any(measure == asked and (label, other) in pairs for _, asked, pairs in QUESTIONS)
+    if not one.is_found:
+        verdict = "undecided"
+    elif not planned and (domain, label) != ("code", DEFAULT):
+        verdict += NOT_PLANNED
+    return f"{mean} ± {error}", detectable, _p(one), verdict
 
 
 def _p(one: Difference | None) -> str:
@@ -165,8 +199,14 @@ def _p(one: Difference | None) -> str:
 
 
 def final_routers() -> str:
-    """One row a method of the larger study with a router: its figures, means over seeds."""
-    return _routers(summary_of("math-finals"))
+    """One row a finalist or idea with a router: its figures, means over seeds."""
+    tried = (*summary_of("math-finals").methods, *summary_of("math-ideas", "lora-all-s4").methods)
+    methods = {one.label: one for one in tried if one.label in FINALISTS and one.rows and one.rows[0].router}
+    rows = [
+        (f"`{label}`", *(_router_cell(one, name) for name in ROUTER_FIGURES))
+        for label, one in methods.items()
+    ]
+    return table(("method", *ROUTER_FIGURES.values()), rows)
 
 
 def choices() -> str:
@@ -178,23 +218,12 @@ def choices() -> str:
             ", ".join(f"{rate:g}" for rate in one.rates),
             f"{one.rate:g}" + ("" if one.is_inside else ", at an end"),
             nats(one.loss),
-            *difference_cells(one.versus, is_loss=True)[:2],
+            *choice_cells(one.versus),
         )
         for label, one in summary_of("math").choices.items()
     ]
-    over = f"less `{summary_of('math').config.baseline}`"
+    over = f"minus `{summary_of('math').config.baseline}`"
     return table(("method", "trained", "rates tried", "chosen", "validation loss", over, "error"), rows)
-
-
-def _routers(summary: StudySummary) -> str:
-    methods = [one for one in summary.methods if one.rows[0].router]
-    known = [
-        name
-        for name in ROUTER_FIGURES
-        if any(name in (row.router or {}) for one in methods for row in one.rows)
-    ]
-    rows = [(f"`{one.label}`", *(_router_cell(one, name) for name in known)) for one in methods]
-    return table(("method", *(ROUTER_FIGURES[name] for name in known)), rows)
 
 
 def _router_cell(method: MethodSummary, name: str) -> str:

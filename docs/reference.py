@@ -6,18 +6,20 @@ import operator
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from benchmarks import benchmarks, brief, default_costs
 from command_reference import commands
 from families import counts, shapes, structures
-from found import choices, claims, default, final_routers, finalists, first_page
+from found import answers, choices, claims, default, final_routers, finalists, first_page
 from inspected import inspected
 from method_reference import costs, method_table, methods, routing
 from served import served
 from wrapped import wrappers
 from writing import fenced, markdown, source_paragraph, summary, table
 
+ROOT = Path(__file__).parent.parent
 EVERY_OTHER_KEY = (
     "Every other key is a field of `trl.SFTConfig`, written flat beside these. Where a recipe says nothing, these "
     "differ from the trainer's own defaults, or are said because they matter:"
@@ -232,22 +234,38 @@ GENERATED: Mapping[str, Any] = {
     "shapes": shapes,
     "wrappers": wrappers,
     "served": served,
-    "found_choices": choices,
-    "found_claims": claims,
-    "found_code": lambda: claims("code"),
-    "found_default": default,
-    "found_finalists": finalists,
-    "found_final_routers": final_routers,
 }
 """What can stand in a page, by the name in its mark, which readers of the bare page see."""
 
+TABLES: Mapping[str, Mapping[str, Any]] = {
+    "README.md": {"methods": method_table, "costs": default_costs, "found": first_page, "families": counts},
+    "docs/found.md": {
+        "answers": answers,
+        "finalists": finalists,
+        "claims": claims,
+        "routers": final_routers,
+        "code": lambda: claims("code"),
+        "default": default,
+    },
+    "docs/found_details.md": {"choices": choices},
+}
+"""What stands in a page as it is kept, between ``<!-- name -->`` and ``<!-- end of name -->``."""
+
+
+def with_tables(page: str, text: str) -> str:
+    """The text of a page with its tables written anew."""
+    for name, write in TABLES[page].items():
+        start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        before, _, rest = text.partition(start)
+        text = f"{before}{start}{write()}{end}{rest.partition(end)[2]}"
+    return text
+
 
 def main() -> None:
-    """Print one reference: ``python docs/reference.py methods`` prints the README's table of methods."""
-    known = {"methods": method_table, "costs": default_costs, "found": first_page, "families": counts}
-    if len(sys.argv) != 2 or sys.argv[1] not in known:
-        sys.exit(f"usage: python docs/reference.py {'|'.join(known)}")
-    print(known[sys.argv[1]]())
+    """Write the tables that pages are kept with anew."""
+    for page in TABLES:
+        path = ROOT / page
+        path.write_text(with_tables(page, path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -72,11 +72,6 @@ def verbs() -> list[str]:
     return sorted({call.values[0][0] for call in shell_lines("moa")})
 
 
-def between(page: str, start: str, end: str) -> str:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    return text.split(f"<!-- {start} -->\n")[1].split(f"\n<!-- {end} -->")[0]
-
-
 def recipe_of(settings: dict[str, Any]) -> Recipe:
     """A recipe whose every field, of moa, of the mixture and of the trainer, is known and of its kind."""
     recipe = Recipe.from_mapping(settings, trainer_fields())
@@ -212,11 +207,11 @@ def test_the_yaml_of_a_page_is_a_recipe(page: Path, tmp_path: Path) -> None:
         recipe_of({"data": "rows.json", "output_dir": "run", **load_yaml(tmp_path / "recipe.yaml")})
 
 
-def test_the_readmes_tables_are_generated() -> None:
-    assert between("README.md", "methods", "end of methods") == REFERENCE.method_table()
-    assert between("README.md", "found", "end of found") == REFERENCE.first_page()
-    assert between("README.md", "families", "end of families") == REFERENCE.counts()
-    assert between("README.md", "costs", "end of costs") == REFERENCE.default_costs()
+@pytest.mark.parametrize("page", REFERENCE.TABLES)
+def test_the_tables_of_a_page_are_generated(page: str) -> None:
+    """`python docs/reference.py` writes them."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert REFERENCE.with_tables(page, text) == text
 
 
 def test_every_method_has_its_equations_in_the_documentation() -> None:
