@@ -134,8 +134,37 @@ def test_failures_are_listed_with_what_they_said(reported: Any) -> None:
 
     summary, text = reported(breaks)
     assert len(summary.failures) == 1
+    assert (
+        "9 of 9 runs are done, learning rates that were tried included; 1 failed. Nothing is missing." in text
+    )
     assert "- soft-moa, rate 0.003, seed 1: RunError: loss is nan \\| \\<b> \\*\n" in text
     assert row_of(text, "Accuracy", "soft-moa")[1] == "1", "a failed run is not a seed that is averaged"
+
+
+@pytest.mark.parametrize(
+    ("failed", "claim"),
+    [(None, "better"), ("soft-moa", "none, a seed failed"), ("lora", "none, a seed failed")],
+)
+def test_nothing_is_claimed_of_the_seeds_that_are_left_where_one_failed(
+    failed: str | None, claim: str, study: Study
+) -> None:
+    """A method that diverged with one seed was called better by the others; the seed is not lost at random."""
+
+    def pool(orders: Any) -> Any:
+        for order in orders:
+            run = order.job.run
+            row = made_up_row(order, "01" * 20 + ("1" if run.label == "soft-moa" else "0") * 60)
+            broke = (run.label, run.seed, order.job.stage) == (failed, 2, "final")
+            yield order, describe(order, {}, "RunError: loss is nan") if broke else row
+
+    study = dataclasses.replace(study, config=dataclasses.replace(study.config, seeds=(0, 1, 2, 3)))
+    run_study(study, pool=pool)
+    write_report(study.config)
+    text = (study.folder / "report.md").read_text(encoding="utf-8")
+    seeds = "4" if failed is None else "3"
+    assert row_of(text, "Difference from lora", "soft-moa")[-2:] == [seeds, claim]
+    (first, _) = row_of(text, "Difference from lora, test by test", "soft-moa")
+    assert first.endswith("*") is (failed is None)
 
 
 def test_times_of_several_machines_are_not_compared(reported: Any) -> None:
@@ -200,7 +229,14 @@ def test_tests_with_losses_alone_are_drawn_against_parameters_and_forgetting(rep
 
     def drawn(error: float) -> dict[str, str]:
         forgotten = Difference(
-            mean=-0.02, by_questions=error, by_seeds=0.0, error=error, p=0.5, detectable=0.1, seeds=2
+            mean=-0.02,
+            by_questions=error,
+            by_seeds=0.0,
+            error=error,
+            p=0.5,
+            detectable=0.1,
+            seeds=2,
+            seed_failed=False,
         )
         methods = [
             dataclasses.replace(

@@ -43,11 +43,14 @@ class Difference:
     None without scipy. A test at 5 % finds a true one of this size in about 80 of 100 studies, in fewer with few seeds."""
     seeds: int
     """Seeds that both methods have."""
+    seed_failed: bool
+    """Whether one of the methods failed with a seed. Those left are no random choice, so that nothing is claimed."""
 
     @property
     def is_found(self) -> bool:
         """Whether the difference is at least the minimum detectable one; nothing is claimed of others."""
-        return self.detectable is not None and abs(self.mean) >= self.detectable > 0
+        reached = self.detectable is not None and abs(self.mean) >= self.detectable > 0
+        return reached and not self.seed_failed
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -61,7 +64,7 @@ def mean_value(values: Values) -> float:
     return statistics.fmean(statistics.fmean(one) for one in values.values())
 
 
-def difference(pairs: Sequence[tuple[Values, Values]]) -> Difference:
+def difference(pairs: Sequence[tuple[Values, Values]], *, seed_failed: bool = False) -> Difference:
     """Compare two methods question by question.
 
     Questions and seeds are both drawn at random, so both spreads count. Each holds a part of what is left over of
@@ -71,6 +74,7 @@ def difference(pairs: Sequence[tuple[Values, Values]]) -> Difference:
     Args:
         pairs: For each seed the values of one method and of the other, of the same questions of the same tasks; at
             least one seed.
+        seed_failed: Whether one of the methods failed with another seed.
 
     Returns:
         The mean over tasks of the first's values less the second's.
@@ -104,6 +108,7 @@ def difference(pairs: Sequence[tuple[Values, Values]]) -> Difference:
         p=p,
         detectable=detectable,
         seeds=len(pairs),
+        seed_failed=seed_failed,
     )
 
 

@@ -85,6 +85,8 @@ def _with_sign(value: float, digits: int) -> str:
 
 def claim(one: Difference, *, is_loss: bool = False) -> str:
     """What a study may say of a difference."""
+    if one.seed_failed:
+        return "none, a seed failed"
     if not one.is_found:
         return "none"
     return "better" if (one.mean < 0) == is_loss else "worse"

@@ -110,12 +110,13 @@ def _head(summary: StudySummary) -> Section:
             shorter = f" after {tried.train.rows:,} training rows" if config.short_rows else ""
         how = f"a learning rate chosen among {rates}{added} by {chosen_by(config)} on {held_out}{shorter}"
     done = summary.planned - len(summary.missing)
+    failed = f"; {len(summary.failures)} failed" if summary.failures else ""
     texts = [
         f"Each method is trained on the same {trained}, with the same epochs and batches and {how}.",
         f"There is a run for each of the seeds {seeds}."
         if config.finalist_labels()
         else "No method is run with every seed or tested: the study has no finalists.",
-        f"{done} of {summary.planned} runs are done, learning rates that were tried included. "
+        f"{done} of {summary.planned} runs are done, learning rates that were tried included{failed}. "
         + ("Missing:" if summary.missing else "Nothing is missing."),
     ]
     return Section(texts=texts, items=summary.missing)

@@ -3,9 +3,10 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from moa_peft.study.config import FROZEN, StudyConfig
 from moa_peft.study.data import VALIDATION
@@ -127,9 +128,12 @@ def summarise(
         key = (run.label, run.learning_rate)
         tuning[key] = (*tuning.get(key, ()), row)
     found: dict[str, list[RunRow]] = {label: [] for label in (FROZEN, *config.labels())}
+    broken: set[str] = set()  # methods that failed with a seed
     for run, row in finals:
         if row is not None and (row.failure is None or row.tests):
             found[run.label].append(row)
+        elif row is not None:
+            broken.add(run.label)
     tasks = [*tests, *forgetting]
     finalists = config.finalist_labels()
     missing = [f"{run.name}, tried on validation rows" for run, row in tried if row is None]
@@ -146,7 +150,9 @@ def summarise(
         tests=tuple(tests),
         forgetting=tuple(forgetting),
         methods=tuple(
-            _method(label, found, config.baseline, tests, forgetting) for label, rows in found.items() if rows
+            _method(label, found, broken, config.baseline, tests, forgetting)
+            for label, rows in found.items()
+            if rows
         ),
         chosen=chosen,
         tuning=tuning,
@@ -177,15 +183,13 @@ def _choices(
         loss = estimate([statistics.fmean(one.losses) for one in scores])
         if len(scores) == 1:
             loss = dataclasses.replace(loss, error=scores[0].answer_loss_standard_error)
-        pairs = [pair for pair in _pairs(some, rows.get(baseline, ())) if all(map(_validation_losses, pair))]
+        pairs = [] if label == baseline else _pairs(some, rows.get(baseline, ()))
         found[label] = Choice(
             rates=sorted(rate for name, rate in tuning if name == label),
             rate=rate,
             rows=some,
             loss=loss,
-            versus=_difference(_validation_losses, pairs, [VALIDATION])
-            if pairs and label != baseline
-            else None,
+            versus=_difference(_validation_losses, [VALIDATION], pairs),
         )
     return found
 
@@ -227,20 +231,19 @@ def _missing(run: Run, row: RunRow | None, tests: Sequence[str]) -> list[str]:
 def _method(
     label: str,
     found: Mapping[str, Sequence[RunRow]],
+    broken: Collection[str],
     baseline: str,
     tests: Sequence[str],
     forgetting: Sequence[str],
 ) -> MethodSummary:
     rows = found[label]
     pairs = [] if label == baseline else _pairs(rows, found[baseline])
+    versus = partial(_difference, pairs=pairs, seed_failed=label in broken or baseline in broken)
     before = [(row, frozen) for row in rows for frozen in found[FROZEN]]
-    _, forgotten = _by_test(answers, rows, before, forgetting)
-    is_whole = bool(forgetting) and len(forgotten) == len(forgetting)
-    can_compare = is_whole and pairs and all(set(forgetting) <= answers(other).keys() for _, other in pairs)
-    by_test, versus_by_test = _by_test(answers, rows, pairs, tests)
-    by_loss, losses_versus = _by_test(losses, rows, pairs, tests)
-    has_all = len(by_test) == len(tests)
-    mean = estimate([mean_value(_part(answers(row), tests)) for row in rows]) if has_all else None
+    forgotten = partial(_difference, answers, pairs=before, seed_failed=label in broken)
+    by_test = _by_test(partial(_estimate, answers, rows=rows), tests)
+    by_loss = _by_test(partial(_estimate, losses, rows=rows), tests)
+    mean = _estimate(answers, tests, rows)
     if label == FROZEN:
         by_test, by_loss, mean = _with_question_errors(rows[0].tests, by_test, by_loss, mean)
     return MethodSummary(
@@ -248,13 +251,13 @@ def _method(
         rows=tuple(rows),
         tests=by_test,
         mean=mean,
-        versus=_difference(answers, pairs, tests) if pairs and len(versus_by_test) == len(tests) else None,
-        versus_by_test=versus_by_test,
+        versus=versus(answers, tests),
+        versus_by_test=_by_test(partial(versus, answers), tests),
         losses=by_loss,
-        losses_versus=losses_versus,
-        forgetting=forgotten,
-        forgetting_mean=_difference(answers, before, forgetting) if is_whole else None,
-        forgetting_versus=_difference(answers, pairs, forgetting) if can_compare else None,
+        losses_versus=_by_test(partial(versus, losses), tests),
+        forgetting=_by_test(forgotten, forgetting),
+        forgetting_mean=forgotten(forgetting),
+        forgetting_versus=versus(answers, forgetting),
     )
 
 
@@ -280,18 +283,12 @@ def _with_question_errors(
 
 Read = Callable[[RunRow], Values]
 Pairs = Sequence[tuple[RunRow, RunRow]]
+Figure = TypeVar("Figure")
 
 
-def _by_test(
-    read: Read, rows: Sequence[RunRow], pairs: Pairs, tests: Sequence[str]
-) -> tuple[dict[str, Estimate], dict[str, Difference]]:
-    """The mean of each test that all rows have, and its difference where all rows of the pairs have it."""
-    whole = [name for name in tests if all(name in read(row) for row in rows)]
-    common = [name for name in whole if all(name in read(other) for _, other in pairs)] if pairs else []
-    return (
-        {name: estimate([mean_value(_part(read(row), [name])) for row in rows]) for name in whole},
-        {name: _difference(read, pairs, [name]) for name in common},
-    )
+def _by_test(figure: Callable[[Sequence[str]], Figure | None], tests: Sequence[str]) -> dict[str, Figure]:
+    """A figure of each test that has it."""
+    return {name: one for name in tests if (one := figure([name])) is not None}
 
 
 def _pairs(rows: Sequence[RunRow], baseline: Sequence[RunRow]) -> Pairs:
@@ -299,8 +296,25 @@ def _pairs(rows: Sequence[RunRow], baseline: Sequence[RunRow]) -> Pairs:
     return [(row, other) for row in rows for other in baseline if row.seed in (None, other.seed)]
 
 
-def _difference(read: Read, pairs: Pairs, tests: Sequence[str]) -> Difference:
-    return difference([(_part(read(row), tests), _part(read(other), tests)) for row, other in pairs])
+def _estimate(read: Read, tests: Sequence[str], rows: Sequence[RunRow]) -> Estimate | None:
+    """The mean over tests; None without a test, or where a row lacks one."""
+    if not _have_all(read, rows, tests):
+        return None
+    return estimate([mean_value(_part(read(row), tests)) for row in rows])
+
+
+def _difference(
+    read: Read, tests: Sequence[str], pairs: Pairs, *, seed_failed: bool = False
+) -> Difference | None:
+    """The difference over tests; None without a pair or a test, or where a row lacks one."""
+    if not pairs or not _have_all(read, [row for pair in pairs for row in pair], tests):
+        return None
+    values = [(_part(read(row), tests), _part(read(other), tests)) for row, other in pairs]
+    return difference(values, seed_failed=seed_failed)
+
+
+def _have_all(read: Read, rows: Sequence[RunRow], tests: Sequence[str]) -> bool:
+    return bool(tests) and all(set(tests) <= read(row).keys() for row in rows)
 
 
 def _part(values: Values, tests: Sequence[str]) -> Values:
