@@ -153,6 +153,37 @@ def test_a_test_whose_rows_changed_is_refused(study_of: Studies, tmp_path: Path)
         study_of(**ONE_RATE)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tests": {"first": {"md5": "other"}}}, "the rows of first have MD5 other, not [0-9a-f]{32}"),
+        ({"base_fingerprint": "other"}, "the weights of the base model are other, not one"),
+        ({"base_fingerprint": "other", "base_settings": {"dtype": "bfloat16"}}, None),
+        ({"base_fingerprint": None}, None),  # it failed before
+    ],
+)
+def test_rows_of_two_machines_that_do_not_compare_are_refused(
+    changes: dict[str, Any], message: str | None, study_of: Studies
+) -> None:
+    """Answers to other questions were paired by their places, and those of another base model with the study's own."""
+    study = study_of(**ONE_RATE)
+    base = {"base_settings": {"dtype": "float32"}, "base_fingerprint": "one"}
+    run_study(study, pool=Counted(**base))
+    file = study.folder / "results.jsonl"
+    *rows, last = read_rows(file)
+    tests = {name: {**one, **changes.get("tests", {}).get(name, {})} for name, one in last["tests"].items()}
+    file.unlink()
+    append_rows(file, [*rows, {**last, **changes, "tests": tests}])
+    if message is None:
+        assert read_summary(study.config).rows
+        return
+    for use in (open_study, read_summary):
+        with pytest.raises(
+            UsageError, match=rf"rows that do not compare \(lora, rate 0.01, seed 0: {message}\)"
+        ):
+            use(study.config)
+
+
 def test_rows_without_their_study_and_a_damaged_study_are_refused(study_of: Studies, tmp_path: Path) -> None:
     run_study(study_of(**ONE_RATE), pool=Counted())
     file = tmp_path / "out" / "study.json"

@@ -10,6 +10,7 @@ from moa_peft.json_lines import RESULTS_FILE
 from moa_peft.provenance import RECIPE_FILE
 from moa_peft.study.config import StudyConfig
 from moa_peft.study.data import StudyData, source_of
+from moa_peft.study.formatting import run_name
 from moa_peft.study.rows import RunRow
 from moa_peft.study.schedule import Run, method_settings, recipe_of
 from moa_peft.training.checkpoints import changed_keys
@@ -44,7 +45,7 @@ def check_same_study(
         md5: MD5 of the rows of each of both; None where they are not at hand.
 
     Raises:
-        UsageError: If a setting differs; the message names each with both values.
+        UsageError: If a setting differs, or rows do not compare with each other; the message names each with both values.
     """
     before = read_study(folder)
     if before is None:
@@ -59,6 +60,7 @@ def check_same_study(
         if one.label in before["methods"]:
             differing += _differing(before["methods"][one.label], method_settings(one), f"{one.label}: ")
     known = {name: scores.md5 for row in rows for name, scores in row.tests.items()} | before["tests"]
+    _check_joined(folder, rows, known)
     differing += [
         f"the rows of {name}: MD5 was {known[name]}, is {new}"
         for name, new in (md5 or {}).items()
@@ -78,6 +80,29 @@ def check_same_study(
         raise UsageError(
             f"the study in {folder} was started with other settings ({'; '.join(differing)}): go on with those, or "
             "give another --out; methods, seeds, learning rates and tasks may be added"
+        )
+
+
+def _check_joined(folder: Path, rows: Sequence[RunRow], md5: Mapping[str, str]) -> None:
+    """Check that rows compare: of the same questions of each test, and of one base model where it was loaded alike."""
+    bases: dict[str, str] = {}
+    wrong: list[str] = []
+    for row in rows:
+        wrong += [
+            f"{run_name(row)}: the rows of {name} have MD5 {scores.md5}, not {md5[name]}"
+            for name, scores in row.tests.items()
+            if scores.md5 != md5[name]
+        ]
+        if row.base_settings is not None and row.base_fingerprint is not None:
+            first = bases.setdefault(json.dumps(row.base_settings, sort_keys=True), row.base_fingerprint)
+            if row.base_fingerprint != first:
+                wrong.append(
+                    f"{run_name(row)}: the weights of the base model are {row.base_fingerprint}, not {first}"
+                )
+    if wrong:
+        raise UsageError(
+            f"{folder / RESULTS_FILE} holds rows that do not compare ({'; '.join(wrong)}): take out those of one kind, "
+            "or give another --out"
         )
 
 
