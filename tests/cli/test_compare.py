@@ -123,6 +123,10 @@ def test_the_report_alone_is_written_from_the_rows_without_model_and_data(
             (tmp_path / "out" / name).unlink()
     done = invoke("--report-only", "--data_root", "nowhere")
     assert done.exit_code == 0, done.output
+    assert (
+        "mean accuracy over first, ± standard error over seeds, of the frozen model over questions:"
+        in done.stdout
+    )
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").glob("[!.]*.*")} == before
 
 

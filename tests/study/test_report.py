@@ -248,7 +248,7 @@ def test_tests_with_losses_alone_are_drawn_against_parameters_and_forgetting(rep
             )
             for one in summary.methods
         ]
-        some = dataclasses.replace(summary, methods=tuple(methods), tests=("org/first",))
+        some = dataclasses.replace(summary, methods=tuple(methods), tests=("org/first",), scored=())
         return {one.file: one.svg for one in draw_plots(some)}
 
     plots = drawn(0.01)
@@ -260,6 +260,29 @@ def test_tests_with_losses_alone_are_drawn_against_parameters_and_forgetting(rep
         assert "frozen" not in words, "its loss is too high to be shown beside the others'"
     other = drawn(0.02)
     assert [plots[name] == other[name] for name in plots] == [True, False]
+
+
+def test_a_test_without_an_accuracy_leaves_the_mean_of_the_others_and_its_own_losses(reported: Any) -> None:
+    """It took the mean, the difference and every plot away, without a word."""
+
+    def by_loss(_: Order, row: Any) -> Any:
+        tests = {
+            name: dataclasses.replace(one, accuracy=None, standard_error=None, correct="", losses=[0.5, 0.7])
+            if name == "first"
+            else one
+            for name, one in row.tests.items()
+        }
+        return dataclasses.replace(row, tests=tests)
+
+    summary, text = reported(by_loss)
+    assert summary.scored == ("second",)
+    assert row_of(text, "Accuracy", "soft-moa") == ["1,000", "2", "87.5 ± 12.5", "87.5 ± 12.5"]
+    assert "The mean is over second. Of first there is the loss alone." in text
+    assert row_of(text, "Difference from lora", "soft-moa")[0] == "+50.0"
+    assert row_of(text, "Loss of the answers", "soft-moa")[2:] == ["0.6000 ± 0.0000", "-"]
+    assert re.findall(r"\((.*)\.svg\)", text) == [
+        "accuracy_parameters", "accuracy_step_time", "loss_first_parameters",
+    ]  # fmt: skip
 
 
 def test_rows_of_runs_that_the_config_does_not_name_are_left_out(reported: Any, study: Study) -> None:

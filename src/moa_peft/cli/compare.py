@@ -151,8 +151,10 @@ def outcome_text(summary: "StudySummary", *, has_report: bool) -> str:
 
     folder = Path(summary.config.out)
     by_loss = not any(one.mean for one in summary.methods)
-    what = "loss of the answers, nats a token" if by_loss else "mean accuracy over tests"
-    lines = [f"{what}, ± standard error over seeds:"]
+    what = (
+        "loss of the answers, nats a token" if by_loss else f"mean accuracy over {', '.join(summary.scored)}"
+    )
+    lines = [f"{what}, ± standard error over seeds, of the frozen model over questions:"]
     lines += [
         f"  {one.label}: " + (_losses(one) if by_loss else f"{percent(one.mean)} %")
         for one in summary.methods

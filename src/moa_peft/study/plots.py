@@ -39,7 +39,7 @@ class _Axis:
 
 
 def draw_plots(summary: StudySummary) -> list[Picture]:
-    """Draw the plots for which a study has anything to show: accuracies, or losses where its tests have no more."""
+    """Draw the plots for which a study has anything to show: the mean accuracy, and losses of the tests that have none."""
     methods = [one for one in summary.methods if one.label != FROZEN]
     parameters = _Axis(
         name="parameters",
@@ -52,24 +52,23 @@ def draw_plots(summary: StudySummary) -> list[Picture]:
     times = {one.label: (time, None) for one in methods if (time := median_step_ms(one)) is not None}
     if len(devices(methods)) > 1:
         times = {}
-    pairs = [
-        (parameters, _accuracy(summary.methods)),
-        (
-            _Axis(name="step_time", text="time of a step, ms", figures=times, log=True),
-            _accuracy(summary.methods),
-        ),
+    step_time = _Axis(name="step_time", text="time of a step, ms", figures=times, log=True)
+    forgetting = _Axis(
+        name="forgetting",
+        text="accuracy on other tasks less the frozen model's, points",
+        figures={
+            one.label: (100 * one.forgetting_mean.mean, _hundredfold(one.forgetting_mean.error))
+            for one in methods
+            if one.forgetting_mean is not None
+        },
+    )
+    pairs = [(x, _accuracy(summary.methods)) for x in (parameters, step_time)]
+    pairs += [
+        (x, _loss(methods, test))
+        for test in summary.tests
+        if test not in summary.scored
+        for x in (parameters, forgetting)
     ]
-    if not any(one.tests for one in summary.methods):
-        forgetting = _Axis(
-            name="forgetting",
-            text="accuracy on other tasks less the frozen model's, points",
-            figures={
-                one.label: (100 * one.forgetting_mean.mean, _hundredfold(one.forgetting_mean.error))
-                for one in methods
-                if one.forgetting_mean is not None
-            },
-        )
-        pairs = [(x, _loss(methods, test)) for test in summary.tests for x in (parameters, forgetting)]
     labels = [one.label for one in methods]
     return [
         Picture(

@@ -123,29 +123,33 @@ def _head(summary: StudySummary) -> Section:
 
 
 def _accuracy(summary: StudySummary) -> Section | None:
-    are_losses = not any(one.tests for one in summary.methods) and any(one.losses for one in summary.methods)
-    if are_losses or not summary.config.finalist_labels():
+    if not summary.scored or not summary.config.finalist_labels():
         return None
     rows = [
         [
             one.label,
             count(one.rows[0].trainable_parameters),
             NONE if one.label == FROZEN else str(len(one.rows)),
-            *(percent(one.tests.get(name)) for name in summary.tests),
+            *(percent(one.tests.get(name)) for name in summary.scored),
             percent(one.mean),
         ]
         for one in summary.methods
     ]
     questions = {
         name: row.tests[name].n
-        for name in summary.tests
+        for name in summary.scored
         for method in summary.methods
         for row in method.rows
         if name in row.tests
     }
     counts = ", ".join(f"{name} {number:,}" for name, number in questions.items())
-    texts = (ACCURACY_NOTE, f"Questions: {counts}." if counts else "No test is done yet.")
-    head = ["method", "trained", "seeds", *summary.tests, "mean"]
+    texts = [ACCURACY_NOTE, f"Questions: {counts}." if counts else "No test is done yet."]
+    others = [name for name in summary.tests if name not in summary.scored]
+    if others:
+        texts.append(
+            f"The mean is over {', '.join(summary.scored)}. Of {', '.join(others)} there is the loss alone."
+        )
+    head = ["method", "trained", "seeds", *summary.scored, "mean"]
     return _tabled("Accuracy", texts, head, rows) or Section(title="Accuracy", texts=texts)
 
 
@@ -159,9 +163,9 @@ def _differences_by_test(summary: StudySummary) -> Section | None:
     return _tabled(
         f"Difference from {summary.config.baseline}, test by test",
         ["Points, each with its standard error; * where it reaches its own minimum detectable difference."],
-        ["method", *summary.tests],
+        ["method", *summary.scored],
         [
-            [one.label, *(signed(one.versus_by_test.get(name)) for name in summary.tests)]
+            [one.label, *(signed(one.versus_by_test.get(name)) for name in summary.scored)]
             for one in summary.methods
             if one.versus_by_test
         ],

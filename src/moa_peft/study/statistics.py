@@ -32,7 +32,7 @@ class MethodSummary:
     tests: Mapping[str, Estimate]
     """Accuracy of each test that all of them have: mean over seeds; of the frozen model its error is over questions."""
     mean: Estimate | None
-    """Mean accuracy over all tests; None while one is missing."""
+    """Mean accuracy over the tests that have one; None while one is missing."""
     versus: Difference | None
     """Mean difference from the baseline; None for the baseline, and while there is no common seed."""
     versus_by_test: Mapping[str, Difference]
@@ -77,6 +77,8 @@ class StudySummary:
     config: StudyConfig
     tests: tuple[str, ...]
     """Names of its tests, in the config's order."""
+    scored: tuple[str, ...]
+    """Those of them that have an accuracy, or none so far because they are not done; the mean is over these."""
     forgetting: tuple[str, ...]
     """Names of the tasks that tell what training took away, likewise."""
     methods: tuple[MethodSummary, ...]
@@ -134,6 +136,11 @@ def summarise(
             found[run.label].append(row)
         elif row is not None:
             broken.add(run.label)
+    scored = [
+        name
+        for name in tests
+        if all(name in answers(row) for rows in found.values() for row in rows if name in row.tests)
+    ]
     tasks = [*tests, *forgetting]
     finalists = config.finalist_labels()
     missing = [f"{run.name}, tried on validation rows" for run, row in tried if row is None]
@@ -148,9 +155,10 @@ def summarise(
     return StudySummary(
         config=config,
         tests=tuple(tests),
+        scored=tuple(scored),
         forgetting=tuple(forgetting),
         methods=tuple(
-            _method(label, found, broken, config.baseline, tests, forgetting)
+            _method(label, found, broken, config.baseline, tests, scored, forgetting)
             for label, rows in found.items()
             if rows
         ),
@@ -234,6 +242,7 @@ def _method(
     broken: Collection[str],
     baseline: str,
     tests: Sequence[str],
+    scored: Sequence[str],
     forgetting: Sequence[str],
 ) -> MethodSummary:
     rows = found[label]
@@ -241,9 +250,9 @@ def _method(
     versus = partial(_difference, pairs=pairs, seed_failed=label in broken or baseline in broken)
     before = [(row, frozen) for row in rows for frozen in found[FROZEN]]
     forgotten = partial(_difference, answers, pairs=before, seed_failed=label in broken)
-    by_test = _by_test(partial(_estimate, answers, rows=rows), tests)
+    by_test = _by_test(partial(_estimate, answers, rows=rows), scored)
     by_loss = _by_test(partial(_estimate, losses, rows=rows), tests)
-    mean = _estimate(answers, tests, rows)
+    mean = _estimate(answers, scored, rows)
     if label == FROZEN:
         by_test, by_loss, mean = _with_question_errors(rows[0].tests, by_test, by_loss, mean)
     return MethodSummary(
@@ -251,8 +260,8 @@ def _method(
         rows=tuple(rows),
         tests=by_test,
         mean=mean,
-        versus=versus(answers, tests),
-        versus_by_test=_by_test(partial(versus, answers), tests),
+        versus=versus(answers, scored),
+        versus_by_test=_by_test(partial(versus, answers), scored),
         losses=by_loss,
         losses_versus=_by_test(partial(versus, losses), tests),
         forgetting=_by_test(forgotten, forgetting),
