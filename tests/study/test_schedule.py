@@ -158,6 +158,34 @@ def test_a_method_gets_more_rates_while_its_choice_lies_at_an_end(
     assert tried_rates(CONFIG, shared(), losses_at(losses, CONFIG))["lora"] == [1e-3, 1e-2]
 
 
+@pytest.mark.parametrize(
+    ("losses", "tried", "chosen"),
+    [
+        ({1e-3: 1.0, 1e-2: 0.9, 2e-2: 0.95}, [1e-3, 1e-2, 2e-2], 1e-2),  # inside
+        ({1e-3: 1.0, 1e-2: 1.0}, [1e-3, 1e-2], 1e-3),
+        ({1e-3: None, 1e-2: None}, [1e-3, 1e-2], 1e-3),
+    ],
+)
+def test_of_equal_accuracies_the_loss_decides_and_where_it_does_not_no_rate_is_added(
+    losses: dict[float, float | None], tried: list[float], chosen: float
+) -> None:
+    """The lowest of equal rates was the best, and so an end: the budget was spent on ever lower ones."""
+    config = dataclasses.replace(GROWING, choose_by="accuracy")
+    rows = [
+        dataclasses.replace(
+            row, validation=dataclasses.replace(scores(0), answer_loss=losses[row.learning_rate or 0])
+        )
+        for row in losses_at(dict.fromkeys(losses, 1.0), config)
+    ]
+    assert tried_rates(config, shared(config), rows)["lora"] == tried
+    assert choose_rates(config, shared(config), rows)["lora"] == chosen
+    better = [
+        dataclasses.replace(row, validation=scores(9.0, accuracy=0.6)) if row.learning_rate == 1e-3 else row
+        for row in rows
+    ]
+    assert tried_rates(config, shared(config), better)["lora"] == [1e-3, 1e-2, 5e-4]
+
+
 def test_an_added_rate_is_chosen_like_the_others_and_awaited() -> None:
     grown = losses_at({1e-3: 2.0, 1e-2: 1.0, 2e-2: 0.5, 4e-2: 0.7}, GROWING)
     assert choose_rates(GROWING, shared(), grown)["lora"] == 2e-2

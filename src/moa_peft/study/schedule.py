@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moa_peft.study.config import FROZEN, Method, StudyConfig
-from moa_peft.study.rows import RunRow, Stage
+from moa_peft.study.rows import RunRow, Scores, Stage
 from moa_peft.training.checkpoints import FREE_ON_RESUME
 from moa_peft.training.recipe import Recipe, factors_of
 from moa_peft.training.trainer_settings import trainer_fields
@@ -146,40 +146,46 @@ def tried_rates(
 ) -> dict[str, list[float]]:
     """The learning rates of each method by label: the list's in its order, then those added while the choice lies at an end.
 
-    A rate is added once all before it are done, up to ``most_rates``.
+    A rate is added once all before it are done, up to ``most_rates``; none while several are equally good.
     """
     done = {row.config_hash: row for row in rows if row.stage == "tuning"}
     found: dict[str, list[float]] = {}
     for method in config.methods:
         rates = found[method.label] = [float(one) for one in config.learning_rates]
         while len(rates) < (config.most_rates or 0):
-            best = _best_rate(config, shared, method, rates, done)
-            if best is None or min(rates) < best < max(rates):
+            best = _best_rates(config, shared, method, rates, done)
+            if best not in ([min(rates)], [max(rates)]):  # nor of several that are equal
                 break
-            rates.append(best / 2 if best == min(rates) else best * 2)
+            rates.append(best[0] / 2 if best[0] == min(rates) else best[0] * 2)
     return found
 
 
-def _best_rate(
+def _best_rates(
     config: StudyConfig,
     shared: Mapping[str, Any],
     method: Method,
     rates: Sequence[float],
     done: Mapping[str, RunRow],
-) -> float | None:
-    """The rate that `choose_rates` chooses among those tried."""
-    costs: list[tuple[float, float]] = []
-    for rate in rates:
+) -> list[float]:
+    """The best of the rates tried, the lowest of equals first; none while one is not done, or where all failed."""
+    costs: dict[float, tuple[float, ...]] = {}
+    for rate in sorted(rates):
         runs = [_tuning_run(config, method, rate, seed) for seed in config.tuning_seeds]
         rows = [done[one] for one in (run_hash(shared, run) for run in runs) if one in done]
         if len(rows) < len(runs):
-            return None
+            return []
         scores = [row.validation for row in rows if row.failure is None and row.validation is not None]
-        figures = [one for score in scores if (one := getattr(score, config.choose_by)) is not None]
+        figures = [one for score in scores if (one := _costs(config, score)) is not None]
         if len(figures) == len(rows):
-            mean = statistics.fmean(figures)
-            costs.append((mean if config.choose_by == "answer_loss" else -mean, rate))
-    return min(costs)[1] if costs else None
+            costs[rate] = tuple(map(statistics.fmean, zip(*figures, strict=True)))
+    return [rate for rate, cost in costs.items() if cost == min(costs.values())]
+
+
+def _costs(config: StudyConfig, score: Scores) -> tuple[float, ...] | None:
+    """What chooses, less is better: of equal accuracies the loss, where there is one."""
+    if config.choose_by == "answer_loss":
+        return None if score.answer_loss is None else (score.answer_loss,)
+    return None if score.accuracy is None else (-score.accuracy, score.answer_loss or 0.0)
 
 
 def final_runs(config: StudyConfig, chosen: Mapping[str, float | None]) -> list[Run]:
@@ -223,14 +229,15 @@ def choose_rates(
     """Choose the learning rate of each method from the validation rows of its tuning runs.
 
     Returns:
-        By label the rate with the best mean over the tuning seeds, the smallest of equals; one that failed with any of
-        them is out. None while a tuning run is missing, or when all failed.
+        By label the rate with the best mean over the tuning seeds, of equal accuracies that with the lowest loss, the smallest of
+        equals; one that failed with any of them is out. None while a tuning run is missing, or when all failed.
     """
     if not config.has_tuning:
         return dict.fromkeys(config.labels(), float(config.learning_rates[0]))
     done = {row.config_hash: row for row in rows if row.stage == "tuning"}
     tried = tried_rates(config, shared, rows)
-    return {one.label: _best_rate(config, shared, one, tried[one.label], done) for one in config.methods}
+    best = {one.label: _best_rates(config, shared, one, tried[one.label], done) for one in config.methods}
+    return {label: rates[0] if rates else None for label, rates in best.items()}
 
 
 def pending(
