@@ -91,6 +91,7 @@ def test_rates_that_are_chosen_among_are_tried_first_and_their_runs_counted(stud
     ("changes", "message"),
     [
         ({"max_length": 99}, "max_length was 400, is 99"),
+        ({"router_prompts": 1}, "router_prompts was None, is 1"),
         ({"train_limit": 9}, "train_limit was None, is 9; train_md5 was"),
         ({"test_limit": 9}, "test_limit was 16, is 9; the rows of first: MD5 was"),
         ({"methods": ["soft-moa", "lora"]}, "soft-moa: mixture was {'router': {'kind': 'linear'}}, is {}"),

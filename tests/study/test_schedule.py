@@ -277,6 +277,8 @@ def test_what_is_done_is_not_left_and_a_new_test_is_all_that_is_left_of_a_run() 
         ({"model": "other"}, False),
         ({"trainer": {"num_train_epochs": 9}}, False),
         ({"draw_seed": 1}, False),
+        ({"router_prompts": 1}, False),
+        ({"router_prompts": 32}, True),
         ({"seeds": (5,)}, True),
         ({"learning_rates": (1.0,)}, True),
         ({"out": "elsewhere", "data_root": "elsewhere"}, True),

@@ -62,6 +62,8 @@ def shared_settings(config: StudyConfig, train_md5: str, validation_md5: str) ->
     Where files and the model lie, how often is logged and saved, and what only the report reads is left out.
     """
     trainer = _deciding(config.trainer_of(Method(method="")))
+    # the default is left out: older rows have it, and are known by these settings
+    prompts = {} if config.router_prompts == 32 else {"router_prompts": config.router_prompts}
     return {
         "model": Path(config.model).name or config.model,  # its weights are compared by their fingerprint
         "template": config.template,
@@ -73,6 +75,7 @@ def shared_settings(config: StudyConfig, train_md5: str, validation_md5: str) ->
         "train_md5": train_md5,
         "validation_md5": validation_md5,
         **({} if config.mode is None else {"mode": config.mode}),
+        **prompts,
         **{f"trainer.{key}": value for key, value in trainer.items()},
     }
 
