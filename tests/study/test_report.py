@@ -262,6 +262,53 @@ def test_tests_with_losses_alone_are_drawn_against_parameters_and_forgetting(rep
     assert [plots[name] == other[name] for name in plots] == [True, False]
 
 
+def first_plot(summary: StudySummary, labels: list[str], *, most: int = 2, frozen: float = 0.5) -> str:
+    """A plot of accuracies from 50 % to 60 %, of up to so many times 1000 parameters."""
+    model, method, _ = summary.methods
+    methods = [
+        dataclasses.replace(
+            method,
+            label=label,
+            mean=Estimate(mean=0.5 + 0.1 * place / len(labels), error=None),
+            rows=(dataclasses.replace(method.rows[0], trainable_parameters=1000 * (most if place else 1)),),
+        )
+        for place, label in enumerate(labels)
+    ]
+    model = dataclasses.replace(model, mean=Estimate(mean=frozen, error=None))
+    return draw_plots(dataclasses.replace(summary, methods=(model, *methods)))[0].svg
+
+
+def words_of(svg: str) -> set[str | None]:
+    return {one.text for one in ElementTree.fromstring(svg).iter()}
+
+
+def test_a_plot_has_room_for_many_methods_and_long_labels(reported: Any) -> None:
+    """From the 22nd method on the legend was cut off, and a label of 80 letters left the axes no width."""
+    summary, _ = reported()
+    svg = first_plot(summary, ["x" * 80, *(f"method-{place}" for place in range(35))])
+    height = float(re.findall(r'viewBox="0 0 \S+ (\S+)"', svg)[0])
+    places = [float(one) for one in re.findall(r' y="(\S+?)"[^>]*>method-\d+<', svg)]
+    assert len(places) == 35
+    assert max(places) < height
+    left, right = re.findall(r'id="patch_2">\s*<path d="M (\S+) \S+ \s*L (\S+) ', svg)[0]
+    assert float(right) - float(left) > 300
+
+
+def test_a_frozen_model_that_is_far_away_is_named_and_leaves_the_methods_their_room(reported: Any) -> None:
+    summary, _ = reported()
+    near, below, above = (words_of(first_plot(summary, ["a", "b"], frozen=one)) for one in (0.48, 0.1, 0.9))
+    assert "frozen" in near
+    assert {"frozen: 10.0", "50", "52"} <= below
+    assert {"frozen: 90.0", "50", "52"} <= above
+
+
+@pytest.mark.parametrize(("most", "is_log"), [(2, False), (3, True)])
+def test_an_axis_is_logarithmic_from_a_factor_of_three_on(most: int, is_log: bool, reported: Any) -> None:
+    """Its labels below were of the kind of 2.74 times a power of ten."""
+    summary, _ = reported()
+    assert ("10^{3}" in first_plot(summary, ["a", "b"], most=most)) is is_log
+
+
 def test_a_test_without_an_accuracy_leaves_the_mean_of_the_others_and_its_own_losses(reported: Any) -> None:
     """It took the mean, the difference and every plot away, without a word."""
 

@@ -107,10 +107,13 @@ def _draw(labels: Sequence[str], x: _Axis, y: _Axis) -> str:
     from matplotlib.figure import Figure
 
     with style.context(["default", _SETTINGS]):
-        figure = Figure(figsize=(9, 4.5), layout="constrained")
+        shown = [label for label in labels if label in x.figures and label in y.figures]
+        longest = max(map(len, shown))
+        # inches for every line of the legend, and for labels longer than most beside the axes
+        size = 9 + 0.09 * max(0, longest - 24), max(4.5, 0.23 * (len(shown) + 1))
+        figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         plot = figure.add_subplot()
-        shown = [label for label in labels if label in x.figures and label in y.figures]
         for place, label in enumerate(shown):
             look: dict[str, Any] = {
                 "color": f"C{place % 10}",
@@ -121,17 +124,33 @@ def _draw(labels: Sequence[str], x: _Axis, y: _Axis) -> str:
                 [across], [up], xerr=width, yerr=height, linestyle="", capsize=3, label=label, **look
             )
         figure.legend(loc="outside right upper", frameon=False)
-        if FROZEN in y.figures:
-            frozen, _ = y.figures[FROZEN]
-            plot.axhline(frozen, linestyle="--", linewidth=1, color="0.5")
-            plot.annotate(
-                FROZEN, (1, frozen), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4"
-            )
-        if x.log:
+        places = [x.figures[label][0] for label in shown]
+        if x.log and max(places) >= 3 * min(places):  # closer ones get ticks such as 2.74e6
             plot.set_xscale("log")
         plot.margins(x=0.2, y=0.2)
+        if FROZEN in y.figures:
+            _mark_frozen(plot, y.figures[FROZEN][0])
         plot.set_xlabel(x.text, parse_math=False)
         plot.set_ylabel(y.text, parse_math=False)  # a test's name may hold a $
         written = io.StringIO()
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
     return re.sub(r"\A.*?(?=<svg )", "", written.getvalue(), flags=re.DOTALL)
+
+
+def _mark_frozen(plot: Any, value: float) -> None:
+    """Draw a line for the frozen model, or write its value at the edge where the line would leave the methods little room."""
+    low, high = plot.get_ylim()
+    room = high - low
+    if low - room < value < high + room:
+        plot.axhline(value, linestyle="--", linewidth=1, color="0.5")
+        text, place = FROZEN, value
+    else:
+        text, place = f"{FROZEN}: {value:.1f}", low if value < low else high
+    plot.annotate(
+        text,
+        (1, place),
+        xycoords=("axes fraction", "data"),
+        ha="right",
+        va="top" if place == high else "bottom",
+        color="0.4",
+    )
