@@ -1,5 +1,6 @@
 """The page in a real browser, opened from disk: it works by mouse and by keyboard, asks nothing, and complains of nothing."""
 
+import dataclasses
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from moa_peft.data.row import Row
+from moa_peft.inspection.agreement import AgreementStatistics
 from moa_peft.inspection.html_report import page
 from moa_peft.inspection.inspection import inspect_model
 from moa_peft.inspection.prompts import as_prompt, tokenise
@@ -124,6 +126,24 @@ def test_every_figure_is_drawn_and_markup_in_texts_is_inert(opened: Any) -> None
     assert opened.locator("img, i:not([aria-hidden])").count() == 0
     assert opened.title() == "What the router does"
     assert "runs/<i>first</i>" in opened.inner_text("header.top")
+
+
+@NEEDS_BROWSER
+def test_the_agreement_starts_at_a_figure_that_has_values(
+    browser: Any, report: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """Beside an instance router it showed the correlation of gates, of which there is none."""
+    agreement = AgreementStatistics(
+        layer=0, router="", names=("a",), gate_correlation=(None,), gate_difference=(None,), change_cka=(0.5,)
+    )
+    file = tmp_path / "report.html"
+    found = dataclasses.replace(report[1], agreement=(agreement,))
+    file.write_text(page(found, provenance()), encoding="utf-8")
+    tab = browser.new_page()
+    tab.goto(file.as_uri())
+    assert tab.input_value("#agreement-measure") == "change_cka"
+    assert tab.inner_text("#agreement td.cell") == ".50"
+    tab.close()
 
 
 @NEEDS_BROWSER

@@ -248,7 +248,8 @@ function start() {
   options(at("adapter"), DATA.adapters.map((_, place) => place), DATA.adapters.map((one) => one.title), 0);
   options(at("prompt"), DATA.prompts.map((_, place) => place), DATA.prompts.map((one) => `${one.number}: ${one.start}`), 0);
   at("agreement-section").hidden = !DATA.agreement.length;
-  options(at("agreement-measure"), Object.keys(AGREEMENT), Object.values(AGREEMENT), "gate_correlation");
+  const hasAgreement = (measure) => DATA.agreement.some((one) => one[measure].some(known)); // routers of two kinds share no gates
+  options(at("agreement-measure"), Object.keys(AGREEMENT), Object.values(AGREEMENT), Object.keys(AGREEMENT).find(hasAgreement));
   at("agreement-measure").addEventListener("change", drawAgreement);
   const first = DATA.adapters[0].routers[0] ?? DATA.adapters[0].groups[0];
   state.view = first.router;
