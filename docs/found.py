@@ -10,7 +10,7 @@ from moa_peft.cli.overrides import load_yaml
 from moa_peft.evaluation.results import mean_and_standard_error
 from moa_peft.study.config import FROZEN, studies_of
 from moa_peft.study.estimates import Difference
-from moa_peft.study.formatting import NONE, choice_cells, count, difference_cells, nats
+from moa_peft.study.formatting import NONE, choice_cells, count, difference_cells, nats, percent
 from moa_peft.study.report import read_summary
 from moa_peft.study.rows import ROUTER_FIGURES
 from moa_peft.study.statistics import MethodSummary, StudySummary
@@ -23,7 +23,7 @@ TESTS = {
     "math": {LOSS: "math_small", OTHER_LOSS: "codealpaca"},
     "code": {LOSS: "codealpaca", OTHER_LOSS: "math_small"},
 }
-NAMES = {"math_small": "mathematics", "codealpaca": "code"}
+NAMES = {"math_small": "mathematics", "codealpaca": "code", "commonsense_small": "commonsense"}
 COPIES = ("molora-6x2-s4", "hydralora-8x3", "topk-6x2", "adamole-6x2-s4")
 LARGE_COPIES = ("molora-8x8", "hydralora-8x8", "topk-8x8", "adamole-8x8")
 SAME_LAYERS = (("soft-moa-s4", "lora-s4"), ("soft-moa-all-s4", "lora-all-s4"))
@@ -172,13 +172,36 @@ def default() -> str:
     return table(head, rows)
 
 
+def several() -> str:
+    """One row a method trained on several domains: the loss on each, and the accuracy of the choices of commonsense questions."""
+    rows = []
+    for one in summary_of("mixture").methods:
+        right = one.tests.get("commonsense_small")
+        rows.append((FINALISTS[one.label], *(nats(one.losses.get(test)) for test in NAMES), percent(right)))
+    return table(("method", *(f"loss, {name}" for name in NAMES.values()), "accuracy, commonsense"), rows)
+
+
+def several_claims() -> str:
+    """One row a comparison of methods trained on several domains, on each."""
+    pairs = _run([pair for _, _, pairs in (*QUESTIONS[:1], *OF_THE_DEFAULT) for pair in pairs], "mixture")
+    rows = [
+        (f"`{label}` minus `{other}`", name, *_comparison(test, label, other, "mixture"))
+        for label, other in pairs
+        for test, name in NAMES.items()
+    ]
+    return table(("methods", "loss", "difference", "detectable", "p", "verdict"), rows)
+
+
 def _comparison(measure: str, label: str, other: str, domain: str) -> tuple[str, str, str, str]:
-    """The difference with its error, the detectable one, the p of one comparison, and the verdict."""
+    """The difference with its error, the detectable one, the p of one comparison, and the verdict.
+
+    ``measure`` is what the study measures, or the name of a test whose loss is meant.
+    """
     summary = summary_of(domain, other)
     method = next((one for one in summary.methods if one.label == label), None)
     one = None
     if method is not None:
-        test = TESTS[domain.partition("-")[0]].get(measure, "")
+        test = TESTS.get(domain.partition("-")[0], {}).get(measure, measure)
         one = method.forgetting_versus if measure == FORGETTING else method.losses_versus.get(test)
     mean, error, _, _, detectable, seeds, verdict = difference_cells(one, is_loss=measure != FORGETTING)
     if one is None or one.seeds < len(summary.config.seeds):
@@ -186,7 +209,7 @@ def _comparison(measure: str, label: str, other: str, domain: str) -> tuple[str,
     planned = any(measure == asked and (label, other) in pairs for _, asked, pairs in QUESTIONS)
     if not one.is_found:
         verdict = "undecided"
-    elif not planned and (domain, label) != ("code", DEFAULT):
+    elif not planned and domain != "mixture" and (domain, label) != ("code", DEFAULT):
         verdict += NOT_PLANNED
     return f"{mean} ± {error}", detectable, _p(one), verdict
 
