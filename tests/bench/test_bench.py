@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from moa_peft.bench import measure as measuring
@@ -24,7 +25,10 @@ from moa_peft.cli import main
 from moa_peft.errors import RunError, UsageError
 from moa_peft.mixture.block_hooks import MoALayer
 from moa_peft.mixture.mixture import Mixture
-from tiny import METHODS, mixture_model, tokens
+from moa_peft.mixture.presets import PAPER_TARGETS
+from pictures import model_of
+from structures import text_model
+from tiny import FAMILIES, METHODS, base_model, mixture_model, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -216,6 +220,63 @@ def test_a_copy_shares_the_frozen_weights_and_every_expert_speaks() -> None:
     assert frozen <= {one.data_ptr() for one in model.parameters()}
     assert all(one.any() for one in subjects.trainable(model))
     assert not any(isinstance(one, MoALayer) for one in base.modules())
+
+
+@pytest.mark.parametrize("method", ["peft-lora", "peft-lora-all"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pefts_lora_stands_on_the_layers_of_a_mixtures(family: str, method: str) -> None:
+    """On fused layers PEFT found a part of the names, or none."""
+    tiny = FAMILIES[family]
+    targets = PAPER_TARGETS if method == "peft-lora" else tiny.targets
+    model: Any = subjects.with_method(base_model(family), method)
+    for block in ("0", "1"):
+        places = [name.partition(f".{block}.")[2] for name in model.targeted_module_names]
+        assert sorted(filter(None, places)) == sorted({tiny.paths[one] for one in targets})
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_5_vl"])
+def test_pefts_lora_leaves_the_vision_tower_alone(family: str) -> None:
+    """Its attention has projections of the same names."""
+    model: Any = subjects.with_method(model_of(family), "peft-lora-all")
+    assert len(model.targeted_module_names) == 2 * 7  # blocks, projections
+    assert all(".language_model." in one for one in model.targeted_module_names)
+
+
+@pytest.mark.parametrize("method", ["peft-lora", "peft-lora-all"])
+def test_pefts_lora_on_a_shape_is_the_one_of_plain_names(method: str) -> None:
+    base: Any = subjects.base_model("smollm2-135m", layers=None, dtype=torch.float32, device="cpu")
+    targets = [*PAPER_TARGETS, *(["gate_proj", "up_proj"] if method == "peft-lora-all" else [])]
+    found = subjects.with_method(base, method).state_dict()
+    torch.manual_seed(0)
+    config = LoraConfig(r=8, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
+    expected = get_peft_model(base, config).state_dict()
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_layer_that_pefts_lora_cannot_have_is_told() -> None:
+    """For the layers of a shared expert PEFT takes the stacked weights of the routed ones."""
+    told = (
+        r"leaves out model\.layers\.0\.mlp\.shared_expert\.down_proj, one of 2 layers: give --baseline lora"
+    )
+    with pytest.raises(UsageError, match=told):
+        subjects.with_method(text_model("qwen3_next"), "peft-lora")
+
+
+def test_a_kind_of_layer_that_pefts_lora_does_not_know_is_told() -> None:
+    class Packed(nn.Module):
+        in_features, out_features = 48, 36
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(36, 48))
+
+    base: Any = subjects.base_model("smollm2-135m", layers=1, dtype=torch.float32, device="cpu")
+    base.model.layers[0].mlp.down_proj = Packed()
+    with pytest.raises(
+        UsageError, match=r"give --baseline lora, .*Target module Packed\(\) is not supported"
+    ):
+        subjects.with_method(base, "peft-lora")
 
 
 def test_methods_are_taken_in_turn_and_the_warm_up_does_not_count() -> None:

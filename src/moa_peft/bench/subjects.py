@@ -9,9 +9,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from moa_peft.data.base_loading import find_base, load_base
-from moa_peft.errors import UsageError
+from moa_peft.errors import UsageError, library_errors
+from moa_peft.mixture.architecture import find_blocks
 from moa_peft.mixture.block_hooks import mixtures_of
 from moa_peft.mixture.experts.base import PROJECTIONS
 from moa_peft.mixture.mixture import AtModule, Readers
@@ -82,16 +84,14 @@ def with_method(base: nn.Module, method: str, *, num_experts: int | None = None)
         num_experts: Copies of each expert, for one that `has_copies`.
 
     Raises:
-        UsageError: If the method is unknown.
+        UsageError: If the method is unknown, or PEFT's LoRA cannot stand where a mixture's does.
     """
     model = copy.deepcopy(base, memo={id(one): one for one in base.parameters()})
     torch.manual_seed(0)
     if method == FROZEN:
         return model
     if method in (LORA, LORA_AGAIN, LORA_ALL):
-        targets: list[str] = [*(PROJECTIONS if method == LORA_ALL else PAPER_TARGETS)]
-        lora = LoraConfig(r=8, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
-        return get_peft_model(model, lora)
+        return _peft_lora(model, PROJECTIONS if method == LORA_ALL else PAPER_TARGETS)
     if method == PROMPTLESS:
         config = MoAConfig.preset("soft-moa", experts=list(PROMPTLESS_EXPERTS))
     else:
@@ -100,6 +100,31 @@ def with_method(base: nn.Module, method: str, *, num_experts: int | None = None)
     for parameter in trainable(tuned):  # what is zero at first would hide every error
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
+    return tuned
+
+
+def _peft_lora(model: nn.Module, targets: Sequence[str]) -> nn.Module:
+    """PEFT's LoRA on the layers where a mixture's stands; a fused layer is adapted whole, which takes other parameters."""
+    sites = {
+        site.path: site.module
+        for block in find_blocks(model)
+        for one in targets
+        for site in block.places(one)
+    }
+    lora = LoraConfig(
+        r=8,
+        lora_alpha=8,
+        target_modules=list(sites),
+        fan_in_fan_out=any(isinstance(one, Conv1D) for one in sites.values()),
+        task_type="CAUSAL_LM",
+    )
+    instead = "give --baseline lora, and --methods without PEFT's LoRA"
+    with library_errors(f"PEFT's LoRA does not fit this model: {instead}"):
+        tuned = get_peft_model(model, lora)
+    # of some families PEFT takes the stacked weights of routed experts instead of a layer of the same name
+    left_out = sorted(sites.keys() - set(tuned.targeted_module_names))
+    if left_out:
+        raise UsageError(f"PEFT's LoRA leaves out {left_out[0]}, one of {len(left_out)} layers: {instead}")
     return tuned
 
 
