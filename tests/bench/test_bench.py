@@ -158,10 +158,12 @@ def test_the_number_of_operators_does_not_grow_with_the_number_of_experts() -> N
         assert few.trainable_parameters < many.trainable_parameters
 
 
-def test_a_scaled_method_may_be_compared_with_itself() -> None:
-    rows = rows_of("scaling", "molora", "hydralora", baseline="molora", num_experts=(2,))
-    assert list(rows) == ["frozen", "molora", "hydralora/2"]
-    assert rows["hydralora/2"].over_baseline is not None
+def test_a_scaled_method_may_be_compared_with_itself_and_a_number_given_twice_counts_once() -> None:
+    """The baseline's own numbers were ignored; a number given twice was a KeyError after the timing."""
+    rows = rows_of("scaling", "molora", "hydralora", baseline="molora", num_experts=(2, 2))
+    assert list(rows) == ["frozen", "molora", "molora/2", "hydralora/2"]
+    assert [row.over_baseline is None for row in rows.values()] == [False, True, False, False]
+    assert rows["molora/2"].trainable_parameters < rows["molora"].trainable_parameters  # of 8 copies
 
 
 def test_operators_of_peft_lora_are_those_that_can_be_counted_by_hand() -> None:

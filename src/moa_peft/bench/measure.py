@@ -128,11 +128,9 @@ class BenchOptions:
 def measure(options: BenchOptions, on_turn: Callable[[], object] = lambda: None) -> Iterator[BenchRow]:
     """Measure every method, one row each, the frozen model's first; ``on_turn`` is called after each round of the timing."""
     base = options.base()
-    names = dict.fromkeys((subjects.FROZEN, options.baseline, *options.methods))
-    scaled = set(options.methods) - {options.baseline} if options.kind == "scaling" else ()
-    variants = [
-        (name, count) for name in names for count in (options.num_experts if name in scaled else (None,))
-    ]
+    counts = options.num_experts if options.kind == "scaling" else (None,)
+    plain = [(one, None) for one in (subjects.FROZEN, options.baseline)]
+    variants = dict.fromkeys([*plain, *((one, count) for one in options.methods for count in counts)])
     ids = work.random_tokens(base, options.batch_size, options.length)
     models: dict[str, nn.Module] = {}  # all at once where they are taken in turn
     times: Mapping[str, Sequence[float]] = {}
