@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import weakref
+from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,9 @@ from tiny import FAMILIES, METHODS, base_model, mixture_model, tokens
 def a_small_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {**subjects.SHAPES["smollm2-135m"], "vocab_size": 97, "hidden_size": 36, "intermediate_size": 48}
     monkeypatch.setitem(subjects.SHAPES, "smollm2-135m", {**small, "num_hidden_layers": 2})
+
+
+FEW = ("--layers", "1", "--pairs", "1", "--batch-size", "1", "--length", "4", "--methods", "sparse-moa")
 
 
 def rows_of(kind: Any, *methods: str, **options: Any) -> dict[str, BenchRow]:
@@ -367,14 +372,32 @@ def test_the_command_prints_one_object_and_appends_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "rows.jsonl"
-    few = ("--layers", "1", "--pairs", "1", "--batch-size", "1", "--length", "4", "--methods", "sparse-moa")
-    monkeypatch.setattr(sys, "argv", ["moa", "bench", "train", *few, "--json", "--out", str(file)])
+    monkeypatch.setattr(sys, "argv", ["moa", "bench", "train", *FEW, "--json", "--out", str(file)])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0
     printed = json.loads(capsys.readouterr().out)["rows"]
     assert [row["method"] for row in printed] == ["frozen", "peft-lora", "sparse-moa"]
     assert [json.loads(line) for line in file.read_text().splitlines()] == printed
+
+
+def test_rows_that_were_measured_before_an_error_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All were lost."""
+
+    def failing(options: BenchOptions, **_: Any) -> Iterator[BenchRow]:
+        yield from islice(measure(options), 2)
+        raise RunError("no more")
+
+    file = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(measuring, "measure", failing)
+    monkeypatch.setattr(sys, "argv", ["moa", "bench", "train", *FEW, "--out", str(file)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    kept = [json.loads(line)["method"] for line in file.read_text().splitlines()]
+    assert kept == ["frozen", "peft-lora"]
 
 
 @pytest.mark.parametrize(

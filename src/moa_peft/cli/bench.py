@@ -110,9 +110,11 @@ def bench(
     from tqdm import tqdm
 
     with quiet_libraries(), tqdm(total=pairs + 1, desc=kind, unit="round", delay=2, file=sys.stderr) as bar:
-        rows = list(measure(options, on_turn=bar.update))
-    if out is not None:
-        append_rows(out, [as_dict(row) for row in rows])
+        rows: list[BenchRow] = []
+        for row in measure(options, on_turn=bar.update):
+            rows.append(row)
+            if out is not None:
+                append_rows(out, [as_dict(row)])
     if as_json:
         print(json.dumps({"rows": [as_dict(row) for row in rows]}))
         return
