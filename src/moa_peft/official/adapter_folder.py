@@ -1,21 +1,25 @@
 """Where an adapter that is made of another one is written: whole or not at all."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from moa_peft.errors import UsageError
+from moa_peft.folder_lock import LOCK_FILE, claimed
 from moa_peft.provenance import RECIPE_FILE
 from moa_peft.training.output_folder import ADAPTER_CONFIG, DRAFT, disk_errors_named, replacing, sweep
 
 _REPLACED = (
-    "adapter_model*",
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "*chat_template*",
+    *("adapter_model*", "config.json", "generation_config.json", "processor_config.json"),
+    *(
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.*",
+        "merges.txt",
+        "spiece.model",
+        "*chat_template*",
+    ),
 )
 """Files of an adapter's folder that are read with it; those of the old one do not stay beside a new one."""
 
@@ -30,11 +34,12 @@ def check_folder(out: Path, *, overwrite: bool) -> None:
         return
     if not out.is_dir():
         raise UsageError(f"--out {out} is a file: choose a folder")
-    if all(one.name.startswith(DRAFT) for one in out.iterdir()):
+    drafts = list(out.glob(f"{DRAFT}*"))  # of a command that was killed, perhaps while the files moved
+    if {one.name for one in out.iterdir()} <= {LOCK_FILE, *(one.name for one in drafts)}:
         return
     if (out / RECIPE_FILE).exists():
         raise UsageError(f"--out {out} holds a training run: choose another folder")
-    if not (out / ADAPTER_CONFIG).is_file():
+    if not (out / ADAPTER_CONFIG).is_file() and not drafts:
         raise UsageError(f"--out {out} is not empty and holds no adapter: choose another folder")
     if not overwrite:
         raise UsageError(
@@ -59,23 +64,17 @@ def adapter_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """Give a temporary folder whose files become the adapter in ``out`` when all are written.
 
     Yields:
-        The folder to write into. After an error it is gone, with ``out`` if that was made for it, and an old adapter as before.
+        The folder to write into. After an error it is gone and ``out`` as before.
 
     Raises:
-        UsageError: As `check_folder`.
+        UsageError: As `check_folder`, or if another process writes there.
         OSError: If the disk is full or closed.
     """
-    check_folder(out, overwrite=overwrite)
-    is_new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    sweep(out)
-    try:
+    with claimed(out):
+        check_folder(out, overwrite=overwrite)
+        sweep(out)
         with disk_errors_named(out), replacing(out, gone=_REPLACED) as draft:
             yield draft
-    except BaseException:
-        if is_new:
-            shutil.rmtree(out, ignore_errors=True)
-        raise
 
 
 def check_file(out: Path, *, overwrite: bool) -> None:

@@ -76,7 +76,7 @@ def replacing(output_dir: Path, gone: Iterable[str] = ()) -> Iterator[Path]:
         gone: Patterns of files of an old adapter that do not stay beside the new one.
 
     Yields:
-        The folder to write into. After an error it is gone and the other folder as before.
+        The folder to write into. After an error in there it is gone and the other folder as before.
     """
     draft = Path(tempfile.mkdtemp(dir=output_dir, prefix=DRAFT))
     try:
@@ -95,7 +95,7 @@ def replacing(output_dir: Path, gone: Iterable[str] = ()) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink()
