@@ -127,6 +127,7 @@ def test_a_yaml_file_is_read_with_the_same_scalars(tmp_path: Path) -> None:
         ("a: 1\nb: [1, 2\n", r"recipe.yaml, line 3: expected ',' or '\]'"),
         ("a: 1\n\tb: 2\n", "recipe.yaml, line 2: "),
         ("seed: 1\ndata: x\nseed: 2\n", "recipe.yaml, line 3: 'seed' is given twice"),
+        ('a:\n  0: 1\n  "0": 2\n', "recipe.yaml, line 3: '0' is given twice"),
         ("- a\n- b\n", "recipe.yaml holds a list at its top level: write lines of the form 'name: value'"),
         ("just words\n", r"recipe.yaml holds a single value \('just words'\)"),
         ("1: 2\n", "the key 1 is not a name"),

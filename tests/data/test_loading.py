@@ -116,12 +116,15 @@ def test_a_folder_names_its_splits_when_asked_for_another(tmp_path: Path) -> Non
             Row(instruction="a", input="", output="b", answer="", system="s"),
         ),
         (
-            {"instruction": "a", "output": "b", "system": "s", "history": [], "tools": "[]"},
+            {"instruction": "a", "output": "b", "system": "s", "history": "Rome", "tools": " [] "},
             Row(instruction="a", input="", output="b", answer="", system="s"),
         ),
         (
             {
-                "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+                "messages": [
+                    {"role": one, "content": text}
+                    for one, text in (("system", " "), ("user", "a"), ("assistant", "b"))
+                ],
                 "system": "s",
             },
             Row(instruction="a", input="", output="b", answer="", system="s"),
@@ -184,7 +187,7 @@ def test_every_form_of_record_becomes_the_row_it_means(
             {
                 "messages": [
                     {"role": "user", "content": "a"},
-                    {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]},
+                    {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]},
                 ]
             },
             "line 2: has tool_calls, which moa does not read",

@@ -38,18 +38,18 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping; a key given twice is an error with its line."""
-        seen: set[Any] = set()
+        seen: set[str] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, dict | list):
                 raise yaml.constructor.ConstructorError(
                     None, None, "a key is a list or a mapping: give a name", key_node.start_mark
                 )
-            if key in seen:
+            if str(key) in seen:  # 0 and "0" are one key
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key!r} is given twice: keep one of them", key_node.start_mark
                 )
-            seen.add(key)
+            seen.add(str(key))
         return super().construct_mapping(node, deep=deep)
 
 

@@ -32,14 +32,12 @@ class Row:
 
 _MEDIA = ("image", "images", "video", "videos", "audio")
 """Fields of what is no text, as TRL names them."""
-_UNREAD = ("tools", "history")
-"""Fields of a row that would be trained on without what they hold."""
-_UNREAD_OF_TURNS = ("tool_calls", "function_call", "thinking", "reasoning_content")
-"""The same of a turn of messages."""
+_UNREAD = ("tools", "functions", "tool_calls", "function_call", "thinking", "reasoning", "reasoning_content")
+"""Fields of a row, or of a turn of messages, that would be trained on without what they hold."""
 
 NEEDED = (
     "a row needs instruction and output (input and answer may be added), or prompt and completion, or messages of one "
-    "exchange: user and assistant, with a system turn before them or without"
+    "exchange: user and assistant, with a system turn before them or without; system may be added to each"
 )
 
 
@@ -65,7 +63,9 @@ def as_row(record: Any, where: str) -> Row:
             f"{where}: has {media[0]}, and moa reads text alone: train with pictures in Python, by TRL's SFTTrainer with the model's "
             "processor and peft_config=MoAConfig.preset(...), as docs/quickstart.md shows"
         )
-    _refuse_unread(record, _UNREAD, where)
+    _refuse_unread(record, where)
+    if isinstance(record.get("history"), list):
+        _refuse_unread(record, where, ("history",))
     extra = {name: _text(record, name, where, optional=True) for name in ("input", "answer", "system")}
     if record.get("instruction") is not None and record.get("output") is not None:
         return Row(
@@ -84,8 +84,11 @@ def as_row(record: Any, where: str) -> Row:
     raise UsageError(f"{where}: has {given or 'no field at all'}: {NEEDED}")
 
 
-def _refuse_unread(fields: Mapping[str, Any], names: Sequence[str], where: str) -> None:
-    unread = [name for name in names if fields.get(name) and fields[name] not in ("[]", "{}", "null")]
+def _refuse_unread(fields: Mapping[str, Any], where: str, names: Sequence[str] = _UNREAD) -> None:
+    nothing = ("", "[]", "{}", "null", "none")
+    unread = [
+        name for name in names if (value := fields.get(name)) and str(value).strip().lower() not in nothing
+    ]
     if unread:
         raise UsageError(
             f"{where}: has {unread[0]}, which moa does not read: a row holds one question and its reply as text. Write what the model "
@@ -117,6 +120,9 @@ def _whole(text: str, name: str, where: str) -> str:
 
 def _from_messages(messages: Any, extra: Mapping[str, str], where: str) -> Row:
     """Map one question and its reply, with the system turn before them if there is one."""
+    for turn in messages if isinstance(messages, list) else ():
+        if isinstance(turn, Mapping):
+            _refuse_unread(turn, where)
     well_formed = isinstance(messages, list) and all(
         isinstance(turn, Mapping)
         and isinstance(turn.get("role"), str)
@@ -133,14 +139,11 @@ def _from_messages(messages: Any, extra: Mapping[str, str], where: str) -> Row:
             f"{where}: messages has the turns {', '.join(roles) or '(none)'}: a row holds one question and its reply, "
             "so give (system,) user, assistant"
         )
-    for turn in messages:
-        _refuse_unread(turn, _UNREAD_OF_TURNS, where)
     *system, question, reply = [_whole(turn["content"], "messages", where) for turn in messages]
-    if system and extra["system"] not in ("", system[0]):
+    told = [one for one in (*system, extra["system"]) if one.strip()]
+    if len({one.strip() for one in told}) > 1:
         raise UsageError(f"{where}: has a system turn, and another text in system: keep one")
-    return Row(
-        **{**extra, "instruction": question, "output": reply, "system": "".join(system) or extra["system"]}
-    )
+    return Row(**{**extra, "instruction": question, "output": reply, "system": told[0] if told else ""})
 
 
 def rows_md5(rows: Sequence[Row]) -> str:
