@@ -256,6 +256,8 @@ def with_tables(page: str, text: str) -> str:
     """The text of a page with its tables written anew."""
     for name, write in TABLES[page].items():
         start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        if (text.count(start), text.count(end)) != (1, 1):
+            raise ValueError(f"{page} does not have the marks of {name} once each: write {start}{end}")
         before, _, rest = text.partition(start)
         text = f"{before}{start}{write()}{end}{rest.partition(end)[2]}"
     return text
