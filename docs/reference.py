@@ -12,7 +12,17 @@ from typing import Any
 from benchmarks import benchmarks, brief, default_costs
 from command_reference import commands
 from families import counts, shapes, structures
-from found import answers, choices, claims, default, final_routers, finalists, first_page
+from found import (
+    answers,
+    choices,
+    claims,
+    default,
+    final_routers,
+    finalists,
+    first_page,
+    several,
+    several_claims,
+)
 from inspected import inspected
 from method_reference import costs, method_table, methods, routing
 from served import served
@@ -245,6 +255,8 @@ TABLES: Mapping[str, Mapping[str, Any]] = {
         "claims": claims,
         "routers": final_routers,
         "code": lambda: claims("code"),
+        "several": several,
+        "several claims": several_claims,
         "default": default,
     },
     "docs/found_details.md": {"choices": choices},
