@@ -1,5 +1,6 @@
 """The studies that the documentation shows: their rows name where they come from, and give their reports byte for byte."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from moa_peft.cli.overrides import load_yaml
 from moa_peft.data.base_model import resolve_model
 from moa_peft.evaluation.result_key import identify
 from moa_peft.study.config import FROZEN, studies_of
+from moa_peft.study.data import load_data
 from moa_peft.study.report import write_report
 from moa_peft.study.rows import read_results
 
@@ -65,3 +67,15 @@ def test_the_report_comes_out_of_the_rows_byte_for_byte(domain: str, tmp_path: P
     assert names == sorted(one.name for one in folder.iterdir() if one.is_file())
     for name in names:
         assert (written / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("study", ["cpu", "gpu"])
+def test_the_rows_of_the_projects_studies_are_enough_for_validation_and_tests(study: str) -> None:
+    """Of studies/gpu.yaml the validation rows were a whole file, and its test had none left."""
+    data = ROOT.parent / "shared" / "data"
+    if not data.is_dir() and not os.environ.get("CI"):
+        pytest.skip("the rows of the studies are not here (../shared/data)")
+    for config in studies_of(load_yaml(ROOT / "studies" / f"{study}.yaml"), {"data_root": str(data)}):
+        found = load_data(config)
+        assert len(found.validation.questions) == config.validation_limit
+        assert all(len(one.questions) >= 199 for one in found.tests)
