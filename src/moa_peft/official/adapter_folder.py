@@ -10,17 +10,9 @@ from moa_peft.provenance import RECIPE_FILE
 from moa_peft.training.output_folder import ADAPTER_CONFIG, DRAFT, disk_errors_named, replacing, sweep
 
 _REPLACED = (
-    *("adapter_model*", "config.json", "generation_config.json", "processor_config.json"),
-    *(
-        "tokenizer*",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.*",
-        "merges.txt",
-        "spiece.model",
-        "*chat_template*",
-    ),
-)
+    "adapter_model*", "config.json", "generation_config.json", "processor_config.json", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "*chat_template*",
+)  # fmt: skip
 """Files of an adapter's folder that are read with it; those of the old one do not stay beside a new one."""
 
 
